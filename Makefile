@@ -1,0 +1,78 @@
+# make tune: from a fresh clone to a tuned profile.   make test: every test.   make lint.
+# All of them share one environment, .venv, made on first use.
+
+PYTHON ?= python3
+# Processes that run tests, and the threads of each one's kernels.
+TEST_WORKERS ?= 2
+TEST_THREADS ?= 2
+TUNE_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := .venv/.installed
+
+# The adapter is tested with two releases of transformers: the one in .venv, and this one, which
+# lies beside it and is put in front of it.
+OTHER_TRANSFORMERS := 5.17.0
+OTHER_DIR := .compat/transformers-$(OTHER_TRANSFORMERS)
+OTHER_INSTALLED := $(OTHER_DIR)/.installed
+
+PYTEST := NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
+
+MAKEFLAGS += --no-print-directory
+.PHONY: help install tune test test-main test-other lint lint-imports format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+install: $(INSTALLED)
+
+# torch goes first: nothing else must choose its release. Output goes to stderr, because the last
+# line that `make tune` prints is for programs to read.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (once; minutes)" >&2
+	@$(PIP) setuptools >&2
+	@$(PIP) torch >&2
+	@$(PIP) --no-build-isolation --editable '.[dev]' >&2
+	@touch $@
+
+$(OTHER_INSTALLED): $(INSTALLED) Makefile
+	@rm -rf $(OTHER_DIR)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(OTHER_DIR) transformers==$(OTHER_TRANSFORMERS) >&2
+	@touch $@
+
+# The tuner's last line is the profile's absolute path, alone.
+tune: $(INSTALLED)
+	@$(BIN)/python -m tune --gpu auto $(TUNE_ARGS)
+
+test: test-main test-other
+
+test-main: $(INSTALLED)
+	$(PYTEST)
+
+test-other: $(OTHER_INSTALLED) | test-main
+	HATA_EXPECT_TRANSFORMERS=$(OTHER_TRANSFORMERS) PYTHONPATH=$(CURDIR)/$(OTHER_DIR) \
+		$(PYTEST) -m hf
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(MAKE) lint-imports
+
+# The contracts are about hata.backends, so they are checked over a copy laid out as installed.
+lint-imports: $(INSTALLED)
+	@rm -rf build/layout && mkdir -p build/layout
+	@cp -R hata tune build/layout && cp -R backends build/layout/hata/backends
+	cd build/layout && ../../$(BIN)/lint-imports --config ../../.importlinter --no-cache
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf .venv .compat build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,232 @@
+"""Checks of single arguments: arrays, sizes, numbers.
+
+`hata.checks` puts them together for each op. Messages name the argument, what came, what is
+expected, and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from hata.arrays import ITEMSIZE, framework
+from hata.backend import Budget
+from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
+
+MAX_HEAD_DIM = 576
+
+
+class Arrays:
+    """Checks the arrays of one call and remembers their framework and device."""
+
+    def __init__(self, name: str, x: Any) -> None:
+        self.fw = framework(name, x)
+        self.device = ""
+        self.first = name
+        self.wide = False
+
+    def take(
+        self, name: str, x: Any, dtypes: tuple[str, ...], ndim: int | tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Check one array's framework, dtype, device, rank and strides; return its shape."""
+        fw = framework(name, x)
+        if fw is not self.fw:
+            raise HataDTypeError(
+                f"{name}: got a {fw.name} array, expected {self.fw.name} like {self.first}; "
+                "pass arrays of one framework"
+            )
+        refusal = fw.refusal(x)
+        if refusal:
+            raise HataDTypeError(f"{name}: {refusal}")
+        dtype = fw.dtype(x)
+        if dtype not in dtypes:
+            hint = "convert it"
+            if dtypes == ("uint8",) and dtype in ("int8", "int32", "int64", "uint32", "uint64"):
+                hint = "codes are bytes: use .view(uint8)"
+            raise HataDTypeError(f"{name}: got {dtype}, expected {' or '.join(dtypes)}; {hint}")
+        device = fw.device(x)
+        if not self.device:
+            self.device, self.first = device, name
+        if device != self.device:
+            raise HataDeviceError(
+                f"{name}: got an array on {device}, but {self.first} is on {self.device}; "
+                "move them to one device"
+            )
+        shape = fw.shape(x)
+        ndims = (ndim,) if isinstance(ndim, int) else ndim
+        if len(shape) not in ndims:
+            expected = " or ".join(map(str, ndims))
+            raise HataShapeError(f"{name}: got shape {list(shape)}, expected {expected} dimensions")
+        self._strides(name, x, shape)
+        if fw.needs_grad(x):
+            raise HataAutogradError(
+                f"{name}: requires a gradient, but HATA's ops have no backward; call them under "
+                "torch.no_grad() or detach the tensor"
+            )
+        return shape
+
+    def _strides(self, name: str, x: Any, shape: tuple[int, ...]) -> None:
+        strides = self.fw.strides(x)
+        if 0 in shape:
+            return
+        if any(s < 0 for s, n in zip(strides, shape, strict=True) if n > 1):
+            raise HataShapeError(
+                f"{name}: got negative strides {strides}, expected none; pass a contiguous copy"
+            )
+        if shape and shape[-1] > 1 and strides[-1] != 1:
+            raise HataShapeError(
+                f"{name}: got stride {strides[-1]} in the last dimension, expected 1 (dense "
+                "rows); pass a contiguous copy"
+            )
+        itemsize = ITEMSIZE[self.fw.dtype(x)]
+        if self.fw.pointer(x) % itemsize:
+            raise HataShapeError(
+                f"{name}: got data at an address that is no multiple of its item size "
+                f"{itemsize}; pass a copy"
+            )
+        extent = sum((n - 1) * s for s, n in zip(strides, shape, strict=True))
+        self.wide |= extent >= 2**31
+
+    def writable(self, name: str, x: Any) -> None:
+        """Check that the call may write into `x`, each element once."""
+        if self.fw.foreign:
+            raise HataDTypeError(
+                f"{name}: got a {self.fw.name} array, which cannot be written in place; "
+                "use another framework's array, or leave it out"
+            )
+        if self.fw.is_readonly(x):
+            raise HataDTypeError(
+                f"{name}: got a read-only array, expected one that can be written; pass a copy"
+            )
+        shape, strides = self.fw.shape(x), self.fw.strides(x)
+        step = 1
+        for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
+            if stride < step:
+                raise HataShapeError(
+                    f"{name}: got overlapping elements (strides {strides} of shape "
+                    f"{list(shape)}), expected each element once; pass a copy"
+                )
+            step = stride * size
+
+    def aligned(self, x: Any) -> bool:
+        """Whether rows are 16-byte aligned and a head's rows contiguous over the tokens."""
+        shape, strides = self.fw.shape(x), self.fw.strides(x)
+        if 0 in shape:
+            return True
+        itemsize = ITEMSIZE[self.fw.dtype(x)]
+        steps = [s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1]
+        rows = shape[-2] == 1 or strides[-2] == shape[-1]
+        return (
+            rows
+            and self.fw.pointer(x) % 16 == 0
+            and shape[-1] * itemsize % 16 == 0
+            and all(s * itemsize % 16 == 0 for s in steps)
+        )
+
+
+def equal(name: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
+    """Check a whole shape; `why` says what it follows from."""
+    if shape != expected:
+        raise HataShapeError(f"{name}: got shape {list(shape)}, expected {list(expected)} ({why})")
+
+
+def multiple(name: str, heads: int, kv_heads: int) -> None:
+    """Check that heads form whole groups."""
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise HataShapeError(
+            f"{name}: got {heads} heads for {kv_heads} KV heads, expected a positive multiple of "
+            "the KV heads"
+        )
+
+
+def head_dim(name: str, size: int) -> None:
+    """Check a head size against the supported ones."""
+    if size % 16 or not 16 <= size <= MAX_HEAD_DIM:
+        raise HataShapeError(
+            f"{name}: got head size {size}, supported are the multiples of 16 from 16 to "
+            f"{MAX_HEAD_DIM}; pad with zeros to the next one"
+        )
+
+
+def bits_of(name: str, bits: int) -> None:
+    """Check the bits of a code."""
+    if bits < 32 or bits % 32:
+        raise HataShapeError(f"{name}: got {bits} bits, expected a positive multiple of 32")
+
+
+def code_width(name: str, shape: tuple[int, ...], bits: int, what: str) -> None:
+    """Check that codes are as wide as what made the others."""
+    if shape[-1] * 8 != bits:
+        raise HataShapeError(
+            f"{name}: got codes of {shape[-1]} bytes ({shape[-1] * 8} bits), but {what} has "
+            f"{bits} bits ({bits // 8} bytes); encode with the same projection"
+        )
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """An int argument of at least `least`; bool and float are refused."""
+    if type(value) is not int:
+        if isinstance(value, (bool, float)):
+            raise HataDTypeError(f"{name}: got {value!r}, expected an int; pass a whole number")
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise HataDTypeError(
+                f"{name}: got {type(value).__name__}, expected an int; pass a whole number"
+            ) from None
+    if value < least:
+        raise HataShapeError(f"{name}: got {value}, {name} must be ≥ {least}")
+    return value
+
+
+def real(name: str, value: Any) -> float:
+    """A finite float argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            value = value.__float__() if type(value).__module__ == "numpy" else None
+        except (AttributeError, TypeError):
+            value = None
+        if value is None:
+            raise HataDTypeError(f"{name}: expected a float")
+    if not math.isfinite(value):
+        raise HataShapeError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
+def budget(k: Any, ratio: Any, k_min: Any, sink: Any, recent: Any) -> Budget:
+    """Check the budget arguments.
+
+    Raises:
+        HataShapeError: k < 1, a negative size, `sink + recent > k`, ratio outside (0, 1].
+        HataDTypeError: an argument is no int (k, k_min, sink, recent) or no float (ratio).
+    """
+    k = whole("k", k, 1)
+    k_min, sink, recent = (
+        whole("k_min", k_min, 0),
+        whole("sink", sink, 0),
+        whole("recent", recent, 0),
+    )
+    if sink + recent > k:
+        raise HataShapeError(
+            f"sink + recent: got {sink} + {recent}, expected at most k = {k}; they count within "
+            "the budget, so raise k or lower them"
+        )
+    if k >= 2**31:
+        raise HataShapeError(f"k: got {k}, expected less than 2**31")
+    if ratio is None:
+        return Budget(k, -1, k_min, sink, recent)
+    ratio = real("ratio", ratio)
+    if not 0.0 < ratio <= 1.0:
+        raise HataShapeError(f"ratio: got {ratio}, expected 0 < ratio <= 1")
+    return Budget(k, round(ratio * 2**32), k_min, sink, recent)
+
+
+def softcap(value: Any) -> float | None:
+    """Check a soft cap: positive, or `None`."""
+    if value is None:
+        return None
+    value = real("softcap", value)
+    if value <= 0:
+        raise HataShapeError(f"softcap: got {value}, expected a positive number, or None for none")
+    return value

@@ -1,0 +1,271 @@
+"""Arrays of four frameworks behind one small interface.
+
+Requirements this module meets:
+
+- a framework is touched only if one of its arrays is present; nothing is ever imported here that
+  the caller has not imported already;
+- the ops never convert: torch, CuPy and NumPy arrays are used through pointers and strides, and
+  what an op returns is allocated by the caller's framework;
+- JAX arrays are immutable and opaque, so they are viewed as arrays of another framework on the way
+  in (NumPy on the CPU, DLPack on a GPU) and turned back on the way out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hata.errors import HataDTypeError
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "int64": 8}
+
+
+class Framework:
+    """What the ops need to know of a framework's arrays. Subclasses: one per framework."""
+
+    name: str = ""
+    # Foreign arrays have no pointers of their own: `call` takes them through another framework.
+    foreign: bool = False
+
+    def __init__(self) -> None:
+        self.types: set[type] = set()
+
+    def signature(self, x: Any) -> tuple:
+        """All that a check of `x` depends on, hashable and cheap."""
+        raise NotImplementedError
+
+    def shape(self, x: Any) -> tuple[int, ...]:
+        """Shape of `x`."""
+        return tuple(x.shape)
+
+    def dtype(self, x: Any) -> str:
+        """dtype name of `x`, such as `"bfloat16"`."""
+        return str(x.dtype)
+
+    def device(self, x: Any) -> str:
+        """Device of `x`, `"cpu"` or `"cuda:<index>"`."""
+        return "cpu"
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        """Strides of `x` in elements."""
+        raise NotImplementedError
+
+    def pointer(self, x: Any) -> int:
+        """Address of the first element of `x`."""
+        raise NotImplementedError
+
+    def is_readonly(self, x: Any) -> bool:
+        """Whether writing into `x` is forbidden."""
+        return False
+
+    def needs_grad(self, x: Any) -> bool:
+        """Whether a gradient with respect to `x` would be recorded now."""
+        return False
+
+    def refusal(self, x: Any) -> str | None:
+        """Why `x` cannot be used at all, if so."""
+        return None
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array with undefined contents on the device of `like`."""
+        raise NotImplementedError
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `op` with foreign arrays (only where `foreign`)."""
+        raise NotImplementedError
+
+
+class _NumPy(Framework):
+    name = "numpy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._np = sys.modules["numpy"]
+        self.types = {self._np.ndarray}
+
+    def signature(self, x: Any) -> tuple:
+        pointer, readonly = x.__array_interface__["data"]
+        return x.shape, x.strides, x.dtype, pointer & 15, readonly
+
+    def dtype(self, x: Any) -> str:
+        if not x.dtype.isnative:
+            return f"{x.dtype.str} (byte-swapped)"
+        return x.dtype.name
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(s // x.itemsize for s in x.strides)
+
+    def pointer(self, x: Any) -> int:
+        return x.__array_interface__["data"][0]
+
+    def is_readonly(self, x: Any) -> bool:
+        return not x.flags.writeable
+
+    def refusal(self, x: Any) -> str | None:
+        if any(s % x.itemsize for s in x.strides):
+            return f"strides {x.strides} bytes are no multiples of the item size {x.itemsize}"
+        return None
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        if dtype == "bfloat16":
+            # Only reached where a bfloat16 array came in, so its dtype object is at hand.
+            return self._np.empty(shape, like.dtype)
+        return self._np.empty(shape, dtype)
+
+
+class _Torch(Framework):
+    name = "torch"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._torch = torch = sys.modules["torch"]
+        self.types = {torch.Tensor, torch.nn.Parameter}
+        self._names = {getattr(torch, name): name for name in ITEMSIZE}
+        self._dtypes = {name: dtype for dtype, name in self._names.items()}
+
+    def signature(self, x: Any) -> tuple:
+        grad = x.requires_grad and self._torch.is_grad_enabled()
+        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, grad
+
+    def dtype(self, x: Any) -> str:
+        return self._names.get(x.dtype) or str(x.dtype).removeprefix("torch.")
+
+    def device(self, x: Any) -> str:
+        return str(x.device)
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(x.stride())
+
+    def pointer(self, x: Any) -> int:
+        return x.data_ptr()
+
+    def needs_grad(self, x: Any) -> bool:
+        return x.requires_grad and self._torch.is_grad_enabled()
+
+    def refusal(self, x: Any) -> str | None:
+        if x.layout is not self._torch.strided:
+            return f"layout {x.layout} has no strides"
+        if x.is_neg() or x.is_conj():
+            return "it is a lazy negated or conjugated view; call .resolve_neg().resolve_conj()"
+        return None
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
+
+
+class _CuPy(Framework):
+    name = "cupy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cupy = sys.modules["cupy"]
+        self.types = {self._cupy.ndarray}
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.strides, x.dtype, x.data.device_id, x.data.ptr & 15
+
+    def dtype(self, x: Any) -> str:
+        return x.dtype.name
+
+    def device(self, x: Any) -> str:
+        return f"cuda:{x.data.device_id}"
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(s // x.itemsize for s in x.strides)
+
+    def pointer(self, x: Any) -> int:
+        return x.data.ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        with self._cupy.cuda.Device(like.data.device_id):
+            return self._cupy.empty(shape, like.dtype if dtype == "bfloat16" else dtype)
+
+
+class _JAX(Framework):
+    name = "jax"
+    foreign = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._jax = sys.modules["jax"]
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.dtype, x.device
+
+    def device(self, x: Any) -> str:
+        device = x.device
+        platform = getattr(device, "platform", "a sharding")
+        return "cpu" if platform == "cpu" else f"cuda:{device.local_hardware_id}"
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        strides, step = [], 1
+        for size in reversed(x.shape):
+            strides.append(step)
+            step *= size
+        return tuple(reversed(strides))
+
+    def pointer(self, x: Any) -> int:
+        return 0
+
+    def is_readonly(self, x: Any) -> bool:
+        return True
+
+    def refusal(self, x: Any) -> str | None:
+        if isinstance(x, self._jax.core.Tracer):
+            return "it is traced by jax.jit; call the op outside jit or through jax.pure_callback"
+        return None
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = op(*map(self._enter, args), **{k: self._enter(v) for k, v in kwargs.items()})
+        return tuple(map(self._leave, result)) if isinstance(result, tuple) else self._leave(result)
+
+    def _enter(self, x: Any) -> Any:
+        if not isinstance(x, self._jax.Array):
+            return x
+        if self.device(x) == "cpu":
+            return sys.modules["numpy"].asarray(x)
+        import cupy
+
+        return cupy.from_dlpack(x)
+
+    def _leave(self, x: Any) -> Any:
+        if x is None:
+            return None
+        if isinstance(x, sys.modules["numpy"].ndarray):
+            return self._jax.numpy.asarray(x)
+        return self._jax.dlpack.from_dlpack(x)
+
+
+# Module name, attribute path of its array class, our class.
+_FRAMEWORKS = (
+    ("torch", "Tensor", _Torch),
+    ("numpy", "ndarray", _NumPy),
+    ("cupy", "ndarray", _CuPy),
+    ("jax", "Array", _JAX),
+)
+_by_type: dict[type, Framework] = {}
+_loaded: dict[str, Framework] = {}
+
+
+def framework(name: str, x: Any) -> Framework:
+    """The framework of array `x`, an argument called `name`.
+
+    Raises:
+        HataDTypeError: if `x` is no array of a supported framework.
+    """
+    found = _by_type.get(type(x))
+    if found is not None:
+        return found
+    for module_name, class_name, adapter in _FRAMEWORKS:
+        module = sys.modules.get(module_name)
+        if module is not None and isinstance(x, getattr(module, class_name, ())):
+            if module_name not in _loaded:
+                _loaded[module_name] = adapter()
+            _by_type[type(x)] = _loaded[module_name]
+            _loaded[module_name].types.add(type(x))
+            return _loaded[module_name]
+    raise HataDTypeError(
+        f"{name}: got {type(x).__module__}.{type(x).__qualname__}, expected an array of torch, "
+        "NumPy, CuPy or JAX; convert it first, for example with numpy.asarray"
+    )

@@ -1,0 +1,391 @@
+"""The checks of every call, made once per signature.
+
+Each function takes an op's arguments, raises what `hata.ops` documents, and returns
+`(framework, problem, device)`. What a check depends on (shapes, strides, dtypes, devices,
+alignment, flags) is its signature; a signature that passed is remembered, so a repeated call costs
+one dictionary look-up. Values on a device are never read, except under `HATA_CHECK=1`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hata.arguments import (
+    Arrays,
+    bits_of,
+    code_width,
+    equal,
+    head_dim,
+    multiple,
+)
+from hata.arrays import Framework, framework
+from hata.backend import Budget
+from hata.errors import HataDTypeError, HataShapeError
+from hata.problem import Problem, pow2
+
+Checked = tuple[Framework, Problem, str]
+
+DATA = ("float32", "float16", "bfloat16")
+_LENGTHS = ("int32", "int64")
+# A growing cache makes a new signature at every step; the memo is emptied when it is full.
+_MEMO_LIMIT = 4096
+_memo: dict[tuple, Checked] = {}
+
+
+def _memoised(key_arrays: tuple, scalars: tuple, check: Callable[[], Checked]) -> Checked:
+    fw = framework(*key_arrays[0])
+    try:
+        key = (
+            fw.name,
+            *scalars,
+            *[None if x is None else fw.signature(x) for _, x in key_arrays],
+        )
+        found = _memo.get(key)
+    except (AttributeError, TypeError, RuntimeError, KeyError):
+        # Arrays of another kind, or none at all: the full check says what is wrong.
+        check()
+        raise
+    if found is None:
+        found = check()
+        if len(_memo) >= _MEMO_LIMIT:
+            _memo.clear()
+        _memo[key] = found
+    return found
+
+
+def _lengths(arrays: Arrays, batch: int, lengths: Any, starts: Any) -> None:
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is None:
+            continue
+        if isinstance(x, (int, float)):
+            raise HataDTypeError(
+                f"{name}: got a Python number, expected an int32 or int64 array, [B] or 0-d, on "
+                "the device of the other arguments"
+            )
+        shape = arrays.take(name, x, _LENGTHS, (0, 1))
+        if shape not in ((), (batch,)):
+            raise HataShapeError(
+                f"{name}: got shape {list(shape)}, expected [{batch}] (one per batch row) or a "
+                "0-d array"
+            )
+
+
+def encode(x: Any, projection: Any, bias: Any, out: Any, norms: Any) -> Checked:
+    """Check the arguments of `hata.encode`."""
+    named = (
+        ("x", x),
+        ("projection", projection),
+        ("bias", bias),
+        ("out", out),
+        ("norms", norms),
+    )
+
+    def check() -> Checked:
+        arrays = Arrays("x", x)
+        b, h, t, d = arrays.take("x", x, DATA, 4)
+        kv_heads, bits = _projection(arrays, "projection", projection, "bias", bias, "x", x, d)
+        multiple("x", h, kv_heads)
+        head_dim("x", d)
+        for name, y, dtype, shape in (
+            ("out", out, "uint8", (b, h, t, bits // 8)),
+            ("norms", norms, "float16", (b, h, t)),
+        ):
+            if y is None:
+                continue
+            equal(name, arrays.take(name, y, (dtype,), len(shape)), shape, "x and projection")
+            arrays.writable(name, y)
+        fw = arrays.fw
+        problem = Problem(
+            op="encode",
+            device=arrays.device.partition(":")[0],
+            dtype=fw.dtype(x),
+            projection_dtype=fw.dtype(projection),
+            batch=pow2(b),
+            heads=h,
+            kv_heads=kv_heads,
+            head_dim=d,
+            bits=bits,
+            tokens=pow2(t),
+            norms=norms is not None,
+            aligned=arrays.aligned(x),
+            wide=arrays.wide,
+        )
+        return fw, problem, arrays.device
+
+    return _memoised(named, ("encode",), check)
+
+
+def _projection(
+    arrays: Arrays,
+    name: str,
+    projection: Any,
+    bias_name: str,
+    bias: Any,
+    like_name: str,
+    like: Any,
+    head_dim: int,
+) -> tuple[int, int]:
+    dtype = arrays.fw.dtype(like)
+    allowed = tuple(dict.fromkeys((dtype, "float32")))
+    kv_heads, d, bits = arrays.take(name, projection, allowed, 3)
+    if d != head_dim:
+        raise HataShapeError(
+            f"{name}: got shape {[kv_heads, d, bits]} ([Hkv, D, r]), but {like_name} has head "
+            f"size D = {head_dim}"
+        )
+    bits_of(name, bits)
+    if bias is not None:
+        equal(bias_name, arrays.take(bias_name, bias, allowed, 2), (kv_heads, bits), name)
+    return kv_heads, bits
+
+
+def hamming_topk(
+    q_codes: Any,
+    k_codes: Any,
+    budget: Budget,
+    lengths: Any,
+    starts: Any,
+    key_norms: Any,
+    per_head: bool,
+) -> Checked:
+    """Check the arguments of `hata.hamming_topk`."""
+    named = (
+        ("q_codes", q_codes),
+        ("k_codes", k_codes),
+        ("lengths", lengths),
+        ("starts", starts),
+        ("key_norms", key_norms),
+    )
+
+    def check() -> Checked:
+        arrays = Arrays("q_codes", q_codes)
+        q_shape = arrays.take("q_codes", q_codes, ("uint8",), 4)
+        k_shape = arrays.take("k_codes", k_codes, ("uint8",), 4)
+        b, h, t, width = q_shape
+        bits = width * 8
+        bits_of("q_codes", bits)
+        code_width("k_codes", k_shape, bits, "q_codes")
+        kv_heads, s = k_shape[1], k_shape[2]
+        _batch("k_codes", k_shape[0], b, "q_codes")
+        multiple("q_codes", h, kv_heads)
+        _slots("k_codes", s)
+        _norms(arrays, key_norms, (b, kv_heads, s))
+        _lengths(arrays, b, lengths, starts)
+        problem = Problem(
+            op="hamming_topk",
+            device=arrays.device.partition(":")[0],
+            dtype="uint8",
+            batch=pow2(b),
+            heads=h,
+            kv_heads=kv_heads,
+            bits=bits,
+            k=budget.k,
+            tokens=t,
+            slots=pow2(s),
+            norms=key_norms is not None,
+            per_head=per_head,
+            aligned=arrays.aligned(k_codes),
+            wide=arrays.wide,
+        )
+        return arrays.fw, problem, arrays.device
+
+    return _memoised(named, ("hamming_topk", budget.k, per_head), check)
+
+
+def _batch(name: str, got: int, expected: int, like: str) -> None:
+    if got != expected:
+        raise HataShapeError(f"{name}: got batch {got}, but {like} has batch {expected}")
+
+
+def _slots(name: str, slots: int) -> None:
+    if slots >= 2**31:
+        raise HataShapeError(f"{name}: got {slots} slots, expected less than 2**31")
+
+
+def _norms(arrays: Arrays, key_norms: Any, shape: tuple[int, int, int]) -> None:
+    if key_norms is not None:
+        got = arrays.take("key_norms", key_norms, ("float16",), 3)
+        equal("key_norms", got, shape, "[B, Hkv, S] of the key codes")
+
+
+def _attention(
+    arrays: Arrays, q: Any, keys: Any, values: Any, sink_logits: Any
+) -> tuple[int, int, int, int, int, int, int]:
+    b, h, t, d = arrays.take("q", q, DATA, 4)
+    same = (arrays.fw.dtype(q),)
+    k_shape = arrays.take("keys", keys, same, 4)
+    v_shape = arrays.take("values", values, same, 4)
+    _, kv_heads, s, _ = k_shape
+    equal("keys", k_shape, (b, kv_heads, s, d), "batch and head size of q")
+    equal("values", v_shape, (b, kv_heads, s, v_shape[3]), "batch, KV heads and slots of keys")
+    multiple("q", h, kv_heads)
+    head_dim("q", d)
+    head_dim("values", v_shape[3])
+    _slots("keys", s)
+    if sink_logits is not None:
+        allowed = tuple(dict.fromkeys((*same, "float32")))
+        equal(
+            "sink_logits", arrays.take("sink_logits", sink_logits, allowed, 1), (h,), "heads of q"
+        )
+    return b, h, kv_heads, t, s, d, v_shape[3]
+
+
+def sparse_attend(q: Any, keys: Any, values: Any, indices: Any, sink_logits: Any) -> Checked:
+    """Check the arguments of `hata.sparse_attend`."""
+    named = (
+        ("q", q),
+        ("keys", keys),
+        ("values", values),
+        ("indices", indices),
+        ("sink_logits", sink_logits),
+    )
+
+    def check() -> Checked:
+        arrays = Arrays("q", q)
+        b, h, kv_heads, t, s, d, dv = _attention(arrays, q, keys, values, sink_logits)
+        shape = arrays.take("indices", indices, ("int32",), 4)
+        if shape[:3] not in ((b, kv_heads, t), (b, h, t)):
+            raise HataShapeError(
+                f"indices: got shape {list(shape)}, expected [{b}, {kv_heads}, {t}, k] (one "
+                f"selection per KV head) or [{b}, {h}, {t}, k] (one per query head)"
+            )
+        problem = Problem(
+            op="sparse_attend",
+            device=arrays.device.partition(":")[0],
+            dtype=arrays.fw.dtype(q),
+            batch=pow2(b),
+            heads=h,
+            kv_heads=kv_heads,
+            head_dim=d,
+            value_dim=dv,
+            k=shape[3],
+            tokens=t,
+            slots=pow2(s),
+            per_head=shape[1] != kv_heads,
+            aligned=arrays.aligned(keys) and arrays.aligned(values),
+            wide=arrays.wide,
+        )
+        return arrays.fw, problem, arrays.device
+
+    return _memoised(named, ("sparse_attend",), check)
+
+
+def hash_attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_codes: Any,
+    projection: Any,
+    bias: Any,
+    query_projection: Any,
+    query_bias: Any,
+    q_codes: Any,
+    fresh: int,
+    lengths: Any,
+    starts: Any,
+    budget: Budget,
+    key_norms: Any,
+    sink_logits: Any,
+) -> Checked:
+    """Check the arguments of `hata.hash_attend`."""
+    named = (
+        ("q", q),
+        ("keys", keys),
+        ("values", values),
+        ("key_codes", key_codes),
+        ("projection", projection),
+        ("bias", bias),
+        ("query_projection", query_projection),
+        ("query_bias", query_bias),
+        ("q_codes", q_codes),
+        ("lengths", lengths),
+        ("starts", starts),
+        ("key_norms", key_norms),
+        ("sink_logits", sink_logits),
+    )
+
+    def check() -> Checked:
+        arrays = Arrays("q", q)
+        b, h, kv_heads, t, s, d, dv = _attention(arrays, q, keys, values, sink_logits)
+        heads, bits = _projection(arrays, "projection", projection, "bias", bias, "q", q, d)
+        _heads("projection", heads, kv_heads)
+        if query_projection is not None:
+            heads, query_bits = _projection(
+                arrays, "query_projection", query_projection, "query_bias", query_bias, "q", q, d
+            )
+            _heads("query_projection", heads, kv_heads)
+            if query_bits != bits:
+                raise HataShapeError(
+                    f"query_projection: got {query_bits} bits, but projection has {bits}"
+                )
+        elif query_bias is not None:
+            allowed = tuple(dict.fromkeys((arrays.fw.dtype(q), "float32")))
+            got = arrays.take("query_bias", query_bias, allowed, 2)
+            equal("query_bias", got, (kv_heads, bits), "projection")
+        code_shape = arrays.take("key_codes", key_codes, ("uint8",), 4)
+        code_width("key_codes", code_shape, bits, "projection")
+        equal("key_codes", code_shape, (b, kv_heads, s, bits // 8), "keys and projection")
+        _norms(arrays, key_norms, (b, kv_heads, s))
+        if q_codes is not None:
+            got = arrays.take("q_codes", q_codes, ("uint8",), 4)
+            code_width("q_codes", got, bits, "projection")
+            multiple("q_codes", got[1], kv_heads)
+            equal("q_codes", got, (b, got[1], t, bits // 8), "batch and tokens of q")
+        if fresh:
+            arrays.writable("key_codes", key_codes)
+            if key_norms is not None:
+                arrays.writable("key_norms", key_norms)
+        _lengths(arrays, b, lengths, starts)
+        problem = Problem(
+            op="hash_attend",
+            device=arrays.device.partition(":")[0],
+            dtype=arrays.fw.dtype(q),
+            projection_dtype=arrays.fw.dtype(projection),
+            batch=pow2(b),
+            heads=h,
+            kv_heads=kv_heads,
+            head_dim=d,
+            value_dim=dv,
+            bits=bits,
+            k=budget.k,
+            tokens=t,
+            slots=pow2(s),
+            norms=key_norms is not None,
+            aligned=all(map(arrays.aligned, (keys, values, key_codes))),
+            wide=arrays.wide,
+        )
+        return arrays.fw, problem, arrays.device
+
+    return _memoised(named, ("hash_attend", budget.k, bool(fresh)), check)
+
+
+def _heads(name: str, heads: int, kv_heads: int) -> None:
+    if heads != kv_heads:
+        raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
+
+
+def values(slots: int, lengths: Any, starts: Any, indices: Any = None) -> None:
+    """Under `HATA_CHECK=1`: read lengths, starts and indices back and check them.
+
+    Raises:
+        HataShapeError: a length or start outside [0, S], an index >= S; the message names the row.
+    """
+    if os.environ.get("HATA_CHECK") != "1":
+        return
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is None:
+            continue
+        entries = x.tolist()
+        for row, value in enumerate(entries if isinstance(entries, list) else [entries]):
+            if not 0 <= value <= slots:
+                raise HataShapeError(f"{name}: got {value} in row {row}, expected 0 to S = {slots}")
+    if indices is not None and 0 not in indices.shape:
+        rows = indices.reshape(indices.shape[0], -1)
+        for row in range(rows.shape[0]):
+            largest = int(rows[row].max())
+            if largest >= slots:
+                raise HataShapeError(
+                    f"indices: got {largest} in row {row}, expected less than S = {slots}"
+                )

@@ -1,0 +1,396 @@
+"""`Encoder`: a model's projections, one per layer, in one safetensors file.
+
+A layer's projection is a `[kv_heads, head_dim, bits]` matrix; a vector's code is the signs of its
+product with the projection of its KV head (`hata.encode`). Codes nest: the first 32, 64, 128 ...
+columns are a usable encoder of their own, so attaching with fewer bits slices the projection.
+
+File layout, format `hata.encoder/1`:
+
+- tensors `layers.{i}.projection` `[Hkv, D, r]` and, where there is one, `layers.{i}.bias`
+  `[Hkv, r]`; a dense layer has neither;
+- header metadata, all strings: `format`, `model_type`, `num_layers`, `heads`, `kv_heads`,
+  `head_dim`, `bits`, `key_norms` ("true" or "false"), `dense_layers` (a JSON list) and `made`
+  (a JSON object that says how it was made).
+
+Everything here is NumPy: no framework is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from hata.errors import EncoderError
+
+FORMAT = "hata.encoder/1"
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+_DTYPES = frozenset({"float32", "float16", "bfloat16"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What an encoder must agree with a model on.
+
+    Attributes:
+        model_type: `config.model_type`; `""` where the configuration has none.
+        num_layers: Decoder layers.
+        heads: Query heads of a layer.
+        kv_heads: KV heads of a layer.
+        head_dim: Size of a query or key vector.
+    """
+
+    model_type: str
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Read a Hugging Face configuration, or any object or mapping with its attributes."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+        def read(*names: str) -> Any:
+            for name in names:
+                value = (
+                    text.get(name) if isinstance(text, Mapping) else getattr(text, name, None)
+                )
+                if value is not None:
+                    return value
+            return None
+
+        heads = read("num_attention_heads", "n_head", "heads")
+        found = {
+            "num_layers": read("num_hidden_layers", "n_layer", "num_layers"),
+            "heads": heads,
+            "kv_heads": read("num_key_value_heads", "kv_heads") or heads,
+            # The key of a latent-attention model is longer than its `head_dim`.
+            "head_dim": read("qk_head_dim", "head_dim"),
+        }
+        hidden = read("hidden_size", "n_embd")
+        if found["head_dim"] is None and hidden and heads:
+            found["head_dim"] = hidden // heads
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EncoderError(
+                    f"config: got {type(text).__name__} with {name} = {value!r}, expected a whole "
+                    "number; pass a decoder's configuration, or an object with num_hidden_layers, "
+                    "num_attention_heads, num_key_value_heads and head_dim"
+                )
+        return cls(str(read("model_type") or ""), **found)
+
+    def differences(self, other: ModelShape) -> list[str]:
+        """`"name a against b"` for every field that differs; an unknown model type fits all."""
+        return [
+            f"{f.name} {getattr(self, f.name)!r} against {getattr(other, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+            and not (f.name == "model_type" and "" in (self.model_type, other.model_type))
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A model's projections and what they were made for.
+
+    Attributes:
+        shape: The model they fit.
+        bits: Bits of a code, r; a multiple of 32.
+        projections: One per layer, `[kv_heads, head_dim, bits]`; `None` where the layer is dense.
+        biases: One per layer, `[kv_heads, bits]`, or `None` where a layer has none.
+        key_norms: Whether scores are weighted with the norms of the keys.
+        made: How it was made: strings and numbers only.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+        >>> Encoder.random(config, bits=64).projection(1, bits=32).shape
+        (4, 16, 32)
+    """
+
+    shape: ModelShape
+    bits: int
+    projections: tuple[np.ndarray | None, ...]
+    biases: tuple[np.ndarray | None, ...] = ()
+    key_norms: bool = False
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "projections", tuple(self.projections))
+        biases = tuple(self.biases) or (None,) * len(self.projections)
+        object.__setattr__(self, "biases", biases)
+        object.__setattr__(self, "made", MappingProxyType(dict(self.made)))
+        _check_bits(self.bits)
+        for name, arrays in (("projections", self.projections), ("biases", self.biases)):
+            if len(arrays) != self.shape.num_layers:
+                raise EncoderError(
+                    f"{name}: got {len(arrays)} layers, expected {self.shape.num_layers}, one per "
+                    "layer of the model; put None for a dense layer"
+                )
+        shape = self.shape
+        for layer, (projection, bias) in enumerate(
+            zip(self.projections, self.biases, strict=True)
+        ):
+            if projection is None:
+                if bias is not None:
+                    raise EncoderError(
+                        f"layers.{layer}.bias: got a bias but no projection, expected both or "
+                        "neither"
+                    )
+                continue
+            _check_array(
+                f"layers.{layer}.projection",
+                projection,
+                (shape.kv_heads, shape.head_dim, self.bits),
+            )
+            if bias is not None:
+                _check_array(f"layers.{layer}.bias", bias, (shape.kv_heads, self.bits))
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers that have no projection."""
+        return tuple(i for i, projection in enumerate(self.projections) if projection is None)
+
+    @classmethod
+    def random(
+        cls, config: Any, bits: int = 256, seed: int = 0, *, key_norms: bool = False
+    ) -> Encoder:
+        """The untrained default: random orthogonal projections.
+
+        The columns come in blocks of `head_dim`, each block the Q of a Gaussian square matrix, so
+        that no two bits of a block ask the same question. Every (layer, head, block) has its own
+        PCG64 stream and the result is rounded to bfloat16 (kept in float32): the same bytes on
+        every machine, in every dtype of a model, and `random(config, 128)` is the first half of
+        `random(config, 256)`.
+
+        Args:
+            config: A model's configuration, see `ModelShape.of`.
+            bits: Bits of a code; a multiple of 32.
+            seed: Another seed gives other projections.
+            key_norms: Weight scores with the norms of the keys.
+
+        Raises:
+            EncoderError: The configuration lacks a number, or bits is not a multiple of 32.
+        """
+        shape = ModelShape.of(config)
+        _check_bits(bits)
+        blocks = -(-bits // shape.head_dim)
+
+        def block(layer: int, head: int, index: int) -> np.ndarray:
+            stream = np.random.SeedSequence([seed, layer, head, index])
+            gaussian = np.random.Generator(np.random.PCG64(stream)).standard_normal(
+                (shape.head_dim, shape.head_dim)
+            )
+            q, r = np.linalg.qr(gaussian)
+            # LAPACK leaves the signs of Q open; a positive diagonal of R settles them.
+            return q * np.where(np.diag(r) < 0, -1.0, 1.0)
+
+        projections = []
+        for layer in range(shape.num_layers):
+            heads = [
+                np.concatenate([block(layer, head, i) for i in range(blocks)], axis=1)[:, :bits]
+                for head in range(shape.kv_heads)
+            ]
+            projections.append(_round_to_bfloat16(np.stack(heads)))
+        made = {"recipe": "random", "seed": seed, "blocks": "orthogonal"}
+        return cls(shape, bits, tuple(projections), key_norms=key_norms, made=made)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Encoder:
+        """Read an encoder file.
+
+        Raises:
+            EncoderError: The file is absent, a pickle, truncated, of another format, or does not
+                hold what its metadata says.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if path.suffix.lower() in _PICKLES:
+            raise EncoderError(
+                f"encoder: got {path}, a pickle, which can run code when it is read; expected a "
+                f"safetensors file; convert it first: hata convert {path}"
+            )
+        if not path.is_file():
+            raise EncoderError(
+                f"encoder: got {path}, which is not a file; expected a safetensors file, or "
+                '"random" for the untrained encoder'
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                found = header.get("format", "none")
+                if found != FORMAT:
+                    raise EncoderError(
+                        f"encoder: got {path} of format {found!r}, expected {FORMAT!r}; "
+                        "write one with Encoder.save"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError) as error:
+            raise EncoderError(
+                f"encoder: got {path}, which cannot be read as safetensors ({error}); expected a "
+                "whole file of known dtypes; fetch or write it again"
+            ) from error
+        return _assemble(path, header, tensors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all: a temporary file beside it, then a rename."""
+        from safetensors.numpy import save
+
+        path = Path(path)
+        if path.suffix.lower() != ".safetensors":
+            raise EncoderError(
+                f"path: got {path}, expected a name that ends in .safetensors; rename it"
+            )
+        tensors = {}
+        for layer, (projection, bias) in enumerate(
+            zip(self.projections, self.biases, strict=True)
+        ):
+            if projection is not None:
+                tensors[f"layers.{layer}.projection"] = np.ascontiguousarray(projection)
+            if bias is not None:
+                tensors[f"layers.{layer}.bias"] = np.ascontiguousarray(bias)
+        header = {
+            "format": FORMAT,
+            **{f.name: str(getattr(self.shape, f.name)) for f in fields(self.shape)},
+            "bits": str(self.bits),
+            "key_norms": "true" if self.key_norms else "false",
+            "dense_layers": json.dumps(list(self.dense_layers)),
+            "made": json.dumps(dict(self.made), sort_keys=True),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(save(tensors, metadata=header))
+                file.flush()
+                os.fsync(file.fileno())
+            # A temporary file is private; the encoder gets what `open` would have given it.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def check(self, config: Any) -> None:
+        """Raise `EncoderError`, naming both sides, unless this encoder was made for `config`."""
+        differences = self.shape.differences(ModelShape.of(config))
+        if differences:
+            raise EncoderError(
+                "encoder: does not fit the model (encoder against model): "
+                + "; ".join(differences)
+                + '; load the encoder of this model, or use "random"'
+            )
+
+    def projection(self, layer: int, bits: int | None = None) -> np.ndarray:
+        """The projection of a layer, `[kv_heads, head_dim, bits]`: its first `bits` columns.
+
+        Raises:
+            EncoderError: The layer is dense or absent, or the encoder has fewer bits.
+        """
+        projection = self._layer(self.projections, layer)
+        if projection is None:
+            raise EncoderError(
+                f"layer: got {layer}, which this encoder leaves dense; expected one with a "
+                "projection; select None for that layer"
+            )
+        return projection[..., : self._width(bits)]
+
+    def bias(self, layer: int, bits: int | None = None) -> np.ndarray | None:
+        """The bias of a layer, `[kv_heads, bits]`, or `None` where it has none."""
+        bias = self._layer(self.biases, layer)
+        return None if bias is None else bias[..., : self._width(bits)]
+
+    def _layer(self, arrays: tuple[np.ndarray | None, ...], layer: int) -> np.ndarray | None:
+        if not 0 <= layer < len(arrays):
+            raise EncoderError(f"layer: got {layer}, expected 0 to {len(arrays) - 1}")
+        return arrays[layer]
+
+    def _width(self, bits: int | None) -> int:
+        if bits is None:
+            return self.bits
+        _check_bits(bits)
+        if bits > self.bits:
+            raise EncoderError(
+                f"bits: got {bits}, expected at most {self.bits}, the bits of this encoder; "
+                "select fewer bits or use an encoder with more"
+            )
+        return bits
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return (
+            f"Encoder({self.made.get('recipe', 'unknown')!r}, model_type={shape.model_type!r}, "
+            f"layers={shape.num_layers}, heads={shape.heads}/{shape.kv_heads}, "
+            f"head_dim={shape.head_dim}, bits={self.bits}, key_norms={self.key_norms})"
+        )
+
+
+def _check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits < 32 or bits % 32:
+        raise EncoderError(f"bits: got {bits!r}, expected a positive multiple of 32")
+
+
+def _check_array(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise EncoderError(f"{name}: got shape {array.shape}, expected {expected}")
+    if array.dtype.name not in _DTYPES:
+        raise EncoderError(
+            f"{name}: got dtype {array.dtype.name}, expected one of {', '.join(sorted(_DTYPES))}"
+        )
+
+
+def _assemble(
+    path: Path, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> Encoder:
+    """Build an encoder of a file's parts; every disagreement is an `EncoderError`."""
+    try:
+        shape = ModelShape(
+            header["model_type"],
+            *(int(header[name]) for name in ("num_layers", "heads", "kv_heads", "head_dim")),
+        )
+        bits = int(header["bits"])
+        key_norms = {"true": True, "false": False}[header["key_norms"]]
+        dense = json.loads(header["dense_layers"])
+        made = json.loads(header["made"])
+    except (KeyError, ValueError) as error:
+        raise EncoderError(
+            f"encoder: got {path} with metadata that is absent or malformed ({error!r}), expected "
+            "that of " + FORMAT + "; write it again with Encoder.save"
+        ) from error
+    names = {
+        f"layers.{layer}.{part}"
+        for layer in range(shape.num_layers)
+        for part in ("projection", "bias")
+    }
+    if unknown := sorted(set(tensors) - names):
+        raise EncoderError(
+            f"encoder: got {path} with tensors {unknown[:4]}, expected layers.N.projection and "
+            f"layers.N.bias with N below {shape.num_layers}"
+        )
+    projections = tuple(tensors.get(f"layers.{i}.projection") for i in range(shape.num_layers))
+    biases = tuple(tensors.get(f"layers.{i}.bias") for i in range(shape.num_layers))
+    if [i for i, p in enumerate(projections) if p is None] != dense:
+        raise EncoderError(
+            f"encoder: got {path} that declares the dense layers {dense} but has no projection for "
+            f"{[i for i, p in enumerate(projections) if p is None]}; the file is damaged, fetch or "
+            "write it again"
+        )
+    return Encoder(shape, bits, projections, biases, key_norms, made)
+
+
+def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest bfloat16, ties to even, kept as float32."""
+    words = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = words + 0x7FFF + ((words >> 16) & 1)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -1,0 +1,316 @@
+"""The registry: which backend and which profile are in force. The one mutable global.
+
+Requirements this module meets:
+
+- backends are named as strings and imported at first use; nothing here imports a framework;
+- an explicit choice never falls back silently, and a choice that fails changes nothing;
+- `"auto"` (the default) chooses per op and problem: the fastest backend that the profile in force
+  has measured, else the first of `AUTO_ORDER` that can run it, then third parties by name;
+- `set_backend` is process-wide and seen by all threads; `use_backend` is context-local;
+- a broken third-party backend is reported and harms no other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hata.arrays import Framework
+from hata.backend import Backend, Config
+from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBackend
+from hata.problem import Problem
+
+if TYPE_CHECKING:
+    from hata.profile import Match, Profile
+
+BUILT_IN = {
+    "reference": "hata.backends.reference:ReferenceBackend",
+    "triton": "hata.backends.triton:TritonBackend",
+    "cupy": "hata.backends.cupy:CuPyBackend",
+}
+AUTO_ORDER = ("cupy", "triton", "reference")
+ENTRY_POINTS = "hata.backends"
+
+
+class BackendInfo(NamedTuple):
+    """What is known of a backend: its name, whether it can run here, and if not, why."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class _State:
+    """What can change: the default backend, loaded backends, the profile."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.default = os.environ.get("HATA_BACKEND", "auto")
+        self.backends: dict[str, Backend] = {}
+        self.profile: Profile | None = None
+        self.profile_known = False
+        # Memo of decisions, emptied whenever anything above changes.
+        self.chosen: dict[tuple, Backend] = {}
+
+
+_state = _State()
+_local: ContextVar[str | None] = ContextVar("hata_backend", default=None)
+_prepare: ContextVar[bool] = ContextVar("hata_prepare", default=False)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {
+        point.name: point
+        for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+        if point.name not in BUILT_IN and point.name != "auto"
+    }
+
+
+def _known() -> list[str]:
+    return [*BUILT_IN, *_plugins()]
+
+
+def _backend_class(name: str) -> type[Backend]:
+    """Import the class of a backend; raises `BackendUnavailable` with the reason if it cannot."""
+    try:
+        if name in BUILT_IN:
+            module, _, attribute = BUILT_IN[name].partition(":")
+            found = getattr(importlib.import_module(module), attribute)
+        else:
+            found = _plugins()[name].load()
+        # A plug-in is somebody else's code: whatever it raises is a reason, not our failure.
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {name!r} failed to load: {type(error).__name__}: {error}; "
+            "repair or uninstall it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise BackendUnavailable(
+            f"backend {name!r}: its entry point names {found!r}, expected a subclass of "
+            "hata.backend.Backend"
+        )
+    return found
+
+
+def load(name: str) -> Backend:
+    """The instance of a backend, imported and checked at its first use.
+
+    Raises:
+        UnknownBackend: no backend has this name.
+        BackendUnavailable: it cannot run here; the message says why.
+    """
+    found = _state.backends.get(name)
+    if found is not None:
+        return found
+    if not isinstance(name, str):
+        raise HataDTypeError(f"backend: got {type(name).__name__}, expected a name (str)")
+    if name not in _known():
+        names = ["auto", *_known()]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownBackend(
+            f"backend: got {name!r}, expected one of {', '.join(map(repr, names))}.{hint}"
+        )
+    with _state.lock:
+        if name not in _state.backends:
+            backend_class = _backend_class(name)
+            reason = backend_class.missing()
+            if reason is not None:
+                raise BackendUnavailable(
+                    f"backend {name!r} cannot run here: {reason}; "
+                    "`hata info` lists every backend and what it needs"
+                )
+            backend = backend_class()
+            backend.look_up_with(_config_of)
+            _state.backends[name] = backend
+        return _state.backends[name]
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of the whole process.
+
+    Args:
+        name: `"auto"`, `"reference"`, `"triton"`, `"cupy"`, or the name of a plug-in.
+
+    Raises:
+        UnknownBackend: no backend has this name (a `ValueError`, with the nearest name).
+        BackendUnavailable: it cannot run here. The choice in force is unchanged.
+    """
+    if name != "auto":
+        load(name)
+    with _state.lock:
+        _state.default = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of this context (thread or task) for the length of a `with` block.
+
+    Raises:
+        UnknownBackend, BackendUnavailable: as `set_backend`.
+    """
+    if name != "auto":
+        load(name)
+    token = _local.set(name)
+    try:
+        yield
+    finally:
+        _local.reset(token)
+
+
+def get_backend() -> str:
+    """Name of the backend in force here, `"auto"` unless one was chosen."""
+    return _local.get() or _state.default
+
+
+def list_backends() -> list[BackendInfo]:
+    """Every known backend, and why it cannot run here where it cannot."""
+    found = []
+    for name in _known():
+        try:
+            reason = _backend_class(name).missing()
+        except BackendUnavailable as error:
+            reason = str(error)
+        found.append(BackendInfo(name, reason is None, reason or ""))
+    return found
+
+
+def use_profile(profile: str | os.PathLike[str] | Profile | None) -> None:
+    """Use a profile in the whole process from now on.
+
+    Args:
+        profile: A path, a loaded `hata.profile.Profile`, or `None` for the usual look-up:
+            `HATA_PROFILE`, the user's cache folder, the shipped profiles, defaults.
+
+    Raises:
+        ProfileError: the file is malformed or of another schema. The profile in force is unchanged.
+    """
+    loaded: Profile | None
+    if profile is None:
+        loaded = None
+    else:
+        from hata.profile import Profile
+
+        loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
+    with _state.lock:
+        _state.profile = loaded
+        _state.profile_known = loaded is not None
+        _forget()
+
+
+def profile_in_force() -> Profile | None:
+    """The profile in force, found at first use; `None` if there is none."""
+    if not _state.profile_known:
+        from hata.profile import find
+
+        with _state.lock:
+            if not _state.profile_known:
+                _state.profile = find()
+                _state.profile_known = True
+                _forget()
+    return _state.profile
+
+
+def _forget() -> None:
+    _state.chosen.clear()
+    for backend in _state.backends.values():
+        backend.look_up_with(_config_of)
+
+
+def _match(backend: Backend, problem: Problem) -> Match | None:
+    profile = profile_in_force()
+    if profile is None:
+        return None
+    return profile.lookup(
+        backend.name,
+        backend.kernel_hash(problem.op),
+        problem,
+        backend.tunables(problem.op, problem),
+    )
+
+
+def _config_of(backend: Backend, problem: Problem) -> Config | None:
+    match = _match(backend, problem)
+    return None if match is None else match.config
+
+
+def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
+    """The backend `"auto"` stands for: measured fastest, else the first that can run."""
+    plugins = [name for name in _known() if name not in BUILT_IN]
+    reasons, able = [], []
+    for name in (*AUTO_ORDER, *plugins):
+        try:
+            backend = load(name)
+            backend.accept(problem, fw, device)
+        except HataError as error:
+            reasons.append(str(error))
+            continue
+        able.append(backend)
+    if not able:
+        raise BackendUnavailable(
+            f"no backend can run {problem.op} on {device}:\n  " + "\n  ".join(reasons)
+        )
+    measured = []
+    for backend in able:
+        match = _match(backend, problem)
+        if match is not None and match.entry is not None:
+            measured.append((match.entry.us.median, len(measured), backend))
+    return min(measured)[2] if measured else able[0]
+
+
+class _Preparation:
+    """Stands in for a backend: a launch prepares the problem and runs nothing."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, launcher: str) -> Callable[..., Any]:
+        def prepare(problem: Problem, *_: Any) -> tuple[None, None]:
+            self._backend.prepare(problem)
+            return None, None
+
+        return prepare
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Ops called in this context compile and load what they need, and run nothing."""
+    token = _prepare.set(True)
+    try:
+        yield
+    finally:
+        _prepare.reset(token)
+
+
+def resolve(problem: Problem, fw: Framework, device: str) -> Any:
+    """The backend that runs this problem now.
+
+    Raises:
+        BackendUnavailable, HataDeviceError, HataDTypeError: the backend in force cannot run it.
+    """
+    name = _local.get() or _state.default
+    key = (name, problem, fw.name, device)
+    backend = _state.chosen.get(key)
+    if backend is None:
+        if name == "auto":
+            backend = _automatic(problem, fw, device)
+        else:
+            backend = load(name)
+            backend.accept(problem, fw, device)
+        if len(_state.chosen) >= 4096:
+            _state.chosen.clear()
+        _state.chosen[key] = backend
+    return _Preparation(backend) if _prepare.get() else backend
+
+
+def reset() -> None:
+    """Forget every choice, as in a new process (for tests)."""
+    global _state
+    _state = _State()
