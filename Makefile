@@ -8,7 +8,9 @@ TEST_THREADS ?= 2
 TUNE_ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# --no-compile: Python compiles what is imported, which is a small part of what is installed.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+LOCKED := $(PIP) --constraint constraints.txt
 INSTALLED := .venv/.installed
 
 # The adapter is tested with two releases of transformers: the one in .venv, and this one, which
@@ -22,6 +24,8 @@ PYTEST := NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --d
 MAKEFLAGS += --no-print-directory
 .PHONY: help install tune test test-main test-other lint lint-imports format clean
 .DELETE_ON_ERROR:
+# Two test runs side by side would only slow each other down.
+.NOTPARALLEL:
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -33,15 +37,14 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once; minutes)" >&2
-	@$(PIP) setuptools >&2
-	@$(PIP) torch >&2
-	@$(PIP) --no-build-isolation --editable '.[dev]' >&2
+	@$(LOCKED) setuptools >&2
+	@$(LOCKED) torch >&2
+	@$(LOCKED) --no-build-isolation --editable '.[dev]' >&2
 	@touch $@
 
 $(OTHER_INSTALLED): $(INSTALLED) Makefile
 	@rm -rf $(OTHER_DIR)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--target $(OTHER_DIR) transformers==$(OTHER_TRANSFORMERS) >&2
+	@$(PIP) --no-deps --target $(OTHER_DIR) transformers==$(OTHER_TRANSFORMERS) >&2
 	@touch $@
 
 # The tuner's last line is the profile's absolute path, alone.
@@ -53,7 +56,7 @@ test: test-main test-other
 test-main: $(INSTALLED)
 	$(PYTEST)
 
-test-other: $(OTHER_INSTALLED) | test-main
+test-other: $(OTHER_INSTALLED)
 	HATA_EXPECT_TRANSFORMERS=$(OTHER_TRANSFORMERS) PYTHONPATH=$(CURDIR)/$(OTHER_DIR) \
 		$(PYTEST) -m hf
 
