@@ -26,7 +26,9 @@ _INT = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # A YAML 1.1 float and a Python float at once: an exponent needs a point and a sign.
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+([eE][-+][0-9]{1,3})?)?")
 # What YAML 1.2 and people read as a number, whatever YAML 1.1 makes of it.
-_NUMERIC = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|0[xob][0-9a-f]+")
+_NUMERIC = re.compile(
+    r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|0[xob][0-9a-f]+"
+)
 _SAFE_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./+-]*")
 
 
@@ -81,7 +83,9 @@ def parse(text: str, source: str) -> Node:
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
-                    fail(source, _line(event), "got a second document, expected one; split the file")
+                    fail(
+                        source, _line(event), "got a second document, expected one; split the file"
+                    )
                 root = _node(next(events), events, source, 1)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -169,14 +173,17 @@ def _is_plain(node: Node) -> bool:
     return node.kind == "scalar" and node.plain
 
 
-class _Dumper(yaml.SafeDumper):
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_DUMPER):
     """Writes what `parse` and the `as_` functions read back as the same values."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+def _represent_text(dumper: Any, value: str) -> yaml.ScalarNode:
     plain = _SAFE_PLAIN.fullmatch(value) and _resolved(value) == "str"
     style = None if plain else '"' if not value.isprintable() else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
@@ -188,5 +195,10 @@ _Dumper.add_representer(str, _represent_text)
 def dump(tree: dict[str, Any]) -> str:
     """YAML of nested dicts, lists and scalars: innermost tables on one line, order as given."""
     return yaml.dump(
-        tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+        tree,
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+        allow_unicode=True,
     )

@@ -1,0 +1,256 @@
+"""Profiles: what the tuner found out, in one YAML file a person can read and compare.
+
+A profile belongs to one device. It holds kernel configurations (*entries*), found by
+`Profile.lookup`, and policies of models (*selections*), found by `Profile.selection_for`. Only
+this package knows that it is YAML: `text` reads and writes strict YAML, `schema` knows the fields,
+`records` are the values, `match` the look-up rule, `store` the places and the locked writing.
+
+The profile in force is the first of: `HATA_PROFILE` (a path, a name, or `none`), the user's cache
+folder, those shipped with hata; else the backends' defaults. A fault in a file the user named is
+an error; a fault in one that was merely found is a warning, and the next place is tried.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hata import device as _device
+from hata.device import Fingerprint
+from hata.errors import HataDeviceError, ProfileError
+from hata.problem import Problem
+from hata.profile import match, schema, store
+from hata.profile.match import Match, ProfileWarning, soft_differences
+from hata.profile.records import (
+    SCHEMA,
+    EncoderKey,
+    Entry,
+    Measured,
+    ModelKey,
+    Quality,
+    SelectionSet,
+    Timing,
+)
+from hata.profile.store import cache_root, named_path, resolve, safe_output
+
+__all__ = [
+    "SCHEMA",
+    "EncoderKey",
+    "Entry",
+    "Fingerprint",
+    "Match",
+    "Measured",
+    "ModelKey",
+    "Profile",
+    "ProfileError",
+    "ProfileWarning",
+    "Quality",
+    "SelectionSet",
+    "Timing",
+    "cache_root",
+    "default_output",
+    "find",
+    "named_path",
+    "resolve",
+    "safe_output",
+    "soft_differences",
+]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile.
+
+    Attributes:
+        fingerprint: The device and the kernels it is valid for.
+        measured: How the entries were measured.
+        entries: Kernel configurations.
+        selections: Policies of models.
+        schema: Always `"hata.profile/1"`.
+        path: The file it was read from or written to.
+        origin: Which rule of `find` found it; `""` where a path was given.
+    """
+
+    fingerprint: Fingerprint
+    measured: Measured
+    entries: tuple[Entry, ...] = ()
+    selections: tuple[SelectionSet, ...] = ()
+    schema: str = SCHEMA
+    path: Path | None = field(default=None, compare=False)
+    origin: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages: its path, or the device it is for."""
+        return str(self.path) if self.path else f"for {self.fingerprint.describe()}"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile, strictly. Nothing a file says is executed.
+
+        Args:
+            path: The file, or the name of one in the user's cache folder (see `resolve`).
+
+        Raises:
+            ProfileError: with file and line, for anything that is not a `hata.profile/1` file:
+                tags, aliases, duplicate or unknown keys, doubtful scalars, values out of range.
+        """
+        file = resolve(path)
+        return cls(**schema.read(store.read(file), str(file)), path=file.absolute())
+
+    def save(self, path: str | os.PathLike[str]) -> Profile:
+        """Write this profile, merged into what the file holds (see `merged_with`).
+
+        Safe against other writers (a lock beside the file), crashes and a full disk (the old file
+        stays). A file of another schema or another device is never overwritten.
+
+        Returns:
+            What the file holds now.
+
+        Raises:
+            ProfileError: if the file may not or cannot be written; it is unchanged then.
+        """
+        target = safe_output(path)
+        written: list[Profile] = []
+
+        def make(old: str | None) -> str:
+            merged = self
+            if old is not None:
+                try:
+                    merged = self.merged_with(Profile(**schema.read(old, str(target))))
+                except ProfileError as error:
+                    raise ProfileError(f"{error}; {target} was left as it is") from None
+            text = schema.write(merged)
+            # What would be refused tomorrow is refused today.
+            written.append(Profile(**schema.read(text, str(target)), path=target))
+            return text
+
+        store.replace(target, make)
+        return written[-1]
+
+    merge_into = save
+
+    def merged_with(self, older: Profile) -> Profile:
+        """This profile, with what `older` knows and this one does not.
+
+        Entries with equal backend and key, and selections of an equal model, are this profile's;
+        entries of kernels that have changed since are dropped, for they could never be used.
+        Measured entries drop all predicted ones.
+
+        Raises:
+            ProfileError: if `older` is of another device, or if predictions would be mixed into
+                measurements.
+        """
+        mine, theirs = self.fingerprint, older.fingerprint
+        if mine.identity != theirs.identity:
+            raise ProfileError(
+                f"the profile there is for {theirs.describe()}, the new one for "
+                f"{mine.describe()}; choose another file"
+            )
+        if self.measured.predicted and not older.measured.predicted and older.entries:
+            raise ProfileError(
+                "the profile there was measured, the new one is predicted; choose another file"
+            )
+        kernels = {backend: dict(ops) for backend, ops in theirs.kernels.items()}
+        for backend, ops in mine.kernels.items():
+            kernels.setdefault(backend, {}).update(ops)
+        known = {(entry.backend, entry.key) for entry in self.entries}
+        kept = [
+            entry
+            for entry in older.entries
+            if (entry.backend, entry.key) not in known
+            and theirs.kernels.get(entry.backend, {}).get(entry.op)
+            == kernels.get(entry.backend, {}).get(entry.op)
+            and older.measured.predicted == self.measured.predicted
+        ]
+        models = {selections.model for selections in self.selections}
+        others = [selections for selections in older.selections if selections.model not in models]
+        return replace(
+            self,
+            fingerprint=replace(mine, kernels=kernels),
+            entries=(*self.entries, *kept),
+            selections=(*self.selections, *others),
+        )
+
+    def lookup(
+        self,
+        backend: str,
+        kernel_hash: str,
+        problem: Problem,
+        tunables: Mapping[str, tuple],
+        *,
+        refuse: Callable[[Mapping[str, int | str | bool]], str | None] | None = None,
+        here: Fingerprint | None = None,
+    ) -> Match:
+        """The configuration for a problem. Not memoised: ask once a problem.
+
+        Args:
+            backend: Name of the backend.
+            kernel_hash: `Backend.kernel_hash(problem.op)` of the sources here.
+            problem: What is to run.
+            tunables: `Backend.tunables(problem.op, problem)`; an entry that steps outside is
+                refused.
+            refuse: Says why a configuration cannot run for a reason that no single knob shows,
+                such as shared memory over the limit; `None` if it can.
+            here: The device at hand; `None`: that of `problem.device`.
+
+        Returns:
+            The match. A refused entry or profile is warned of once (`ProfileWarning`), a soft
+            difference logged once.
+        """
+        return match.lookup(self, backend, kernel_hash, problem, tunables, refuse, here)
+
+    def selection_for(self, model: ModelKey) -> SelectionSet | None:
+        """The policy for a model: of that model, else of one with equal sizes, else synthetic.
+
+        Callers warn of the second (compare `.model.name`) and the third (`.source`).
+        """
+        shape = replace(model, name="")
+        for found in self.selections:
+            if found.model == model:
+                return found
+        for found in self.selections:
+            if found.source == "measured" and replace(found.model, name="") == shape:
+                return found
+        return next((found for found in self.selections if found.source == "synthetic"), None)
+
+
+def find(device: str | None = None) -> Profile | None:
+    """The profile in force by the look-up order, `None` for defaults.
+
+    Args:
+        device: Kind of device it should be for; `None`: a GPU where one is visible, else the CPU.
+
+    Raises:
+        ProfileError: if `HATA_PROFILE` names something that is not a profile.
+    """
+    named = os.environ.get("HATA_PROFILE", "").strip()
+    if named == "none":
+        return None
+    if named:
+        try:
+            return replace(Profile.load(named), origin="HATA_PROFILE")
+        except ProfileError as error:
+            raise ProfileError(f"HATA_PROFILE: {error}") from None
+    try:
+        slug = _device.fingerprint(device or _device.default_device()).slug
+    except HataDeviceError:
+        return None
+    for origin, place in (("user cache", named_path), ("shipped", _shipped_path)):
+        try:
+            if place(slug).is_file():
+                return replace(Profile.load(place(slug)), origin=origin)
+        except ProfileError as error:
+            match.warn_once(None, f"profile ignored: {error}")
+    return None
+
+
+def default_output(device: Fingerprint | None = None) -> Path:
+    """Where a profile of this device is found without being named: the user's cache folder."""
+    return named_path((device or _device.fingerprint(_device.default_device())).slug)
+
+
+def _shipped_path(slug: str) -> Path:
+    return store.SHIPPED / f"{slug}.yaml"
