@@ -7,6 +7,7 @@ expected, and the fix.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -15,6 +16,8 @@ from hata.backend import Budget
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 
 MAX_HEAD_DIM = 576
+# Sizes without an upper limit mean "all" from here on: no array has more slots.
+_ALL = 2**31 - 1
 
 
 class Arrays:
@@ -180,18 +183,35 @@ def whole(name: str, value: Any, least: int) -> int:
     return value
 
 
+def count(name: str, value: Any) -> int:
+    """A number of keys that may be larger than there are keys; kernels get at most 2**31 - 1."""
+    return min(whole(name, value, 0), _ALL)
+
+
 def real(name: str, value: Any) -> float:
-    """A finite float argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            value = value.__float__() if type(value).__module__ == "numpy" else None
-        except (AttributeError, TypeError):
-            value = None
-        if value is None:
-            raise HataDTypeError(f"{name}: expected a float")
-    if not math.isfinite(value):
-        raise HataShapeError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+    """A finite float argument; NumPy's real scalars are numbers, bool and arrays are not."""
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
+        raise HataDTypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}, expected a float; pass a number"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise HataShapeError(f"{name}: got {number}, expected a finite number")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool argument."""
+    if not isinstance(value, bool):
+        raise HataDTypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}, expected True or False"
+        )
+    return value
 
 
 def budget(k: Any, ratio: Any, k_min: Any, sink: Any, recent: Any) -> Budget:
@@ -202,17 +222,13 @@ def budget(k: Any, ratio: Any, k_min: Any, sink: Any, recent: Any) -> Budget:
         HataDTypeError: an argument is no int (k, k_min, sink, recent) or no float (ratio).
     """
     k = whole("k", k, 1)
-    k_min, sink, recent = (
-        whole("k_min", k_min, 0),
-        whole("sink", sink, 0),
-        whole("recent", recent, 0),
-    )
+    k_min, sink, recent = count("k_min", k_min), whole("sink", sink, 0), whole("recent", recent, 0)
     if sink + recent > k:
         raise HataShapeError(
             f"sink + recent: got {sink} + {recent}, expected at most k = {k}; they count within "
             "the budget, so raise k or lower them"
         )
-    if k >= 2**31:
+    if k > _ALL:
         raise HataShapeError(f"k: got {k}, expected less than 2**31")
     if ratio is None:
         return Budget(k, -1, k_min, sink, recent)

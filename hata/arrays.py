@@ -86,7 +86,8 @@ class _NumPy(Framework):
 
     def signature(self, x: Any) -> tuple:
         pointer, readonly = x.__array_interface__["data"]
-        return x.shape, x.strides, x.dtype, pointer & 15, readonly
+        # The class too: a masked array has all else in common with its plain twin.
+        return x.__class__, x.shape, x.strides, x.dtype, pointer & 15, readonly
 
     def dtype(self, x: Any) -> str:
         if not x.dtype.isnative:
@@ -103,7 +104,9 @@ class _NumPy(Framework):
         return not x.flags.writeable
 
     def refusal(self, x: Any) -> str | None:
-        if any(s % x.itemsize for s in x.strides):
+        if isinstance(x, self._np.ma.MaskedArray):
+            return "a masked array's mask would be ignored; call .filled() first"
+        if x.itemsize and any(s % x.itemsize for s in x.strides):
             return f"strides {x.strides} bytes are no multiples of the item size {x.itemsize}"
         return None
 
@@ -126,7 +129,9 @@ class _Torch(Framework):
 
     def signature(self, x: Any) -> tuple:
         grad = x.requires_grad and self._torch.is_grad_enabled()
-        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, grad
+        # The class and the lazy sign too: all else may be that of a tensor that passed.
+        alike = x.__class__, x.is_neg(), x.shape, x.stride(), x.dtype, x.device
+        return *alike, x.data_ptr() & 15, grad
 
     def dtype(self, x: Any) -> str:
         return self._names.get(x.dtype) or str(x.dtype).removeprefix("torch.")
@@ -144,10 +149,17 @@ class _Torch(Framework):
         return x.requires_grad and self._torch.is_grad_enabled()
 
     def refusal(self, x: Any) -> str | None:
-        if x.layout is not self._torch.strided:
-            return f"layout {x.layout} has no strides"
+        if x.layout is not self._torch.strided or x.is_nested:
+            kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+            return f"{kind} has no strides; pass a dense tensor"
         if x.is_neg() or x.is_conj():
             return "it is a lazy negated or conjugated view; call .resolve_neg().resolve_conj()"
+        try:
+            without = not x.is_meta and x.numel() > 0 and x.data_ptr() == 0
+        except RuntimeError:
+            without = True
+        if without:
+            return "it has no memory of its own (a fake, vmapped or wrapper tensor); unwrap it"
         return None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
@@ -214,6 +226,8 @@ class _JAX(Framework):
     def refusal(self, x: Any) -> str | None:
         if isinstance(x, self._jax.core.Tracer):
             return "it is traced by jax.jit; call the op outside jit or through jax.pure_callback"
+        if not hasattr(x.device, "platform"):
+            return "it lies on several devices; gather it on one with jax.device_put"
         return None
 
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

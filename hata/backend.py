@@ -77,7 +77,6 @@ class Backend(ABC):
     def __init__(self) -> None:
         self._lookup: Callable[[Backend, Problem], Config | None] | None = None
         self._configs: dict[Problem, Config] = {}
-        self._accepted: set[tuple[Problem, str]] = set()
 
     # What the author of a backend declares.
 
@@ -198,16 +197,18 @@ class Backend(ABC):
         override = _override.get()
         if override is not None and override[0] == self.name and override[1] == problem.op:
             return override[2]
-        config = self._configs.get(problem)
+        configs = self._configs
+        config = configs.get(problem)
         if config is None:
             found = self._lookup(self, problem) if self._lookup is not None else None
-            config = self._configs[problem] = found or self.default(problem)
+            config = configs[problem] = found or self.default(problem)
         return config
 
     def look_up_with(self, lookup: Callable[[Backend, Problem], Config | None] | None) -> None:
         """Take configurations from `lookup` from now on (the registry, when a profile changes)."""
         self._lookup = lookup
-        self._configs.clear()
+        # A new dict: a thread that is looking up by what was in force writes into the old one.
+        self._configs = {}
 
     def accept(self, problem: Problem, fw: Framework, device: str) -> None:
         """Raise unless this backend runs `problem` on arrays of `fw`. Memoised by the caller."""

@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ class Encoder:
         object.__setattr__(self, "projections", tuple(self.projections))
         biases = tuple(self.biases) or (None,) * len(self.projections)
         object.__setattr__(self, "biases", biases)
-        object.__setattr__(self, "made", MappingProxyType(dict(self.made)))
+        object.__setattr__(self, "made", dict(self.made))
         _check_bits(self.bits)
         for name, arrays in (("projections", self.projections), ("biases", self.biases)):
             if len(arrays) != self.shape.num_layers:
@@ -326,6 +325,10 @@ class Encoder:
                 "select fewer bits or use an encoder with more"
             )
         return bits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
+        # Nothing here changes, so a copied model may share it.
+        return self
 
     def __repr__(self) -> str:
         shape = self.shape

@@ -150,6 +150,7 @@ def hamming_topk(
             q_codes, k_codes, lengths, starts, key_norms, k, ratio, k_min, sink, recent, per_head
         )
     budget = arguments.budget(k, ratio, k_min, sink, recent)
+    per_head = arguments.flag("per_head", per_head)
     fw, problem, device = checks.hamming_topk(
         q_codes, k_codes, budget, lengths, starts, key_norms, per_head
     )
@@ -346,8 +347,8 @@ def hash_attend(
         )
     budget = arguments.budget(k, ratio, k_min, sink, recent)
     softcap = arguments.softcap(softcap)
-    fresh = arguments.whole("fresh", fresh, 0)
-    dense_below = arguments.whole("dense_below", dense_below, 0)
+    fresh = arguments.count("fresh", fresh)
+    dense_below = arguments.count("dense_below", dense_below)
     fw, problem, device = checks.hash_attend(
         q,
         keys,

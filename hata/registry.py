@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.default = os.environ.get("HATA_BACKEND", "auto")
+        self.default = os.environ.get("HATA_BACKEND") or "auto"
         self.backends: dict[str, Backend] = {}
         self.profile: Profile | None = None
         self.profile_known = False
@@ -96,7 +97,24 @@ def _backend_class(name: str) -> type[Backend]:
             f"backend {name!r}: its entry point names {found!r}, expected a subclass of "
             "hata.backend.Backend"
         )
+    if getattr(found, "name", None) != name:
+        raise BackendUnavailable(
+            f"backend {name!r}: its class {found.__qualname__} has the name "
+            f"{getattr(found, 'name', None)!r}, expected that of its entry point"
+        )
     return found
+
+
+def _missing(backend_class: type[Backend]) -> str | None:
+    """Why a backend cannot run here; a failure to say so is a reason too."""
+    try:
+        reason = backend_class.missing()
+    except Exception as error:
+        return f"its missing() failed: {type(error).__name__}: {error}"
+    if reason is None and inspect.isabstract(backend_class):
+        absent = ", ".join(sorted(backend_class.__abstractmethods__))
+        return f"its class is abstract: it does not implement {absent}"
+    return reason
 
 
 def load(name: str) -> Backend:
@@ -106,11 +124,13 @@ def load(name: str) -> Backend:
         UnknownBackend: no backend has this name.
         BackendUnavailable: it cannot run here; the message says why.
     """
+    if not isinstance(name, str):
+        raise HataDTypeError(
+            f"backend: got {name!r} of type {type(name).__name__}, expected a name (str)"
+        )
     found = _state.backends.get(name)
     if found is not None:
         return found
-    if not isinstance(name, str):
-        raise HataDTypeError(f"backend: got {type(name).__name__}, expected a name (str)")
     if name not in _known():
         names = ["auto", *_known()]
         close = difflib.get_close_matches(name, names, n=1)
@@ -121,13 +141,19 @@ def load(name: str) -> Backend:
     with _state.lock:
         if name not in _state.backends:
             backend_class = _backend_class(name)
-            reason = backend_class.missing()
+            reason = _missing(backend_class)
             if reason is not None:
                 raise BackendUnavailable(
                     f"backend {name!r} cannot run here: {reason}; "
                     "`hata info` lists every backend and what it needs"
                 )
-            backend = backend_class()
+            try:
+                backend = backend_class()
+            except Exception as error:
+                raise BackendUnavailable(
+                    f"backend {name!r} failed to start: {type(error).__name__}: {error}; "
+                    "repair or uninstall it"
+                ) from error
             backend.look_up_with(_config_of)
             _state.backends[name] = backend
         return _state.backends[name]
@@ -175,7 +201,7 @@ def list_backends() -> list[BackendInfo]:
     found = []
     for name in _known():
         try:
-            reason = _backend_class(name).missing()
+            reason = _missing(_backend_class(name))
         except BackendUnavailable as error:
             reason = str(error)
         found.append(BackendInfo(name, reason is None, reason or ""))
@@ -219,7 +245,8 @@ def profile_in_force() -> Profile | None:
 
 
 def _forget() -> None:
-    _state.chosen.clear()
+    # A new dict: a thread that is choosing by what was in force writes into the old one.
+    _state.chosen = {}
     for backend in _state.backends.values():
         backend.look_up_with(_config_of)
 
@@ -245,12 +272,23 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
     """The backend `"auto"` stands for: measured fastest, else the first that can run."""
     plugins = [name for name in _known() if name not in BUILT_IN]
     reasons, able = [], []
+    kind = device.partition(":")[0]
     for name in (*AUTO_ORDER, *plugins):
         try:
+            # First the device, which costs nothing to compare: to ask a backend whether it could
+            # run at all may import a framework that this caller does not use.
+            devices = _backend_class(name).devices
+            if kind not in devices:
+                reasons.append(f"backend {name!r} runs on {' or '.join(sorted(devices))} alone")
+                continue
             backend = load(name)
             backend.accept(problem, fw, device)
         except HataError as error:
             reasons.append(str(error))
+            continue
+        except Exception as error:
+            # Code of a plug-in, such as its unsupported(): it must not harm the others.
+            reasons.append(f"backend {name!r} failed: {type(error).__name__}: {error}")
             continue
         able.append(backend)
     if not able:
@@ -297,16 +335,17 @@ def resolve(problem: Problem, fw: Framework, device: str) -> Any:
     """
     name = _local.get() or _state.default
     key = (name, problem, fw.name, device)
-    backend = _state.chosen.get(key)
+    chosen = _state.chosen
+    backend = chosen.get(key)
     if backend is None:
         if name == "auto":
             backend = _automatic(problem, fw, device)
         else:
             backend = load(name)
             backend.accept(problem, fw, device)
-        if len(_state.chosen) >= 4096:
-            _state.chosen.clear()
-        _state.chosen[key] = backend
+        if len(chosen) >= 4096:
+            chosen.clear()
+        chosen[key] = backend
     return _Preparation(backend) if _prepare.get() else backend
 
 

@@ -14,9 +14,14 @@ from torch.library import custom_op
 from hata import ops
 
 
+def _plain(x: Tensor) -> Tensor:
+    """`x` without its Python subclass, of which the ops would make a custom op again."""
+    return x if type(x) is Tensor else x.as_subclass(Tensor)
+
+
 @custom_op("hata::encode", mutates_args=())
 def _encode(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
-    return ops.encode(x, projection, bias)
+    return ops.encode(_plain(x), projection, bias)
 
 
 @_encode.register_fake
@@ -28,7 +33,7 @@ def _(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
 def _encode_inplace(
     x: Tensor, projection: Tensor, bias: Tensor | None, out: Tensor, norms: Tensor | None
 ) -> None:
-    ops.encode(x, projection, bias, out=out, norms=norms)
+    ops.encode(_plain(x), projection, bias, out=out, norms=norms)
 
 
 @_encode_inplace.register_fake
@@ -53,7 +58,7 @@ def _hamming_topk(
     per_head: bool,
 ) -> Tensor:
     return ops.hamming_topk(
-        q_codes,
+        _plain(q_codes),
         k_codes,
         k,
         lengths=lengths,
@@ -103,7 +108,7 @@ def _sparse_attend(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     return ops.sparse_attend(
-        q,
+        _plain(q),
         keys,
         values,
         indices,
@@ -152,7 +157,7 @@ def _hash_attend(
     fresh: int,
 ) -> tuple[Tensor, Tensor]:
     return ops.hash_attend(
-        q,
+        _plain(q),
         keys,
         values,
         key_codes,

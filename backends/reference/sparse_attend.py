@@ -1,0 +1,364 @@
+"""sparse_attend: attention over selected keys, on a CPU (arXiv 2506.02572, section 3).
+
+logit = scale * q.k, then softcap * tanh(logit / softcap); out = softmax(logits) . values, with
+`sink_logits` in the denominator; lse = log(sum of exp(logit)).
+
+The keys of a selection are taken `tile` at a time, in order. A tile gathers each of its rows once
+for all query heads of the group and leaves, per query, its largest logit, its sum of exponentials
+and its weighted sum of values (fp32). Whoever finishes the last tile of a selection merges them in
+the order of the tiles: the bits of a row depend on that row and on `tile` alone, not on threads.
+Rows of fp16 and bf16 are widened four at a time; nothing but gathered rows is read.
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hata.arrays import ITEMSIZE, Framework
+from hata.problem import Problem
+
+from .codes import clear
+from .encode import half_from_float, load_number, widen
+from .intrinsics import (
+    BFLOAT16,
+    DTYPE_CODES,
+    FLOAT32,
+    bits_double,
+    fetch_add,
+    float_bits,
+    load_f32,
+    load_i32,
+    load_i64,
+    prefetch,
+    store_16,
+    store_64,
+    store_f32,
+)
+from .rows import (
+    accumulate4,
+    add_row,
+    copy_float32,
+    divide_row,
+    dot4,
+    exp_shifted,
+    row_maximum,
+    scale_row,
+)
+from .schedule import (
+    COUNTERS,
+    THREADS,
+    Worker,
+    address_of,
+    carve,
+    claim,
+    control_words,
+    device,
+    draw,
+    inlined,
+    layout,
+    record_view,
+    workers,
+)
+
+TUNABLES = {"threads": THREADS, "tile": (64, 128, 256, 512, 1024)}
+DEFAULTS = {"threads": "all", "tile": 256}
+
+# rows ahead of the one in use that are asked for
+_AHEAD = 8
+
+FIELDS = (
+    "batch", "index_heads", "kv_heads", "tokens", "slots", "k",
+    "indices", "indices_b", "indices_h", "indices_t",
+    "q", "q_b", "q_h", "q_t", "keys", "keys_b", "keys_h", "keys_s",
+    "values", "values_b", "values_h", "values_s", "dtype", "depth", "value_depth",
+    "group", "scale_bits", "softcap_bits", "sink_logits", "sink_dtype",
+    "out", "out_b", "out_h", "out_t", "lse", "tile", "partials",
+    "control", "scratch", "scratch_bytes",
+)  # fmt: skip
+
+NEGATIVE_INFINITY = np.float32(-np.inf)
+
+
+attend_view = record_view(FIELDS)
+
+
+@inlined
+def partial_bytes(group: int, value_depth: int) -> int:
+    """Bytes of what one tile leaves: maximum and sum, and a row of values, for each query."""
+    return group * (64 + 4 * value_depth)
+
+
+@inlined
+def tile_scratch(tile: int, group: int, depth: int, value_depth: int) -> int:
+    """Bytes of scratch that `attend_tile` needs."""
+    padded = (tile + 15) // 16 * 16
+    return 16 * (tile + 4) + 4 * group * (depth + padded) + 4 * 5 * max(depth, value_depth)
+
+
+@inlined
+def prefetch_row(address: int, size: int) -> None:
+    """Ask for the cache lines of a row."""
+    for line in range(0, size, 64):
+        prefetch(address + line)
+
+
+@device
+def attend_tile(
+    call: Any, row: int, index_head: int, token: int, indices: int, first: int, count: int,
+    partial: int, scratch: int,
+) -> None:  # fmt: skip
+    """Attend the queries of one selection to `count` of its keys.
+
+    The keys are those at `indices`, or, where that is 0, the positions from `first` on.
+    """
+    group, depth, value_depth, dtype = call.group, call.depth, call.value_depth, call.dtype
+    kv_head = index_head // (call.index_heads // call.kv_heads)
+    keys = call.keys + row * call.keys_b + kv_head * call.keys_h
+    values = call.values + row * call.values_b + kv_head * call.values_h
+    padded = (call.tile + 15) // 16 * 16
+    key_rows = scratch
+    value_rows = key_rows + 8 * (call.tile + 4)
+    queries = value_rows + 8 * (call.tile + 4)
+    logits = queries + 4 * group * depth
+    wide = logits + 4 * group * padded
+    zeros = wide + 16 * max(depth, value_depth)
+    size = 0
+    for n in range(count):
+        position = first + n if indices == 0 else load_i32(indices + 4 * n)
+        if position >= 0 and position < call.slots:
+            store_64(key_rows + 8 * size, keys + position * call.keys_s)
+            store_64(value_rows + 8 * size, values + position * call.values_s)
+            size += 1
+    for n in range(size, (size + 3) // 4 * 4):
+        # the logits of these are dropped, and their values are zeros
+        store_64(key_rows + 8 * n, load_i64(key_rows))
+    item_size = 4 if dtype == FLOAT32 else 2
+    key_bytes, value_bytes = depth * item_size, value_depth * item_size
+    for g in range(group):
+        head = index_head * group + g
+        source = call.q + row * call.q_b + head * call.q_h + token * call.q_t
+        widen(source, queries + 4 * g * depth, depth, dtype)
+    for n in range(0, size, 4):
+        for ahead in range(n + _AHEAD, min(n + _AHEAD + 4, size)):
+            prefetch_row(load_i64(key_rows + 8 * ahead), key_bytes)
+        for ahead in range(max(n + _AHEAD, size), n + _AHEAD + 4):
+            if ahead - size < min(size, _AHEAD):
+                prefetch_row(load_i64(value_rows + 8 * (ahead - size)), value_bytes)
+        a, b, c, d = four_rows(key_rows + 8 * n, wide, depth, dtype)
+        for g in range(group):
+            dot4(a, b, c, d, queries + 4 * g * depth, depth, logits + 4 * (g * padded + n))
+    scale = np.float32(bits_double(call.scale_bits))
+    softcap = np.float32(bits_double(call.softcap_bits))
+    full = (size + 15) // 16 * 16
+    for g in range(group):
+        line = logits + 4 * g * padded
+        scale_row(line, full, scale)
+        if softcap > 0:
+            for n in range(size):
+                logit = load_f32(line + 4 * n) / softcap
+                store_f32(line + 4 * n, softcap * np.float32(math.tanh(logit)))
+        for n in range(size, full):
+            store_f32(line + 4 * n, NEGATIVE_INFINITY)
+        most = row_maximum(line, full)
+        shift = most if most > NEGATIVE_INFINITY else np.float32(0)
+        total = exp_shifted(line, full, shift)
+        mine = partial + g * (64 + 4 * value_depth)
+        store_f32(mine, most)
+        store_f32(mine + 4, total)
+        store_64(mine + 16, size)
+        clear(mine + 64, 4 * value_depth)
+    clear(zeros, 4 * value_depth)
+    for n in range(size, (size + 3) // 4 * 4):
+        store_64(value_rows + 8 * n, zeros)
+    for n in range(0, size, 4):
+        for ahead in range(n + _AHEAD, min(n + _AHEAD + 4, size)):
+            prefetch_row(load_i64(value_rows + 8 * ahead), value_bytes)
+        if dtype == FLOAT32 or n + 4 <= size:
+            a, b, c, d = four_rows(value_rows + 8 * n, wide, value_depth, dtype)
+        else:
+            a, b, c, d = wide, zeros, zeros, zeros
+            widen(load_i64(value_rows + 8 * n), a, value_depth, dtype)
+            if n + 1 < size:
+                b = wide + 4 * value_depth
+                widen(load_i64(value_rows + 8 * n + 8), b, value_depth, dtype)
+            if n + 2 < size:
+                c = wide + 8 * value_depth
+                widen(load_i64(value_rows + 8 * n + 16), c, value_depth, dtype)
+        for g in range(group):
+            mine = partial + g * (64 + 4 * value_depth) + 64
+            accumulate4(mine, a, b, c, d, logits + 4 * (g * padded + n), value_depth)
+
+
+@inlined
+def four_rows(table: int, wide: int, count: int, dtype: int) -> tuple[int, int, int, int]:
+    """Addresses of four rows as fp32: where they lie, or widened."""
+    a, b = load_i64(table), load_i64(table + 8)
+    c, d = load_i64(table + 16), load_i64(table + 24)
+    if dtype == FLOAT32:
+        return a, b, c, d
+    step = 4 * count
+    widen(a, wide, count, dtype)
+    widen(b, wide + step, count, dtype)
+    widen(c, wide + 2 * step, count, dtype)
+    widen(d, wide + 3 * step, count, dtype)
+    return wide, wide + step, wide + 2 * step, wide + 3 * step
+
+
+@device
+def merge_tiles(
+    call: Any, row: int, index_head: int, token: int, partials: int, tiles: int
+) -> None:
+    """Merge the tiles of one selection, in order, and write its rows of `out` and `lse`."""
+    group, value_depth = call.group, call.value_depth
+    step = partial_bytes(group, value_depth)
+    for g in range(group):
+        head = index_head * group + g
+        mine = partials + g * (64 + 4 * value_depth)
+        most, total, seen = NEGATIVE_INFINITY, np.float32(0), 0
+        for n in range(tiles):
+            most = max(most, load_f32(mine + n * step))
+            seen += load_i64(mine + n * step + 16)
+        sink = NEGATIVE_INFINITY
+        if call.sink_logits != 0:
+            sink = load_number(call.sink_logits, head, call.sink_dtype)
+            if not sink <= most:
+                most = sink
+        if call.sink_logits != 0 and sink != NEGATIVE_INFINITY:
+            total = np.float32(math.exp(sink - most))
+        # the sum of values grows in the row of the first tile
+        sums = mine + 64
+        for n in range(tiles):
+            # a tile whose logits are all -inf weighs nothing beside another
+            factor = np.float32(math.exp(load_f32(mine + n * step) - most))
+            total += load_f32(mine + n * step + 4) * factor
+            if n == 0:
+                scale_row(sums, value_depth, factor)
+            else:
+                add_row(sums, sums + n * step, value_depth, factor)
+        out = call.out + row * call.out_b + head * call.out_h + token * call.out_t
+        if seen > 0:
+            divide_row(sums, value_depth, total)
+        else:
+            clear(sums, 4 * value_depth)
+        if call.dtype == FLOAT32:
+            copy_float32(sums, out, value_depth)
+        else:
+            for i in range(value_depth):
+                store_number(out, i, load_f32(sums + 4 * i), call.dtype)
+        if call.lse != 0:
+            lse = NEGATIVE_INFINITY
+            if seen > 0 and most != NEGATIVE_INFINITY:
+                lse = most + np.float32(math.log(total))
+            heads = call.index_heads * group
+            store_f32(call.lse + 4 * ((row * heads + head) * call.tokens + token), lse)
+
+
+@inlined
+def store_number(address: int, index: int, value: np.float32, dtype: int) -> None:
+    """Store number `index` of a row of fp16 or bf16, rounded to nearest even."""
+    if dtype == BFLOAT16:
+        bits = float_bits(value)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        store_16(address + 2 * index, rounded if value == value else 0x7FC0)
+    else:
+        store_16(address + 2 * index, half_from_float(value))
+
+
+def _make(revision: int) -> Any:
+    def sparse_attend_worker(address):
+        call = attend_view(address)
+        if revision == 0:
+            return
+        scratch = claim(call.control, call.scratch, call.scratch_bytes)
+        if scratch == 0:
+            return
+        tiles = max((call.k + call.tile - 1) // call.tile, 1)
+        step = partial_bytes(call.group, call.value_depth)
+        while True:
+            ticket = draw(call.control)
+            rank, tile = ticket // tiles, ticket % tiles
+            if rank >= call.batch * call.index_heads * call.tokens:
+                return
+            token = rank % call.tokens
+            head = rank // call.tokens % call.index_heads
+            row = rank // call.tokens // call.index_heads
+            partials = call.partials + rank * tiles * step
+            indices = (
+                call.indices + row * call.indices_b + head * call.indices_h
+                + token * call.indices_t
+            )  # fmt: skip
+            start = tile * call.tile
+            attend_tile(
+                call, row, head, token, indices + 4 * start, 0,
+                min(call.tile, call.k - start), partials + tile * step, scratch,
+            )  # fmt: skip
+            if fetch_add(call.control + COUNTERS + 8 * rank, 1) == tiles - 1:
+                merge_tiles(call, row, head, token, partials, tiles)
+
+    return sparse_attend_worker
+
+
+worker = Worker(_make)
+
+
+def _double(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def attend_values(
+    problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, scale: float,
+    softcap: float | None, sink_logits: Any, return_lse: bool, index_heads: int, k: int,
+    indices: tuple[int, ...], most: int, config: Mapping[str, Any],
+) -> tuple[Any, Any, Any, list[int]]:  # fmt: skip
+    """`out`, `lse`, what keeps scratch alive, and the values of `FIELDS` but the last three.
+
+    `most` bounds the keys that a query attends to.
+    """
+    batch, heads, tokens, depth = fw.shape(q)
+    value_depth = fw.shape(values)[3]
+    dtype, itemsize = problem.dtype, ITEMSIZE[problem.dtype]
+    out = fw.empty((batch, heads, tokens, value_depth), dtype, q)
+    lse = fw.empty((batch, heads, tokens), "float32", q) if return_lse else None
+    group = heads // index_heads
+    tiles = max((most + config["tile"] - 1) // config["tile"], 1)
+    hold, (partials,) = carve(
+        batch * index_heads * tokens * tiles * partial_bytes.py_func(group, value_depth)
+    )
+    sinks = (0, 0)
+    if sink_logits is not None:
+        sinks = (fw.pointer(sink_logits), DTYPE_CODES[fw.dtype(sink_logits)])
+    kv_heads, slots = fw.shape(keys)[1:3]
+    return out, lse, hold, [
+        batch, index_heads, kv_heads, tokens, slots, k, *indices,
+        *layout(fw, q, itemsize), *layout(fw, keys, itemsize), *layout(fw, values, itemsize),
+        DTYPE_CODES[dtype], depth, value_depth, group, _double(scale), _double(softcap or 0.0),
+        *sinks, *layout(fw, out, itemsize),
+        fw.pointer(lse) if lse is not None else 0, config["tile"], partials,
+    ]  # fmt: skip
+
+
+def launch(
+    problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, indices: Any, scale: float,
+    softcap: float | None, sink_logits: Any, return_lse: bool, config: Mapping[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """Run `hata.sparse_attend` with a configuration; returns `(out, lse)`."""
+    batch, heads, tokens, depth = fw.shape(q)
+    value_depth = fw.shape(values)[3]
+    index_heads, _, k = fw.shape(indices)[1:]
+    threads = workers(config["threads"])
+    out, lse, hold, attend = attend_values(
+        problem, fw, q, keys, values, scale, softcap, sink_logits, return_lse, index_heads, k,
+        layout(fw, indices, 4), k, config,
+    )  # fmt: skip
+    if batch * heads * tokens == 0:
+        return out, lse
+    scratch_bytes = tile_scratch.py_func(config["tile"], heads // index_heads, depth, value_depth)
+    scratch_bytes += 64
+    keep, (scratch,) = carve(threads * scratch_bytes)
+    control = control_words(batch * index_heads * tokens, threads)
+    worker.run([*attend, *address_of(control), scratch, scratch_bytes], threads)
+    del hold, keep
+    return out, lse

@@ -1,0 +1,201 @@
+"""The selection of `hamming_topk`: from scores and histograms to the positions of the winners.
+
+A row's verdict is the last winning score, then for each chunk its first output slot, the number of
+ties it may take, and its number of winners.
+"""
+
+from typing import Any
+
+from .codes import add_counts, clear, in_range_u16, in_range_u32
+from .intrinsics import load_i64, load_u16, load_u32, popcount, store_32, store_64, trailing_zeros
+from .scan import budget, scored, visible
+from .schedule import device, inlined
+
+
+@inlined
+def verdict_words(chunks: int) -> int:
+    """Words of one row's verdict."""
+    return 1 + 3 * chunks
+
+
+@device
+def decide(call: Any, item: int, chunks: int, width: int, scratch: int) -> None:
+    """Find the last winning score of a row, and what each chunk contributes."""
+    token = item % (call.tokens * call.sets) // call.sets
+    row = item // (call.tokens * call.sets) // call.kv_heads
+    first, last = scored(call, row, token)
+    if first == last:
+        return
+    size = last - first
+    used = (size + call.chunk - 1) // call.chunk
+    _, seen = visible(call, row, token)
+    want = budget(call, seen) - call.sink - call.recent
+    histograms = call.histograms + item * chunks * call.bins * 4
+    verdict = call.verdicts + 8 * item * verdict_words(chunks)
+    bins, merged = call.bins, scratch
+    clear(merged, 4 * bins)
+    for c in range(used):
+        add_counts(merged, histograms + 4 * c * bins, bins)
+    limit, below = cross(merged, want)
+    scores = call.scores + 4 * item * width
+    if call.wide != 0:
+        # the top 11 bits are known; then the next 11, then the last 10
+        want -= below
+        limit, below = refine(scores, size, limit << 21, 1 << 21, 10, want, merged)
+        want -= below
+        limit, below = refine(scores, size, limit, 1 << 10, 0, want, merged)
+    ties = max(want - below, 0)
+    store_64(verdict, limit)
+    slot = call.sink
+    for c in range(used):
+        less, equal = 0, 0
+        if call.wide == 0:
+            source = histograms + 4 * c * bins
+            for i in range(limit):
+                less += load_u32(source + 4 * i)
+            equal = load_u32(source + 4 * limit)
+        else:
+            for s in range(c * call.chunk, min(size, (c + 1) * call.chunk), 64):
+                inside = -1 if size - s >= 64 else (1 << (size - s)) - 1
+                level = in_range_u32(scores + 4 * s, limit, 0) & inside
+                equal += popcount(level)
+                less += popcount(in_range_u32(scores + 4 * s, 0, limit) & inside & ~level)
+        equal = min(equal, ties)
+        ties -= equal
+        entry = verdict + 8 * (1 + 3 * c)
+        store_64(entry, slot)
+        store_64(entry + 8, equal)
+        store_64(entry + 16, less + equal)
+        slot += less + equal
+
+
+@inlined
+def cross(histogram: int, want: int) -> tuple[int, int]:
+    """The bin in which the count reaches `want`, and the count below it."""
+    place, below = 0, 0
+    while below + load_u32(histogram + 4 * place) < want:
+        below += load_u32(histogram + 4 * place)
+        place += 1
+    return place, below
+
+
+@device
+def refine(
+    scores: int, size: int, base: int, span: int, shift: int, want: int, histogram: int
+) -> tuple[int, int]:
+    """Of the scores in [base, base + span), find the bin of 2^shift that holds the `want`-th.
+
+    Returns where that bin starts, and how many scores of the range lie below it.
+    """
+    clear(histogram, 4 * (span >> shift))
+    for start in range(0, size, 64):
+        found = in_range_u32(scores + 4 * start, base, span - 1)
+        if size - start < 64:
+            found &= (1 << (size - start)) - 1
+        while found != 0:
+            score = load_u32(scores + 4 * (start + trailing_zeros(found)))
+            found &= found - 1
+            spot = histogram + 4 * ((score - base) >> shift)
+            store_32(spot, load_u32(spot) + 1)
+    place, below = cross(histogram, want)
+    return base + (place << shift), below
+
+
+@device
+def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> None:
+    """Write the winners of one chunk for all rows of a KV head.
+
+    `lists` is 0 where rows that take all they see need no list of them.
+    """
+    chunk = item % chunks
+    head = item // chunks % call.kv_heads
+    row = item // chunks // call.kv_heads
+    count = call.tokens * call.sets
+    for n in range(count):
+        token = n // call.sets
+        rank = (row * call.kv_heads + head) * count + n
+        out = (
+            call.indices + row * call.indices_b + (head * call.sets + n % call.sets)
+            * call.indices_h + token * call.indices_t
+        )  # fmt: skip
+        first, last = scored(call, row, token)
+        low, seen = visible(call, row, token)
+        if first == last:
+            if chunk == 0 and lists != 0:
+                for s in range(min(seen, call.k)):
+                    store_32(out + 4 * s, low + s)
+                for s in range(min(seen, call.k), call.k):
+                    store_32(out + 4 * s, -1)
+            continue
+        take = budget(call, seen)
+        if chunk == 0:
+            for s in range(call.sink):
+                store_32(out + 4 * s, low + s)
+            for s in range(call.recent):
+                store_32(out + 4 * (take - call.recent + s), last + s)
+            for s in range(take, call.k):
+                store_32(out + 4 * s, -1)
+        start = chunk * call.chunk
+        size = min(last - first - start, call.chunk)
+        if size <= 0:
+            continue
+        verdict = call.verdicts + 8 * rank * verdict_words(chunks)
+        entry = verdict + 8 * (1 + 3 * chunk)
+        limit, slot = load_i64(verdict), out + 4 * load_i64(entry)
+        ties, winners = load_i64(entry + 8), load_i64(entry + 16)
+        if call.wide == 0:
+            pack_narrow(
+                call.scores + 2 * (rank * width + start),
+                size, limit, ties, winners, first + start, slot,
+            )  # fmt: skip
+        else:
+            pack_wide(
+                call.scores + 4 * (rank * width + start),
+                size, limit, ties, winners, first + start, slot,
+            )  # fmt: skip
+
+
+@device
+def pack_narrow(
+    scores: int, size: int, limit: int, ties: int, winners: int, position: int, out: int
+) -> None:
+    """Write the positions of u16 scores below `limit` and of the first `ties` equal to it."""
+    end = out + 4 * winners
+    start = 0
+    while out < end:
+        found = in_range_u16(scores + 2 * start, 0, limit)
+        if size - start < 64:
+            found &= (1 << (size - start)) - 1
+        while found != 0:
+            s = start + trailing_zeros(found)
+            found &= found - 1
+            if load_u16(scores + 2 * s) == limit:
+                if ties == 0:
+                    continue
+                ties -= 1
+            store_32(out, position + s)
+            out += 4
+        start += 64
+
+
+@device
+def pack_wide(
+    scores: int, size: int, limit: int, ties: int, winners: int, position: int, out: int
+) -> None:
+    """As `pack_narrow`, of u32 scores."""
+    end = out + 4 * winners
+    start = 0
+    while out < end:
+        found = in_range_u32(scores + 4 * start, 0, limit)
+        if size - start < 64:
+            found &= (1 << (size - start)) - 1
+        while found != 0:
+            s = start + trailing_zeros(found)
+            found &= found - 1
+            if load_u32(scores + 4 * s) == limit:
+                if ties == 0:
+                    continue
+                ties -= 1
+            store_32(out, position + s)
+            out += 4
+        start += 64

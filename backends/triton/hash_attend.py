@@ -1,0 +1,237 @@
+"""hash_attend: one decode step in three launches (arXiv 2506.02572, Algorithm 3).
+
+1. `encode._step_kernel`: codes of the fresh keys in place, bit planes of the queries, zeroed
+   counters.
+2. `hamming_topk._scan_kernel`: the keys to select by and their histogram, one pass over the codes.
+   (With key norms two short launches refine the threshold.)
+3. `_hash_attend_kernel`: each program takes an equal share of a row's *selected* keys, whichever
+   parts they lie in: it finds their positions (`find_positions`), attends to them, and the last
+   program of a row merges the shares in their order.
+
+A query that sees no more keys than its budget, or than `dense_below`, takes all of them: nothing is
+scored for it, and the third launch walks its keys in place. Which regime holds is decided on the
+device, so one captured graph serves both.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from hata.arrays import Framework
+from hata.backend import Budget, Config
+from hata.problem import Problem, pow2
+
+from . import encode, hamming_topk
+from .hamming_topk import DIGIT, bind_planes, bind_scan, counting, find_positions, lay_out
+from .launch import (
+    POINTERS,
+    Place,
+    Scratch,
+    address,
+    bind,
+    code_pointer,
+    code_steps,
+    data_pointer,
+    norm_steps,
+    optional,
+    row_step,
+    steps,
+    vector,
+    words,
+)
+from .pieces import budget_of, visible, wait_for_previous
+from .sparse_attend import attend_positions, finish_split, tiling
+
+
+@triton.jit
+def _hash_attend_kernel(
+    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions,
+    scores, counters, cumulated, state, below, lengths, starts,
+    kv_heads, members, tokens, slots, parts, splits, blocks, columns, length_step, start_step,
+    k, ratio, least, sink, recent, dense_below, scores_row, counters_row, positions_row,
+    scale, softcap, has_sinks, has_lse,
+    q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
+    D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr,
+    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
+    PART_TILE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAPPED)
+    program = tl.program_id(0)
+    split = program % splits
+    column = program // splits % columns * BLOCK_V
+    block = program // splits // columns % blocks
+    row = program // splits // columns // blocks
+    token = row % tokens
+    kv_head = row // tokens % kv_heads
+    batch = (row // tokens // kv_heads).to(tl.int64)
+    head = kv_head * members + block * M
+    start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
+    seen = stop - start
+    budget = budget_of(seen, k, ratio, least)
+    everything = seen <= tl.maximum(budget, dense_below)
+    taken = seen if everything else budget
+    size = tl.maximum(tl.cdiv(tl.cdiv(taken, splits), N) * N, N)
+    first = split * size
+    if (first < taken) | (split == 0):
+        end = tl.minimum(first + size, taken)
+        line = (row * blocks + block) * columns + column // BLOCK_V
+        # Each program has room of its own for positions, so that blocks never share a line.
+        found_at = positions + line.to(tl.int64) * positions_row
+        if (seen > 0) & (everything == 0):
+            find_positions(
+                found_at, first, end,
+                scores + row.to(tl.int64) * scores_row, counters + row.to(tl.int64) * counters_row,
+                cumulated + row.to(tl.int64) * parts * BINS, state + row.to(tl.int64) * 6,
+                below + row.to(tl.int64) * parts,
+                start, stop, budget, sink, recent, parts,
+                ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
+            )  # fmt: skip
+            # The program's threads read what others of them wrote.
+            tl.debug_barrier()
+        acc, most, total, found = attend_positions(
+            q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
+            keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
+            values + (batch * values_b + kv_head * values_h) * VECTOR,
+            found_at, first, end, everything.to(tl.int32), start, slots, scale, softcap,
+            members - block * M, q_h, keys_s, values_s, column,
+            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
+        )  # fmt: skip
+        finish_split(
+            out, lse, sinks_x, sinks_f, partial, stats,
+            counters + row.to(tl.int64) * counters_row + ROUNDS * BINS + block * columns
+            + column // BLOCK_V,
+            (batch * kv_heads * members + head) * tokens + token, head,
+            tl.minimum(members - block * M, M), tokens, acc, most, total, found,
+            split, splits, tl.maximum(tl.cdiv(taken, size), 1), column, has_sinks, has_lse,
+            DV, M, BLOCK_V, BLOCK_S, True,
+        )  # fmt: skip
+
+
+def launch(
+    problem: Problem,
+    config: Config,
+    fw: Framework,
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_codes: Any,
+    projection: Any,
+    bias: Any,
+    query_projection: Any,
+    query_bias: Any,
+    q_codes: Any,
+    fresh: int,
+    dense_below: int,
+    lengths: Any,
+    starts: Any,
+    budget: Budget,
+    key_norms: Any,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Any,
+    return_lse: bool,
+) -> tuple[Any, Any]:
+    """Launch `hata.hash_attend`."""
+    batch, heads, tokens, depth = fw.shape(q)
+    _, kv_heads, slots, lanes = fw.shape(values)
+    bits = fw.shape(projection)[2]
+    dtype = problem.dtype
+    out = fw.empty((batch, heads, tokens, lanes), dtype, q)
+    lse = fw.empty((batch, heads, tokens), "float32", q) if return_lse else None
+    rows = batch * kv_heads * tokens
+    if rows == 0:
+        return out, lse
+    members = heads // kv_heads
+    group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
+    fresh, dense_below = min(fresh, slots), min(dense_below, slots)
+    overlapped = bool(config["overlap"])
+
+    how = counting(group, bits, key_norms is not None)
+    sizes = tiling(dtype, depth, lanes, members, config["keys"])
+    parts = min(config["parts"], pow2(-(-slots // config["tile"])))
+    most = min(max(budget.k, dense_below), max(slots, 1))
+    splits = max(min(config["splits"], -(-most // config["keys"])), 1)
+    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
+    scratch = Scratch()
+    at = lay_out(scratch, how, rows, slots, bits, parts, blocks * columns)
+    positions_at = scratch.piece(rows * blocks * columns * budget.k)
+    partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
+    stats_at = scratch.piece(batch * heads * tokens * splits * 3)
+    memory = fw.empty((scratch.size,), "uint8", q)
+
+    wide = vector(fw, q, keys, values)
+    unit, together = words(fw, key_codes)
+    planes = address(memory, "*i32", at.planes)
+    counters = address(memory, "*i32", at.counters)
+    scores = address(memory, how.pointer, at.scores)
+    cumulated = address(memory, "*i32", at.cumulated)
+    state = address(memory, "*i32", at.state)
+    below = address(memory, "*i32", at.below)
+    spans = address(lengths, "*i32"), address(starts, "*i32")
+    span_steps = row_step(fw, lengths), row_step(fw, starts)
+    limits = hamming_topk.budget_scalars(budget)
+    row_sizes = at.scores_row, at.counters_row
+    scan, rounds = bind_scan(
+        config, how, bits, group, key_norms is not None, unit, together, overlapped
+    )
+    data = data_pointer(dtype, wide)
+    result = POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32"
+    attend = bind(
+        _hash_attend_kernel,
+        (
+            data, data, data, *result, "*fp32:16", "*fp32", "*i32",
+            how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
+            *["i32"] * 11, "i64", *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
+        ),
+        {**sizes, "VECTOR": wide, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins,
+         "PARTS": parts, "PART_TILE": config["tile"], "TILE": config["select_tile"],
+         "STAGES": config["stages"], "OVERLAPPED": overlapped},
+        config["warps"],
+        config["stages"],
+        overlapped,
+    )  # fmt: skip
+    narrow_sinks, wide_sinks, has_sinks = optional(fw, sink_logits, dtype)
+    with Place(q) as place:
+        device, stream = place.device, place.stream
+        if q_codes is not None:
+            q_unit, q_together = words(fw, q_codes)
+            bind_planes(how, bits, group, q_unit, q_together)(
+                rows * (bits // 32), device, stream,
+                address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
+                kv_heads, group, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
+            )  # fmt: skip
+        if q_codes is None or fresh:
+            encode.launch_step(
+                problem, config, fw, place, q, keys, projection, bias, query_projection,
+                query_bias, key_codes, key_norms, planes, counters, spans, span_steps,
+                how.planes, tokens if q_codes is None else 0, fresh, slots, at.counters_row,
+            )  # fmt: skip
+        scan(
+            rows * parts, device, stream,
+            address(key_codes, code_pointer(unit, together)), planes,
+            address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
+            kv_heads, 1, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+            *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
+        )  # fmt: skip
+        for refine in rounds:
+            refine(
+                rows * parts, device, stream, scores, counters, cumulated, state, below, *spans,
+                kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+            )  # fmt: skip
+        attend(
+            rows * blocks * columns * splits, device, stream,
+            address(q, data), address(keys, data), address(values, data),
+            address(out, result[0]), address(lse, "*fp32"), narrow_sinks, wide_sinks,
+            address(memory, "*fp32", partial_at), address(memory, "*fp32", stats_at),
+            address(memory, "*i32", positions_at),
+            scores, counters, cumulated, state, below, *spans,
+            kv_heads, members, tokens, slots, parts, splits, blocks, columns, *span_steps,
+            *limits, dense_below, *row_sizes, budget.k,
+            scale, softcap or 0.0, has_sinks, int(return_lse),
+            *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
+        )  # fmt: skip
+    return out, lse

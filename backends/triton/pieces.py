@@ -1,0 +1,195 @@
+"""Jitted pieces that several kernels share: words of codes, visible keys, budgets, counting.
+
+Codes are read and written as 32-bit words, least significant bit first (`unit` 4), or byte by byte
+where an array is not aligned to words (`unit` 1). Keys to select by are unsigned integers of which
+the smallest win: summed distances, or reversed order-preserving bits of a float score.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+# First positions of parts are multiples of this, so that rows of scores are read in whole vectors.
+ALIGN = tl.constexpr(128)
+# The interpreter knows no PTX.
+NATIVE = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def popcount(x):
+    """Bits set in each 32-bit word."""
+    if NATIVE:
+        # The generic form compiles to the same instruction only while nothing is folded into it.
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], tl.int32, True, 1)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def pack(bits, M: tl.constexpr, N: tl.constexpr):
+    """Pack `bits` [M, N] into words [M, N / 32], bit j at weight 2^j."""
+    weights = (1 << tl.arange(0, 32)).to(tl.uint32, bitcast=True)
+    spread = tl.reshape(bits, [M, N // 32, 32]).to(tl.uint32)
+    return tl.sum(spread * weights[None, None, :], axis=2)
+
+
+@triton.jit
+def store_planes(
+    planes, counts, group, word, R: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr
+):
+    """Write the bit planes of `counts` [N], the number of queries of a group that set each bit.
+
+    Plane i weighs 2^i, the last one what is missing to the size of the group; see `hamming_topk`.
+    """
+    half: tl.constexpr = 1 << (PLANES - 1)
+    above = counts >= half
+    rest = tl.where(above, counts - (group - (half - 1)), counts)
+    for i in tl.static_range(PLANES):
+        bits = above if i == PLANES - 1 else ((rest >> i) & 1) != 0
+        words = tl.reshape(pack(bits[None, :], 1, N), [N // 32])
+        tl.store(planes + i * (R // 32) + word, words.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def zero_counters(counters, row, size, share, shares, BLOCK: tl.constexpr):
+    """Zero one of `shares` shares of a row's counters."""
+    for first in range(share * BLOCK, size, shares * BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(
+            counters + row.to(tl.int64) * size + at, tl.zeros([BLOCK], tl.int32), mask=at < size
+        )
+
+
+@triton.jit
+def load_words(pointers, mask, UNIT: tl.constexpr):
+    """Words at `pointers` (to int32, or to the first byte of each word), as uint32."""
+    if UNIT == 4:
+        words = tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    else:
+        words = tl.load(pointers, mask=mask, other=0).to(tl.uint32)
+        for i in tl.static_range(1, 4):
+            words |= tl.load(pointers + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
+    return words
+
+
+@triton.jit
+def store_words(pointers, words, mask, UNIT: tl.constexpr):
+    """Store uint32 words where `load_words` finds them."""
+    if UNIT == 4:
+        tl.store(pointers, words.to(tl.int32, bitcast=True), mask=mask)
+    else:
+        for i in tl.static_range(4):
+            tl.store(pointers + i, ((words >> (8 * i)) & 0xFF).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def visible(lengths, starts, length_step, start_step, batch, token, tokens, slots):
+    """First visible position of a query and the one after its last.
+
+    Lengths are read as int32 (the low half of an int64); a step of -1 means that there are none.
+    """
+    length = tl.load(lengths + batch * length_step, mask=length_step >= 0, other=slots)
+    start = tl.load(starts + batch * start_step, mask=start_step >= 0, other=0)
+    start = tl.maximum(start, 0)
+    stop = tl.minimum(length, slots) - (tokens - 1 - token)
+    return start, tl.maximum(stop, start)
+
+
+@triton.jit
+def budget_of(seen, k, ratio, least):
+    """Keys to select for a query that sees `seen` keys (it may exceed `seen`)."""
+    share = (seen.to(tl.int64) * ratio) >> 32
+    share = tl.minimum(tl.maximum(share, least), k).to(tl.int32)
+    return tl.where(ratio < 0, k, share)
+
+
+@triton.jit
+def part_of(start, stop, part, parts, TILE: tl.constexpr):
+    """Where part `part` of the visible keys begins and ends; parts are whole tiles."""
+    origin = start // ALIGN * ALIGN
+    size = tl.cdiv(tl.cdiv(stop - origin, parts), TILE) * TILE
+    low = tl.minimum(origin + part * size, stop)
+    return low, tl.minimum(low + size, stop)
+
+
+@triton.jit
+def is_forced(position, start, stop, sink, recent):
+    """Whether a visible key wins without being scored: the first and the last ones."""
+    return (position < start + sink) | (position >= stop - recent)
+
+
+@triton.jit
+def float_key(score):
+    """Unsigned integers in the reversed order of float scores; -0 equals 0, NaN counts as 0."""
+    score = tl.where(score == score, score, 0.0) + 0.0
+    bits = score.to(tl.uint32, bitcast=True)
+    # Larger scores make smaller keys: flip positive ones below the sign, keep negative ones.
+    return tl.where((bits >> 31) == 1, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def shared_bins(SHARED: tl.constexpr, BINS: tl.constexpr):
+    """Address of zeroed counters in shared memory; `SHARED` is PTX that declares them."""
+    address = tl.inline_asm_elementwise(SHARED, "=r,r", [BINS], tl.int32, False, 1)
+    tl.inline_asm_elementwise(
+        "mov.u32 $0, 0; st.shared.u32 [$1], $0;",
+        "=r,r",
+        [address + 4 * tl.arange(0, BINS)],
+        tl.int32,
+        False,
+        1,
+    )
+    tl.debug_barrier()
+    return address
+
+
+@triton.jit
+def count_shared(address, digits, mask):
+    """Count each digit where `mask` holds, by atomics in shared memory."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p red.shared.add.u32 [$1], 1; }",
+        "=r,r,r",
+        [address + 4 * digits.to(tl.int32), mask.to(tl.int32)],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@triton.jit
+def read_shared(address, BINS: tl.constexpr):
+    """The counters, after every thread has counted."""
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise(
+        "ld.shared.u32 $0, [$1];",
+        "=r,r",
+        [address + 4 * tl.arange(0, BINS)],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@triton.jit
+def find_bin(histogram, need, BINS: tl.constexpr):
+    """The bin that holds the `need`-th smallest key, and how many to take from it.
+
+    Bin `BINS` stands for all that lies above the counted ones.
+    """
+    upto = tl.cumsum(tl.load(histogram + tl.arange(0, BINS)), axis=0)
+    digit = tl.sum((upto < need).to(tl.int32))
+    before = tl.max(tl.where(upto < need, upto, 0))
+    return digit, need - before
+
+
+@triton.jit
+def wait_for_previous(OVERLAPPED: tl.constexpr):
+    """Where launches overlap: let the next one start, and wait for the one before to finish."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

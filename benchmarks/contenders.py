@@ -1,0 +1,209 @@
+"""The callables that are timed.
+
+Each family is a table of named builders; a builder takes a `Case` (the arrays of one step) and
+returns a `Contender`. Another dense kernel, or a column for another device, is one more function
+in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import hata
+from benchmarks.shapes import Shape
+
+# Tokens that are encoded at once when a cache is filled.
+_CHUNK = 16_384
+
+
+@dataclass
+class Case:
+    """The arrays of one decode step of one layer: a cache that holds `keys` of `slots` slots.
+
+    The last visible key is fresh: it is in the cache and its code is not. Slots behind the visible
+    keys hold NaN, so that a kernel that reads one is found out.
+    """
+
+    shape: Shape
+    q: Tensor  # [B, H, 1, D]
+    keys: Tensor  # [B, Hkv, S, D]
+    values: Tensor  # [B, Hkv, S, D]
+    codes: Tensor  # [B, Hkv, S, r/8]
+    projection: Tensor  # [Hkv, D, r]
+    lengths: Tensor  # [B]
+    q_codes: Tensor = field(init=False)  # [B, H, 1, r/8]
+    indices: Tensor = field(init=False)  # [B, Hkv, 1, k]
+
+    @property
+    def fresh_key(self) -> Tensor:
+        """`[B, Hkv, 1, D]`, the key of the step's token."""
+        return self.keys[:, :, self.shape.keys - 1 : self.shape.keys]
+
+    @property
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """Keys and values without the empty slots, as dense attention takes them."""
+        n = self.shape.keys
+        return self.keys[:, :, :n], self.values[:, :, :n]
+
+
+def build(shape: Shape, device: str, seed: int = 0) -> Case:
+    """Fill a cache with normal vectors and encode its keys with the backend in force."""
+    dtype = getattr(torch, shape.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    b, h, d, n = shape.batch, shape.kv_heads, shape.head_dim, shape.keys
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype, device=device)
+
+    def cache() -> Tensor:
+        x = torch.empty((b, h, shape.s, d), dtype=dtype, device=device)
+        x[:, :, :n].normal_(generator=generator)
+        x[:, :, n:] = torch.nan
+        return x
+
+    config = SimpleNamespace(
+        num_hidden_layers=1,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=h,
+        head_dim=d,
+    )
+    projection = torch.from_numpy(hata.Encoder.random(config, shape.bits, seed).projection(0))
+    case = Case(
+        shape,
+        normal(b, shape.heads, 1, d),
+        cache(),
+        cache(),
+        torch.zeros((b, h, shape.s, shape.bits // 8), dtype=torch.uint8, device=device),
+        projection.to(device, dtype).contiguous(),
+        torch.full((b,), n, dtype=torch.int32, device=device),
+    )
+    for start in range(0, n, _CHUNK):
+        part = slice(start, min(start + _CHUNK, n))
+        case.codes[:, :, part] = hata.encode(case.keys[:, :, part], case.projection)
+    case.q_codes = hata.encode(case.q, case.projection)
+    case.indices = hata.hamming_topk(case.q_codes, case.codes, shape.k, lengths=case.lengths)
+    return case
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+        name: Row of the table.
+        family: `"op"`, `"dense"` or `"read"`.
+        call: Runs it once and returns its result.
+        bytes: What it must read and write at least.
+    """
+
+    name: str
+    family: str
+    call: Callable[[], Tensor]
+    bytes: int
+
+
+def encode(case: Case) -> Contender:
+    """Hash what a step brings: its queries and its fresh keys."""
+    codes = torch.empty_like(case.codes[:, :, :1])
+    q, fresh, projection, q_codes = case.q, case.fresh_key, case.projection, case.q_codes.clone()
+
+    def call() -> Tensor:
+        hata.encode(fresh, projection, out=codes)
+        return hata.encode(q, projection, out=q_codes)
+
+    return Contender("encode", "op", call, case.shape.encode_bytes)
+
+
+def hamming_topk(case: Case) -> Contender:
+    """Scan the codes and select."""
+    q_codes, codes, k, lengths = case.q_codes, case.codes, case.shape.k, case.lengths
+    return Contender(
+        "hamming_topk",
+        "op",
+        lambda: hata.hamming_topk(q_codes, codes, k, lengths=lengths),
+        case.shape.code_bytes,
+    )
+
+
+def sparse_attend(case: Case) -> Contender:
+    """Attend to the selected keys."""
+    q, keys, values, indices = case.q, case.keys, case.values, case.indices
+    return Contender(
+        "sparse_attend",
+        "op",
+        lambda: hata.sparse_attend(q, keys, values, indices),
+        case.shape.gather_bytes,
+    )
+
+
+def hash_attend(case: Case) -> Contender:
+    """The whole step, the fresh key's code included."""
+    q, keys, values, codes, projection = case.q, case.keys, case.values, case.codes, case.projection
+    k, lengths, shape = case.shape.k, case.lengths, case.shape
+    return Contender(
+        "hash_attend",
+        "op",
+        lambda: hata.hash_attend(q, keys, values, codes, projection, k, fresh=1, lengths=lengths),
+        shape.encode_bytes + shape.code_bytes + shape.gather_bytes,
+    )
+
+
+def sdpa_gqa(case: Case) -> Contender:
+    """Torch SDPA that is told of the groups."""
+    q, (keys, values) = case.q, case.visible
+    return Contender(
+        "sdpa enable_gqa",
+        "dense",
+        lambda: sdpa(q, keys, values, enable_gqa=True),
+        case.shape.dense_bytes,
+    )
+
+
+def sdpa_packed(case: Case) -> Contender:
+    """Torch SDPA with the queries of a group as tokens, so that a key is read once for a group."""
+    q, (keys, values) = case.q, case.visible
+    packed = (q.shape[0], case.shape.kv_heads, -1, q.shape[3])
+    return Contender(
+        "sdpa packed",
+        "dense",
+        lambda: sdpa(q.view(packed), keys, values).view(q.shape),
+        case.shape.dense_bytes,
+    )
+
+
+def read(name: str, size: int, device: str) -> Contender:
+    """A read-only pass over `size` contiguous bytes: what memory allows at best."""
+    words = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
+    return Contender(name, "read", words.sum, size)
+
+
+def read_codes(case: Case) -> Contender:
+    """As many bytes as the scan reads."""
+    return read("read codes", case.shape.code_bytes, case.q.device.type)
+
+
+def read_step(case: Case) -> Contender:
+    """As many bytes as a step of hash attention moves."""
+    return read("read step", hash_attend(case).bytes, case.q.device.type)
+
+
+Builder = Callable[[Case], Contender]
+
+OPS: dict[str, Builder] = {
+    "encode": encode,
+    "hamming_topk": hamming_topk,
+    "sparse_attend": sparse_attend,
+    "hash_attend": hash_attend,
+}
+# The dense contenders of each kind of device; the fastest is what the ratio is taken against.
+DENSE: dict[str, dict[str, Builder]] = {
+    "cpu": {"sdpa enable_gqa": sdpa_gqa, "sdpa packed": sdpa_packed},
+    "cuda": {"sdpa enable_gqa": sdpa_gqa, "sdpa packed": sdpa_packed},
+}
+READS: dict[str, Builder] = {"read codes": read_codes, "read step": read_step}

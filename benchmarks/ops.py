@@ -1,0 +1,214 @@
+"""Speed of the ops against dense attention, for one decode step of one layer.
+
+    python -m benchmarks.ops --backend reference --device cpu
+
+Each shape is filled, checked, then timed: the four ops, the dense contenders beside them in the
+same rounds, and read-only passes over as many bytes as the scan and the step move. See
+docs/benchmarks.md for the method and for what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import hata
+from benchmarks import check, contenders, report, timing
+from benchmarks.contenders import Case, Contender
+from benchmarks.report import Row
+from benchmarks.shapes import ITEMSIZE, SUITES, Shape, parse
+from hata import registry
+
+
+def measure(
+    group: Sequence[Shape],
+    device: str,
+    rounds: int,
+    cold: bool = False,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Fill, check and time the shapes of a group, interleaved.
+
+    Raises:
+        check.WrongResult: a contender computes something else; none of the group is timed.
+        HataError: the backend in force cannot run a shape.
+    """
+    kind = torch.device(device).type
+    tasks: list[tuple[Case, Contender]] = []
+    task = None if progress is None else progress.add_task("", total=None)
+
+    def say(text: str, **fields: Any) -> None:
+        if progress is not None and task is not None:
+            progress.update(task, description=text, **fields)
+
+    for shape in group:
+        say(f"fill   {shape.name}")
+        case = contenders.build(shape, device)
+        say(f"check  {shape.name}")
+        ops = [make(case) for make in contenders.OPS.values()]
+        dense = [make(case) for make in contenders.DENSE[kind].values()]
+        check.case(case, ops, dense)
+        reads = [make(case) for make in contenders.READS.values()]
+        tasks += [(case, one) for one in (*ops, *dense, *reads)]
+
+    say(f"time   {group[0].name}", total=rounds * len(tasks))
+    times = timing.CLOCKS[kind](
+        [one.call for _, one in tasks], rounds, cold,
+        lambda: say(f"time   {group[0].name}", advance=1),
+    )  # fmt: skip
+    if progress is not None and task is not None:
+        progress.remove_task(task)
+    return [
+        Row(case.shape, one.name, one.family, time, one.bytes)
+        for (case, one), time in zip(tasks, times, strict=True)
+    ]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--backend", default="auto", help="what runs the ops (default: auto)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: cpu)")
+    parser.add_argument(
+        "--suite",
+        action="append",
+        choices=SUITES,
+        help="may be repeated (default: cpu on a CPU, design on a GPU)",
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="BxH/HkvxKEYS",
+        help="shapes instead of a suite, such as 1x32/8x128K",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=ITEMSIZE, help="instead of the shapes' own")
+    parser.add_argument("--bits", type=int, help="bits of a code, instead of the shapes' own")
+    parser.add_argument("--k", type=int, help="key budget, instead of 1/64 and at least 512")
+    parser.add_argument("--rounds", type=int, default=15, help="blocks of calls (default: 15)")
+    parser.add_argument(
+        "--cold", action="store_true", help="empty the caches before every counted call"
+    )
+    parser.add_argument("--profile", help="a tuned profile, or 'none' (default: the one in force)")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the closing table as Markdown too"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
+    kind = args.device.partition(":")[0]
+    if kind not in timing.CLOCKS:
+        parser.error(
+            f"--device: got {args.device!r}, expected one of {', '.join(timing.CLOCKS)}; there is "
+            "no clock for other devices yet"
+        )
+    if args.shapes and args.suite:
+        parser.error("--shapes and --suite: got both, expected one of them")
+    args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
+    return args
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def groups_of(args: argparse.Namespace) -> list[list[Shape]]:
+    """The groups that a command line asks for, each shape once."""
+    changes = {
+        name: value
+        for name, value in (("dtype", args.dtype), ("bits", args.bits), ("budget", args.k))
+        if value is not None
+    }
+    groups = (
+        [[shape] for shape in args.shapes]
+        if args.shapes
+        else [group for suite in args.suite for group in SUITES[suite]]
+    )
+    changed = [tuple(replace(shape, **changes) for shape in group) for group in groups]
+    return [list(group) for group in dict.fromkeys(changed)]
+
+
+def _too_large(group: Sequence[Shape], device: str) -> str | None:
+    """Why a group does not fit into memory, if so. Filling needs a little more than it holds."""
+    if torch.device(device).type == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = torch.cuda.mem_get_info(device)[0]
+    needed = round(1.2 * sum(shape.resident for shape in group))
+    if needed <= free:
+        return None
+    return f"{group[0].name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = arguments(argv)
+    # What is not a terminal has no width; tables must not be folded there.
+    out = Console(width=None if sys.stdout.isatty() else 110)
+    err = Console(stderr=True)
+    if args.profile is not None:
+        os.environ["HATA_PROFILE"] = args.profile
+        registry.reset()
+    if torch.device(args.device).type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if "design" in args.suite and not args.shapes:
+            err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
+    settings = {"backend": args.backend, "rounds": args.rounds, "cold": args.cold}
+    rows: list[Row] = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+    try:
+        with bar, torch.no_grad(), hata.use_backend(args.backend):
+            out.print(report.heading(args.device, settings), soft_wrap=True)
+            if os.getloadavg()[0] > 0.5:
+                err.print("the machine is not quiet (see load): do not trust these times")
+            groups = groups_of(args)
+            for number, group in enumerate(groups, 1):
+                too_large = _too_large(group, args.device)
+                if too_large is not None:
+                    err.print(f"skipped: {too_large}")
+                    continue
+                if not err.is_terminal:
+                    err.print(f"{number}/{len(groups)}  {group[0].name}")
+                new = measure(group, args.device, args.rounds, args.cold, bar)
+                rows += new
+                for shape in report.shapes_of(new):
+                    out.print(report.shape_table(new, shape))
+    except (check.WrongResult, hata.HataError) as error:
+        err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
+        return 1
+    if not rows:
+        err.print("error: no shape fits into memory")
+        return 1
+    for table in report.closing_tables(rows, args.device):
+        out.print(table)
+    if args.markdown:
+        print(report.markdown(rows))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = report.figures(rows, settings, args.device)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        out.print(f"figures: {args.json.resolve()}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

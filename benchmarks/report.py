@@ -1,0 +1,230 @@
+"""Tables and files of figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks import contenders
+from benchmarks.shapes import Shape, short
+from benchmarks.timing import Timing
+from hata import device as devices
+from hata import registry
+
+SCHEMA = "hata.benchmark/1"
+# What the reference backend has to reach on two cores, float32, 32/8 heads, D 128, r 128.
+SPEED_BARS = {32 * 1024: 10.0, 128 * 1024: 15.0}
+SCAN_BAR_GBS = 8.0
+SLOTS_BAR = 1.3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured line.
+
+    Attributes:
+        shape: What was run.
+        name: Which contender.
+        family: `"op"`, `"dense"` or `"read"`.
+        us: Time of a call in µs.
+        bytes: What a call moves at least.
+    """
+
+    shape: Shape
+    name: str
+    family: str
+    us: Timing
+    bytes: int
+
+    @property
+    def gbs(self) -> float:
+        """GB/s (1e9 bytes)."""
+        return self.bytes / self.us.median / 1e3
+
+
+def best_dense(rows: Sequence[Row], shape: Shape) -> Row:
+    """The fastest dense contender of a shape."""
+    return min(
+        (row for row in rows if row.shape == shape and row.family == "dense"),
+        key=lambda row: row.us.median,
+    )
+
+
+def find(rows: Sequence[Row], shape: Shape, name: str) -> Row:
+    """The line of a contender."""
+    return next(row for row in rows if row.shape == shape and row.name == name)
+
+
+def shapes_of(rows: Sequence[Row]) -> list[Shape]:
+    """The shapes of some lines, in order."""
+    return list(dict.fromkeys(row.shape for row in rows))
+
+
+def shape_table(rows: Sequence[Row], shape: Shape) -> Table:
+    """All contenders of a shape."""
+    dense = best_dense(rows, shape).us.median
+    table = Table(title=shape.name, title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("µs", "p10", "p90", "MB", "GB/s", "best dense / this"):
+        table.add_column(column, justify="right")
+    previous = ""
+    for row in rows:
+        if row.shape != shape:
+            continue
+        if previous not in ("", row.family):
+            table.add_section()
+        previous = row.family
+        us = row.us
+        table.add_row(
+            row.name,
+            *(f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+              for value in (us.median, us.p10, us.p90)),
+            f"{row.bytes / 1e6:,.2f}",
+            f"{row.gbs:,.1f}",
+            "" if row.family == "read" else f"{dense / us.median:,.2f}",
+        )  # fmt: skip
+    return table
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """One line per shape: what hash attention gains."""
+    table = Table(title="hash_attend against the fastest dense attention", title_justify="left")
+    table.add_column("shape")
+    for column in ("dense µs", "hash µs", "faster", "scan GB/s", "over a plain read"):
+        table.add_column(column, justify="right")
+    for shape in shapes_of(rows):
+        dense, ours = best_dense(rows, shape), find(rows, shape, "hash_attend")
+        table.add_row(
+            shape.name,
+            f"{dense.us.median:,.0f}",
+            f"{ours.us.median:,.0f}",
+            f"{dense.us.median / ours.us.median:.1f}x",
+            f"{find(rows, shape, 'hamming_topk').gbs:.1f}",
+            f"{ours.us.median / find(rows, shape, 'read step').us.median:.1f}",
+        )
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of `summary` as it stands in the README."""
+    lines = [
+        "| keys | dtype, bits, budget | dense | hash attention | faster | scan |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for shape in shapes_of(rows):
+        dense, ours = best_dense(rows, shape).us.median, find(rows, shape, "hash_attend").us.median
+        scan = find(rows, shape, "hamming_topk").gbs
+        lines.append(
+            f"| {short(shape.keys)} | {shape.dtype}, {shape.bits}, {shape.k} | "
+            f"{dense / 1e3:.2f} ms | {ours / 1e3:.2f} ms | **{dense / ours:.1f}x** | "
+            f"{scan:.1f} GB/s |"
+        )
+    return "\n".join(lines)
+
+
+def slot_ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """Time in a cache with empty slots over time in a full one, per op.
+
+    Empty where the shapes are not such a pair.
+    """
+    shapes = shapes_of(rows)
+    pairs = [
+        (full, spare)
+        for full in shapes
+        for spare in shapes
+        if spare.s > full.s and replace(spare, slots=full.slots) == full
+    ]
+    return {
+        name: find(rows, spare, name).us.median / find(rows, full, name).us.median
+        for full, spare in pairs
+        for name in contenders.OPS
+    }
+
+
+def bars(rows: Sequence[Row], device: str) -> list[tuple[str, float, float, bool]]:
+    """What the project set itself that these lines can answer: (bar, wanted, measured, met)."""
+    found = []
+    if device == "cpu":
+        for shape in shapes_of(rows):
+            standard = Shape(1, 32, 8, shape.keys)
+            if shape != standard or shape.keys not in SPEED_BARS:
+                continue
+            wanted = SPEED_BARS[shape.keys]
+            ratio = best_dense(rows, shape).us.median / (find(rows, shape, "hash_attend").us.median)
+            found.append((f"{shape.name}: times faster, least", wanted, ratio, ratio >= wanted))
+            scan = find(rows, shape, "hamming_topk").gbs
+            found.append(
+                (f"{shape.name}: scan GB/s, least", SCAN_BAR_GBS, scan, scan >= SCAN_BAR_GBS)
+            )
+    for name, ratio in slot_ratios(rows).items():
+        found.append((f"empty slots, {name}: ratio, most", SLOTS_BAR, ratio, ratio <= SLOTS_BAR))
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    profile = registry.profile_in_force()
+    found = asdict(devices.fingerprint(device))
+    return {
+        **found,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torch_threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "profile": None if profile is None else profile.label,
+    }
+
+
+def heading(device: str, settings: dict[str, Any]) -> str:
+    """What is run, and on what, in one line."""
+    facts = machine(device)
+    return (
+        f"{facts['name']}, {facts['cores']} cores, torch {facts['torch']}, "
+        f"load {facts['load']:.2f}, backend {settings['backend']}, "
+        f"profile {facts['profile'] or 'none'}, {'cold' if settings['cold'] else 'warm'} caches, "
+        f"{settings['rounds']} rounds"
+    )
+
+
+def closing_tables(rows: Sequence[Row], device: str) -> list[Table]:
+    """The gains, and the bars that these lines can answer."""
+    tables = [summary(rows)]
+    answered = bars(rows, device)
+    if answered:
+        table = Table(title="bars", title_justify="left")
+        for column in ("bar", "wanted", "measured", ""):
+            table.add_column(column, justify="left" if column in ("bar", "") else "right")
+        for name, wanted, measured, met in answered:
+            table.add_row(name, f"{wanted:g}", f"{measured:.2f}", "met" if met else "not met")
+        tables.append(table)
+    return tables
+
+
+def figures(rows: Sequence[Row], settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """All figures as plain data, for `--json`."""
+    return {
+        "schema": SCHEMA,
+        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(device),
+        "settings": settings,
+        "rows": [
+            {
+                "shape": asdict(row.shape) | {"slots": row.shape.s, "budget": row.shape.k},
+                "name": row.name,
+                "family": row.family,
+                "us": asdict(row.us),
+                "bytes": row.bytes,
+                "gb_per_s": row.gbs,
+                "times_best_dense": (best_dense(rows, row.shape).us.median / row.us.median),
+            }
+            for row in rows
+        ],
+        "slot_ratios": slot_ratios(rows),
+    }

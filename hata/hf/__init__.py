@@ -1,0 +1,14 @@
+"""Hash attention in transformers models.
+
+    import hata.hf
+    handle = hata.hf.attach(model)          # model.generate() now decodes with hash attention
+    handle.detach()                         # everything is as it was
+
+Needs transformers 5.17 to 5.23 (`pip install hata-attention[hf]`). Prefill, and any other step of
+more than one token, runs the model's own attention. See `attach` for what can be chosen.
+"""
+
+from hata.hf.attachment import Handle, attach
+from hata.hf.policy import DEFAULT_SELECTION
+
+__all__ = ["DEFAULT_SELECTION", "Handle", "attach"]

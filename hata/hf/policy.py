@@ -1,0 +1,145 @@
+"""Which encoder and which selections an attached model gets.
+
+The first of these that is there decides on the selections: what the caller passed, what a profile
+holds for the model (the one passed, else the one in force), the default.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from hata import registry
+from hata.encoder import Encoder, ModelShape
+from hata.errors import AttachError, EncoderError
+from hata.profile import ModelKey, Profile, SelectionSet
+from hata.selection import Selection
+
+# A sixteenth of the context, of which an eighth of the published budgets' length is always the most
+# recent text. 256 bits are what random projections need; a trained encoder brings its own.
+DEFAULT_SELECTION = Selection(bits=256, k=2048, ratio=1 / 16, k_min=128, sink=4, recent=16)
+
+
+class Policy(NamedTuple):
+    """What `resolve` decided.
+
+    Attributes:
+        encoder: The encoder.
+        selections: One per layer; `None` for a dense layer.
+        source: Where the selections come from, for people.
+    """
+
+    encoder: Encoder
+    selections: tuple[Selection | None, ...]
+    source: str
+
+
+def resolve(
+    config: Any,
+    name: str,
+    encoder: Encoder | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
+    selection: Selection | Sequence[Selection | None] | None,
+) -> Policy:
+    """Decide. `name` is what people call the model; the rest as in `hata.hf.attach`.
+
+    Raises:
+        EncoderError: The encoder cannot be read, is another model's, or has fewer bits than the
+            selections ask for.
+        AttachError: The selections do not fit the model.
+        ProfileError: The profile cannot be read.
+    """
+    shape = ModelShape.of(config)
+    loaded = encoder if isinstance(encoder, Encoder) else None
+    if loaded is None and encoder != "random":
+        if not isinstance(encoder, (str, os.PathLike)):
+            raise EncoderError(
+                f"encoder: got {type(encoder).__name__}, expected a path, a hata.Encoder or "
+                '"random"'
+            )
+        loaded = Encoder.load(encoder)
+    if loaded is not None:
+        loaded.check(config)
+
+    found: SelectionSet | None = None
+    if selection is not None:
+        policy, source = selection, "selection="
+    else:
+        policy, source, found = _of_profile(shape, name, profile)
+        if policy is None:
+            policy = DEFAULT_SELECTION
+            if loaded is not None:
+                policy = replace(policy, bits=loaded.bits)
+    layers = _per_layer(policy, shape, loaded)
+    if loaded is None:
+        bits = [layer.bits for layer in layers if layer is not None]
+        seed = 0
+        if found is not None and found.encoder.name == "random":
+            seed = found.encoder.seed or 0
+        loaded = Encoder.random(config, max(bits, default=DEFAULT_SELECTION.bits), seed)
+    elif found is not None and found.source == "synthetic":
+        # Chosen for no encoder in particular, so they may be met with fewer bits.
+        layers = tuple(
+            layer and replace(layer, bits=min(layer.bits, loaded.bits)) for layer in layers
+        )
+    return Policy(loaded, layers, source)
+
+
+def _of_profile(
+    shape: ModelShape, name: str, profile: Profile | str | os.PathLike[str] | None
+) -> tuple[Selection | tuple[Selection | None, ...] | None, str, SelectionSet | None]:
+    if profile is None:
+        profile = registry.profile_in_force()
+    elif not isinstance(profile, Profile):
+        profile = Profile.load(profile)
+    if profile is None:
+        return None, "default", None
+    found = profile.selection_for(
+        ModelKey(
+            name, shape.model_type, shape.num_layers, shape.heads, shape.kv_heads, shape.head_dim
+        )
+    )
+    if found is None:
+        return None, "default", None
+    if found.source == "synthetic":
+        if not isinstance(found.layers, Selection) and len(found.layers) != shape.num_layers:
+            return None, "default", None
+        warnings.warn(
+            f"profile {profile.label}: its selections are synthetic, chosen without a model; "
+            f"quality on {name or shape.model_type} is unknown; choose them on real text with: "
+            "python -m tune --model PATH --text FILE",
+            stacklevel=4,
+        )
+    elif found.model.name != name:
+        warnings.warn(
+            f"profile {profile.label}: its selections were chosen on {found.model.name}, a model "
+            f"of the same sizes as {name or shape.model_type}; choose them on this model with: "
+            "python -m tune --model PATH --text FILE",
+            stacklevel=4,
+        )
+    return found.layers, f"profile {profile.label}", found
+
+
+def _per_layer(
+    policy: Selection | Sequence[Selection | None], shape: ModelShape, encoder: Encoder | None
+) -> tuple[Selection | None, ...]:
+    """One selection per layer; one for all leaves its first layers and the encoder's dense."""
+    if isinstance(policy, Selection):
+        dense = set(range(policy.dense_layers)) | set(encoder.dense_layers if encoder else ())
+        return tuple(None if i in dense else policy for i in range(shape.num_layers))
+    layers = tuple(policy) if isinstance(policy, Sequence) else (policy,)
+    for layer in layers:
+        if layer is not None and not isinstance(layer, Selection):
+            raise AttachError(
+                f"selection: got {type(layer).__name__}, expected a hata.Selection, or a list of "
+                "one per layer with None for a dense layer"
+            )
+    if len(layers) != shape.num_layers:
+        raise AttachError(
+            f"selection: got {len(layers)} layers, expected {shape.num_layers}, one per layer of "
+            "the model; or pass one hata.Selection for all"
+        )
+    return layers

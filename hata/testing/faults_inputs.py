@@ -1,0 +1,331 @@
+"""Faults of input: calls outside the contract, each refused with a message that says what to do.
+
+Tests are named after the rows of the scorecard of faults; a row's number never changes.
+"""
+
+# A test's name is its documentation.
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hata
+from hata.errors import HataDeviceError, HataDTypeError, HataShapeError
+from hata.problem import OPS
+from hata.testing.faults_values import SMALL, changed
+from hata.testing.kits import Kit, NumPyKit, TorchKit, has_bfloat16
+from hata.testing.properties import Properties
+from hata.testing.strategies import make_values
+
+# A call that uses every kind of array.
+LEGAL = changed(SMALL, norms=True, bias=True, sinks=True, lengths=(40, 9))
+# Run on its own, since a wrong answer here is a crash: every array of every op, in turn, with each
+# of its axes reversed. The op refuses it, or gets it right.
+_NEGATIVE_STRIDES = """
+import sys
+import numpy as np
+import hata
+from hata.testing.faults_values import SMALL
+from hata.testing.kits import NumPyKit
+from hata.testing.properties import Properties
+
+kit = NumPyKit()
+with hata.use_backend(sys.argv[1]):
+    for op in ("encode", "hamming_topk", "sparse_attend", "hash_attend"):
+        arrays, options = Properties().arguments(kit, SMALL, op)
+        arrays = {name: p.array for name, p in arrays.items() if p is not None}
+        for name, array in arrays.items():
+            for axis in range(array.ndim):
+                step = tuple(slice(None, None, -1 if a == axis else 1) for a in range(array.ndim))
+                mirrored = {**arrays, name: array[step]}
+                try:
+                    got = getattr(hata, op)(**mirrored, **options)
+                except ValueError:
+                    continue
+                dense = {**arrays, name: array[step].copy()}
+                np.testing.assert_array_equal(got, getattr(hata, op)(**dense, **options))
+print("survived")
+"""
+
+
+class InputFaults(Properties):
+    """Rows whose input is illegal."""
+
+    def refused(self, kit: Kit, op: str, error: type[Exception], match: str, **wrong: Any) -> None:
+        """An op refuses one call of which everything but `wrong` is right.
+
+        `wrong` holds framework arrays and options by their names.
+        """
+        placed, options = self.arguments(kit, LEGAL, op)
+        given = {name: None if p is None else p.array for name, p in placed.items()}
+        with pytest.raises(error, match=match):
+            getattr(hata, op)(**{**given, **options, **wrong})
+
+    @pytest.mark.parametrize("op", ["hamming_topk", "hash_attend"])
+    def test_fault_02_budget_of_zero(self, kit: Kit, op: str) -> None:
+        self.refused(kit, op, HataShapeError, "k must be ≥ 1", k=0)
+
+    @pytest.mark.parametrize("op", ["hamming_topk", "hash_attend"])
+    def test_fault_03_budget_of_a_wrong_kind(self, kit: Kit, op: str) -> None:
+        self.refused(kit, op, HataShapeError, "k: got -3", k=-3)
+        self.refused(kit, op, HataShapeError, r"less than 2\*\*31", k=2**31)
+        for wrong in (4.0, True, "4", None, [4], np.float32(4), np.bool_(True)):
+            self.refused(kit, op, HataDTypeError, "k: got", k=wrong)
+        for name in ("k_min", "sink", "recent"):
+            self.refused(kit, op, HataShapeError, name, **{name: -1})
+            self.refused(kit, op, HataDTypeError, name, **{name: 1.0})
+        self.refused(kit, op, HataShapeError, "at most k = 6", sink=4, recent=3)
+        for ratio in (0.0, -0.5, 1.5, float("nan"), float("inf"), 10**400):
+            self.refused(kit, op, HataShapeError, "ratio: got", ratio=ratio)
+        for wrong in ("0.5", True, [0.5], 1j):
+            self.refused(kit, op, HataDTypeError, "ratio: got", ratio=wrong)
+
+    def test_fault_08_beyond_the_slots(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HATA_CHECK", "1")
+        for name in ("lengths", "starts"):
+            for value in (41, -1):
+                array = kit.put(np.array([3, value], np.int32))
+                for op in ("hamming_topk", "hash_attend"):
+                    match = f"{name}: got {value} in row 1, expected 0 to S = 40"
+                    self.refused(kit, op, HataShapeError, match, **{name: array})
+        indices = np.full((2, 2, 1, 6), -1, np.int32)
+        indices[1, 0, 0, 2] = 40
+        wrong = kit.put(indices)
+        self.refused(kit, "sparse_attend", HataShapeError, "got 40 in row 1", indices=wrong)
+        # What is right passes as without the check.
+        self.check_hash_attend(kit, changed(SMALL, lengths=(40, 0)))
+
+    def test_fault_22_head_sizes_that_are_not_supported(self, kit: Kit) -> None:
+        for head_dim in (59, 111, 8, 0, 592):
+            x = kit.put(np.zeros((1, 2, 1, head_dim), np.float32))
+            projection = kit.put(np.zeros((2, head_dim, 32), np.float32))
+            match = "multiples of 16 from 16 to 576"
+            given = {"x": x, "projection": projection, "bias": None}
+            self.refused(kit, "encode", HataShapeError, match, **given)
+            values = kit.put(np.zeros((2, 2, 40, head_dim), np.float32))
+            self.refused(kit, "sparse_attend", HataShapeError, match, values=values)
+
+    def test_fault_24_heads_that_form_no_groups(self, kit: Kit) -> None:
+        q = kit.put(np.zeros((2, 3, 1, 32), np.float32))
+        codes = kit.put(np.zeros((2, 3, 1, 8), np.uint8))
+        match = "3 heads for 2 KV heads"
+        self.refused(kit, "encode", HataShapeError, match, x=q)
+        self.refused(kit, "hamming_topk", HataShapeError, match, q_codes=codes)
+        self.refused(kit, "sparse_attend", HataShapeError, match, q=q)
+        self.refused(kit, "hash_attend", HataShapeError, match, q=q)
+        self.refused(kit, "hash_attend", HataShapeError, match, q_codes=codes)
+
+    def test_fault_25_bits_that_are_no_multiple_of_32(self, kit: Kit) -> None:
+        for bits in (0, 16, 33, 80):
+            projection = kit.put(np.zeros((2, 32, bits), np.float32))
+            for op in ("encode", "hash_attend"):
+                match = f"{bits} bits"
+                self.refused(kit, op, HataShapeError, match, projection=projection)
+        codes = kit.put(np.zeros((2, 4, 1, 6), np.uint8))
+        self.refused(kit, "hamming_topk", HataShapeError, "48 bits", q_codes=codes)
+
+    def test_fault_26_codes_of_another_width(self, kit: Kit) -> None:
+        codes = kit.put(np.zeros((2, 2, 40, 16), np.uint8))
+        match = r"16 bytes \(128 bits\).*64 bits \(8 bytes\)"
+        self.refused(kit, "hamming_topk", HataShapeError, match, k_codes=codes)
+        self.refused(kit, "hash_attend", HataShapeError, match, key_codes=codes)
+        codes = kit.put(np.zeros((2, 4, 1, 16), np.uint8))
+        self.refused(kit, "hash_attend", HataShapeError, match, q_codes=codes)
+        projection = kit.put(np.zeros((2, 32, 128), np.float32))
+        match = "128 bits.*64"
+        self.refused(kit, "hash_attend", HataShapeError, match, query_projection=projection)
+
+    def test_fault_28_rows_that_are_not_dense(self, kit: Kit) -> None:
+        for op in OPS:
+            placed, _ = self.arguments(kit, LEGAL, op)
+            for name, p in placed.items():
+                if p is None:
+                    continue
+                doubled = np.zeros((*p.values.shape[:-1], 2 * p.values.shape[-1]), p.values.dtype)
+                array = kit.put(doubled)[..., ::2]
+                self.refused(kit, op, HataShapeError, f"{name}: got stride 2", **{name: array})
+
+    def test_fault_30_negative_strides(self) -> None:
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy has negative strides")
+        command = [sys.executable, "-c", _NEGATIVE_STRIDES, self.backend]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "survived"
+
+    def test_fault_31_read_only_where_written(self) -> None:
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy has read-only arrays")
+        kit = NumPyKit()
+        values: Any = make_values(LEGAL)
+        values.key_codes.flags.writeable = False
+        wrong: dict[str, Any] = {"key_codes": values.key_codes, "fresh": 1}
+        self.refused(kit, "hash_attend", HataDTypeError, "key_codes.*read-only", **wrong)
+        values.key_norms.flags.writeable = False
+        wrong = {"key_norms": values.key_norms, "fresh": 1}
+        self.refused(kit, "hash_attend", HataDTypeError, "key_norms.*read-only", **wrong)
+        for name, shape, kind in (("out", (2, 4, 40, 8), "u1"), ("norms", (2, 4, 40), "f2")):
+            array = np.zeros(shape, kind)
+            array.flags.writeable = False
+            self.refused(kit, "encode", HataDTypeError, f"{name}.*read-only", **{name: array})
+
+    def test_fault_31_overlapping_where_written(self, kit: Kit) -> None:
+        codes = kit.put(np.zeros((2, 2, 40, 8), np.uint8), "expanded")
+        wrong: dict[str, Any] = {"key_codes": codes, "fresh": 1}
+        self.refused(kit, "hash_attend", HataShapeError, "key_codes.*overlapping", **wrong)
+        out = kit.put(np.zeros((2, 4, 40, 8), np.uint8), "expanded")
+        self.refused(kit, "encode", HataShapeError, "out.*overlapping", out=out)
+
+    def test_fault_33_misaligned_pointer(self) -> None:
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy makes such pointers")
+        kit = NumPyKit()
+        for op in OPS:
+            placed, _ = self.arguments(kit, LEGAL, op)
+            for name, p in placed.items():
+                if p is None or p.values.itemsize == 1:
+                    continue
+                memory = np.zeros(p.values.nbytes + 1, np.uint8)[1:]
+                array = memory.view(p.values.dtype).reshape(p.values.shape)
+                match = f"{name}: got data at an address"
+                self.refused(kit, op, HataShapeError, match, **{name: array})
+
+    def test_fault_34_wrong_dtypes(self, kit: Kit) -> None:
+        kinds = ["int32", "float64", "complex64", "bool"]
+        for kind in kinds:
+            for op, names in (("encode", ("x",)), ("hash_attend", ("q", "keys", "projection"))):
+                for name in names:
+                    p = self.arguments(kit, SMALL, op)[0][name]
+                    array = kit.put(np.zeros(p.values.shape, kind))
+                    match = f"{name}: got {kind}.*float32"
+                    self.refused(kit, op, HataDTypeError, match, **{name: array})
+        for name in ("lengths", "starts"):
+            for kind in ("float32", "uint8", "int16", "bool"):
+                array = kit.put(np.zeros(2, kind))
+                match = f"{name}: got {kind}.*int32 or int64"
+                self.refused(kit, "hamming_topk", HataDTypeError, match, **{name: array})
+        indices = kit.put(np.zeros((2, 2, 1, 6), np.int64))
+        match = "indices: got int64.*int32"
+        self.refused(kit, "sparse_attend", HataDTypeError, match, indices=indices)
+        norms = kit.put(np.zeros((2, 2, 40), np.float32))
+        match = "key_norms: got float32.*float16"
+        self.refused(kit, "hamming_topk", HataDTypeError, match, key_norms=norms)
+        half = kit.put(np.zeros((2, 2, 40, 32), np.float16))
+        self.refused(kit, "hash_attend", HataDTypeError, "keys: got float16", keys=half)
+
+    def test_fault_34_float8(self, kit: Kit) -> None:
+        shape = (2, 4, 1, 32)
+        if isinstance(kit, TorchKit):
+            import torch
+
+            array = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=kit.device)
+        elif isinstance(kit, NumPyKit) and has_bfloat16():
+            import ml_dtypes
+
+            array = np.zeros(shape, ml_dtypes.float8_e4m3fn)
+        else:
+            pytest.skip("no float8 here")
+        self.refused(kit, "sparse_attend", HataDTypeError, "float8_e4m3fn", q=array)
+
+    @pytest.mark.parametrize("kind", ["int8", "int32", "int64"])
+    def test_fault_35_codes_as_words(self, kit: Kit, kind: str) -> None:
+        array = kit.put(np.zeros((2, 2, 40, 8), kind))
+        match = re.escape(f"got {kind}") + ".*" + re.escape(".view(uint8)")
+        self.refused(kit, "hamming_topk", HataDTypeError, match, k_codes=array)
+        self.refused(kit, "hamming_topk", HataDTypeError, match, q_codes=array)
+        self.refused(kit, "hash_attend", HataDTypeError, match, key_codes=array)
+
+    @pytest.mark.parametrize("kind", [">f4", "O", "U4", "V0", "S4", "M8[s]"])
+    def test_fault_36_foreign_numpy_dtypes(self, kind: str) -> None:
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy has them")
+        array = np.zeros((2, 4, 1, 32), kind)
+        self.refused(NumPyKit(), "sparse_attend", HataDTypeError, "q: got", q=array)
+        self.refused(NumPyKit(), "encode", HataDTypeError, "x: got", x=array)
+
+    def test_fault_38_arrays_on_another_kind_of_device(self, kit: Kit) -> None:
+        problem = self.problem_of(kit, SMALL, "encode")
+        other = "cuda:0" if self.device == "cpu" else "cpu"
+        if other.partition(":")[0] in self.loaded.devices:
+            pytest.skip("the backend runs on both")
+        fix = "triton" if self.device == "cpu" else "reference"
+        with pytest.raises(HataDeviceError, match=f"{self.backend}.*{other}.*{fix}"):
+            self.loaded.accept(problem, kit.adapter(), other)
+
+    def test_fault_41_mixed_frameworks(self, kit: Kit) -> None:
+        other = TorchKit() if isinstance(kit, NumPyKit) else NumPyKit()
+        if other.missing("float32"):
+            pytest.skip(f"{other.name} is not installed")
+        for op in OPS:
+            placed, _ = self.arguments(kit, LEGAL, op)
+            for name, p in list(placed.items())[1:]:
+                if p is None:
+                    continue
+                array = other.put(p.values)
+                match = f"{name}: got a {other.name} array, expected {kit.name}"
+                self.refused(kit, op, HataDTypeError, match, **{name: array})
+
+    def test_arrays_that_are_none(self, kit: Kit) -> None:
+        """Lists, numbers, strings and `None` are refused by name."""
+        for op in OPS:
+            placed, _ = self.arguments(kit, LEGAL, op)
+            needed = [name for name, p in placed.items() if p is not None]
+            for name in needed:
+                for wrong in ([[1.0]], 3, "array", object(), np.float32(1), np.int64(2)):
+                    self.refused(kit, op, HataDTypeError, f"^{name}: got", **{name: wrong})
+                if name not in ("bias", "lengths", "key_norms", "sink_logits"):
+                    self.refused(kit, op, HataDTypeError, f"^{name}: got", **{name: None})
+
+    def test_ranks_and_sizes(self, kit: Kit) -> None:
+        """A missing, an extra, a longer axis: refused by name."""
+        for op in OPS:
+            placed, _ = self.arguments(kit, LEGAL, op)
+            placed = {name: p for name, p in placed.items() if p is not None}
+            for name, p in placed.items():
+                for shape in ((), (1,), (*p.values.shape, 1)):
+                    if name == "lengths" and shape == ():
+                        continue
+                    array = kit.put(np.zeros(shape, p.values.dtype))
+                    self.refused(kit, op, HataShapeError, name, **{name: array})
+                if name in ("q", "x", "q_codes", "projection", "indices"):
+                    continue
+                for axis in range(p.values.ndim):
+                    shape = [n + (a == axis) for a, n in enumerate(p.values.shape)]
+                    array = kit.put(np.zeros(shape, p.values.dtype))
+                    self.refused(kit, op, HataShapeError, "got", **{name: array})
+
+    def test_numbers_that_are_none(self, kit: Kit) -> None:
+        """Scale, soft cap, fresh, dense_below: of the right kind, finite, in range."""
+        for op in ("sparse_attend", "hash_attend"):
+            for name in ("scale", "softcap"):
+                for wrong in ("1", True, [1.0], object()):
+                    self.refused(kit, op, HataDTypeError, f"{name}: got", **{name: wrong})
+                for wrong in (float("nan"), float("inf"), 10**400):
+                    self.refused(kit, op, HataShapeError, f"{name}: got", **{name: wrong})
+            for wrong in (0.0, -1.0):
+                self.refused(kit, op, HataShapeError, "softcap: got", softcap=wrong)
+        for name in ("fresh", "dense_below"):
+            self.refused(kit, "hash_attend", HataShapeError, name, **{name: -1})
+            for wrong in (1.0, True, "1", None):
+                self.refused(kit, "hash_attend", HataDTypeError, name, **{name: wrong})
+        self.refused(kit, "hamming_topk", HataDTypeError, "per_head: got", per_head="yes")
+
+    def test_numbers_beyond_64_bits(self, kit: Kit) -> None:
+        """Sizes without an upper limit mean "all", however large."""
+        arrays, options = self.arguments(kit, SMALL, "hash_attend")
+        for name in ("fresh", "dense_below"):
+            most = self.call(kit, "hash_attend", arrays, **{**options, name: SMALL.slots})
+            huge = self.call(kit, "hash_attend", arrays, **{**options, name: 10**30})
+            np.testing.assert_array_equal(kit.get(huge), kit.get(most))
+        arrays, options = self.arguments(kit, SMALL, "hamming_topk")
+        options["ratio"] = 0.01
+        most = self.call(kit, "hamming_topk", arrays, **{**options, "k_min": SMALL.k})
+        huge = self.call(kit, "hamming_topk", arrays, **{**options, "k_min": 10**30})
+        np.testing.assert_array_equal(kit.get(huge), kit.get(most))

@@ -1,0 +1,245 @@
+"""Faults of torch: devices, gradients, fake tensors, graphs, compilation.
+
+Tests are named after the rows of the scorecard of faults; a row's number never changes.
+"""
+
+# A test's name is its documentation.
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hata
+from hata.errors import HataAutogradError, HataDeviceError
+from hata.problem import OPS
+from hata.testing.faults_values import SMALL, changed
+from hata.testing.kits import TorchKit
+from hata.testing.properties import Properties
+from hata.testing.strategies import Case
+
+# The arguments of the custom ops, in their order. Arrays first, then the rest with its defaults.
+SCHEMAS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "encode": (("x", "projection", "bias"), {}),
+    "hamming_topk": (
+        ("q_codes", "k_codes", "lengths", "starts", "key_norms"),
+        {"k": None, "ratio": None, "k_min": 0, "sink": 0, "recent": 0, "per_head": False},
+    ),
+    "sparse_attend": (
+        ("q", "keys", "values", "indices", "sink_logits"),
+        {"scale": None, "softcap": None},
+    ),
+    "hash_attend": (
+        (
+            "q", "keys", "values", "key_codes", "projection", "bias", "query_projection",
+            "query_bias", "q_codes", "lengths", "starts", "key_norms", "sink_logits",
+        ),
+        {
+            "k": None, "dense_below": 0, "ratio": None, "k_min": 0, "sink": 0, "recent": 0,
+            "scale": None, "softcap": None, "fresh": 0,
+        },
+    ),
+}  # fmt: skip
+
+
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+class TorchFaults(Properties):
+    """Rows that only torch has."""
+
+    @pytest.fixture
+    def torch_kit(self) -> TorchKit:
+        """A torch kit, where the backend takes torch tensors."""
+        if "torch" not in self.loaded.frameworks:
+            pytest.skip("the backend takes no torch tensors")
+        pytest.importorskip("torch", reason="torch is not installed")
+        return TorchKit(self.device)
+
+    def tensors(self, kit: TorchKit, case: Case, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tensors and options of an op."""
+        placed, options = self.arguments(kit, case, op)
+        return {name: p and p.array for name, p in placed.items()}, options
+
+    def test_fault_37_two_devices(self, torch_kit: TorchKit) -> None:
+        for op in OPS:
+            tensors, options = self.tensors(torch_kit, SMALL, op)
+            for name in list(tensors)[1:]:
+                if tensors[name] is None:
+                    continue
+                moved = {**tensors, name: tensors[name].to("meta")}
+                with pytest.raises(HataDeviceError, match=f"{name}: .*meta.*{self.device}"):
+                    getattr(hata, op)(**moved, **options)
+
+    def test_fault_42_gradients(self, torch_kit: TorchKit) -> None:
+        import torch
+
+        for op in ("encode", "sparse_attend", "hash_attend"):
+            tensors, options = self.tensors(torch_kit, SMALL, op)
+            expected = getattr(hata, op)(**tensors, **options)
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                wanted = {**tensors, name: torch.nn.Parameter(tensor)}
+                with pytest.raises(HataAutogradError, match=f"{name}: .*no_grad"):
+                    getattr(hata, op)(**wanted, **options)
+                for mode in (torch.no_grad, torch.inference_mode):
+                    with mode():
+                        got = getattr(hata, op)(**wanted, **options)
+                    assert torch.equal(got, expected)
+
+    def test_fault_43_meta_and_fake_tensors(self, torch_kit: TorchKit) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        case = changed(SMALL, value_dim=48, tokens=2, norms=True)
+        for op in OPS:
+            tensors, options = self.tensors(torch_kit, case, op)
+            if op.endswith("attend"):
+                options["return_lse"] = True
+            expected = getattr(hata, op)(**tensors, **options)
+            meta = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
+            with FakeTensorMode() as mode:
+                fake = {
+                    name: None if x is None else mode.from_tensor(x) for name, x in tensors.items()
+                }
+                results = [getattr(hata, op)(**fake, **options)]
+            results.append(getattr(hata, op)(**meta, **options))
+            for result in results:
+                for got, right in zip(_tuple(result), _tuple(expected), strict=True):
+                    assert got.shape == right.shape
+                    assert got.dtype == right.dtype
+                    assert got.stride() == right.stride()
+
+    def test_subclasses_of_tensors(self, torch_kit: TorchKit) -> None:
+        """A subclass that is a tensor all the same gives what a tensor gives."""
+        import torch
+
+        class Named(torch.Tensor):
+            pass
+
+        for op in OPS:
+            tensors, options = self.tensors(torch_kit, SMALL, op)
+            expected = getattr(hata, op)(**tensors, **options)
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    named = {**tensors, name: tensor.as_subclass(Named)}
+                    got = getattr(hata, op)(**named, **options)
+                    assert torch.equal(got.as_subclass(torch.Tensor), expected)
+
+    def test_tensors_without_strides(self, torch_kit: TorchKit) -> None:
+        """Sparse, conjugated and vmapped tensors are refused by name."""
+        import torch
+
+        tensors, options = self.tensors(torch_kit, SMALL, "sparse_attend")
+        for name in ("q", "keys"):
+            wrong = {**tensors, name: tensors[name].to_sparse()}
+            with pytest.raises(hata.HataDTypeError, match=f"{name}: .*strides"):
+                hata.sparse_attend(**wrong, **options)
+            # The same memory with its sign changed lazily; shape and strides say nothing of it.
+            wrong = {**tensors, name: torch.ops.aten._neg_view(tensors[name])}
+            with pytest.raises(hata.HataDTypeError, match=f"{name}: .*resolve_neg"):
+                hata.sparse_attend(**wrong, **options)
+        with pytest.raises(hata.HataDTypeError, match=r"q: .*memory"):
+            torch.vmap(lambda q: hata.sparse_attend(**{**tensors, "q": q}, **options))(
+                tensors["q"][None]
+            )
+
+    def test_fault_44_graph_capture(self, torch_kit: TorchKit) -> None:
+        if self.device == "cpu":
+            pytest.skip("a CPU captures no graphs")
+        import torch
+
+        case = changed(SMALL, slots=500, k=50, lengths=(100, 7), fresh=1)
+        tensors, options = self.tensors(torch_kit, case, "hash_attend")
+        hata.prepare("hash_attend", **tensors, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = hata.hash_attend(**tensors, **options)
+        for lengths in ((100, 7), (101, 8), (500, 250)):
+            tensors["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
+            graph.replay()
+            got = out.clone()
+            assert torch.equal(got, hata.hash_attend(**tensors, **options))
+
+    @pytest.mark.parametrize("fresh", [0, 2])
+    def test_fault_45_compiled(self, torch_kit: TorchKit, fresh: int) -> None:
+        import torch
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        def step(q: Any, keys: Any, values: Any, key_codes: Any, projection: Any) -> Any:
+            out, lse = hata.hash_attend(
+                q, keys, values, key_codes, projection, 6, fresh=fresh, return_lse=True
+            )
+            codes = hata.encode(q, projection)
+            indices = hata.hamming_topk(codes, key_codes, 6)
+            return out + hata.sparse_attend(q, keys, values, indices), lse
+
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=None)
+        for slots in (40, 41, 55, 64, 130):
+            case = changed(SMALL, slots=slots)
+            results = []
+            for function in (step, compiled):
+                tensors, _ = self.tensors(torch_kit, case, "hash_attend")
+                names = ("q", "keys", "values", "key_codes", "projection")
+                given = [tensors[name] for name in names]
+                results.append([*function(*given), tensors["key_codes"]])
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours, theirs)
+        assert counter.frame_count <= 2
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("op", [*OPS, "encode_", "hash_attend_"])
+    def test_fault_45_opcheck(self, torch_kit: TorchKit, op: str) -> None:
+        import torch
+
+        import hata.torch_ops  # noqa: F401  registers the custom ops
+
+        case = changed(SMALL, norms=True, bias=True, sinks=True, lengths=(40, 9), fresh=3)
+        tensors, options = self.tensors(torch_kit, case, op.rstrip("_"))
+        names, defaults = SCHEMAS[op.rstrip("_")]
+        arguments = [tensors.get(name) for name in names]
+        arguments += [options.get(name, default) for name, default in defaults.items()]
+        if op == "encode_":
+            shape = tensors["x"].shape[:3]
+            arguments.append(torch.zeros((*shape, 8), dtype=torch.uint8, device=self.device))
+            arguments.append(torch.zeros(shape, dtype=torch.float16, device=self.device))
+        if op == "hash_attend":
+            arguments[-1] = 0
+        torch.library.opcheck(getattr(torch.ops.hata, op), tuple(arguments))
+
+    def test_compiled_without_a_gradient(self, torch_kit: TorchKit) -> None:
+        """Weights that ask for a gradient do no harm in a compiled step under no_grad."""
+        import torch
+
+        tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
+        expected = hata.hash_attend(**tensors, **options)
+        tensors["projection"] = torch.nn.Parameter(tensors["projection"])
+        compiled = torch.compile(
+            lambda: hata.hash_attend(**tensors, **options), backend="aot_eager", fullgraph=True
+        )
+        with torch.no_grad():
+            assert torch.equal(compiled(), expected)
+        torch._dynamo.reset()
+
+    def test_default_dtype_and_device_do_not_matter(self, torch_kit: TorchKit) -> None:
+        """What the process sets as torch's defaults changes no output."""
+        import torch
+
+        tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
+        expected = hata.hash_attend(**tensors, **options, return_lse=True)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                got = hata.hash_attend(**tensors, **options, return_lse=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(torch_kit.get(ours), torch_kit.get(theirs))

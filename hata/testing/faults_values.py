@@ -1,0 +1,368 @@
+"""Faults of values, sizes and memory: calls within the contract that are easily got wrong.
+
+Tests are named after the rows of the scorecard of faults; a row's number never changes.
+"""
+
+# A test's name is its documentation.
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+import resource
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hata
+from hata.testing.kits import Kit, NumPyKit, numpy_dtype
+from hata.testing.properties import Properties
+from hata.testing.strategies import Case, make_values
+
+SMALL = Case(
+    seed=3, dtype="float32", batch=2, kv_heads=2, group=2, code_group=2, slots=40, head_dim=32,
+    value_dim=16, bits=64, k=6,
+)  # fmt: skip
+# More keys than a 16-bit counter can count.
+MANY = 70_001
+
+
+def changed(case: Case, **changes: Any) -> Case:
+    """A case with some of its fields changed."""
+    return Case(**{**vars(case), **changes})
+
+
+class ValueFaults(Properties):
+    """Rows whose input is legal."""
+
+    def check_all(self, kit: Kit, case: Case) -> None:
+        """All four ops on a case."""
+        self.check_encode(kit, case)
+        self.check_hamming_topk(kit, case)
+        self.check_sparse_attend(kit, case)
+        self.check_hash_attend(kit, case)
+
+    def test_fault_01_budget_beyond_the_keys(self, kit: Kit) -> None:
+        case = changed(SMALL, k=SMALL.slots + 7, lengths=(40, 5))
+        self.check_all(kit, case)
+        arrays, options = self.arguments(kit, case, "hamming_topk")
+        indices = kit.get(self.call(kit, "hamming_topk", arrays, **options))
+        assert (indices[1] == [*range(5), *[-1] * 42]).all()
+        # "All keys" is what a huge budget means; it must cost nothing by itself.
+        arrays, options = self.arguments(kit, case, "hash_attend")
+        dense = kit.get(self.call(kit, "hash_attend", arrays, **options))
+        huge = self.call(kit, "hash_attend", arrays, **{**options, "k": 2**31 - 1})
+        np.testing.assert_allclose(kit.get(huge), dense, rtol=1e-5, atol=1e-6)
+
+    def test_fault_04_no_slots_no_keys_no_tokens(self, kit: Kit) -> None:
+        self.check_all(kit, changed(SMALL, slots=0))
+        self.check_all(kit, changed(SMALL, tokens=0))
+        self.check_all(kit, changed(SMALL, lengths=(0, 0), fresh=3))
+        self.check_sparse_attend(kit, changed(SMALL, k=0))
+        arrays, options = self.arguments(kit, changed(SMALL, slots=0), "hash_attend")
+        out, lse = self.call(kit, "hash_attend", arrays, **options, return_lse=True)
+        assert (kit.get(out) == 0).all()
+        assert (kit.get(lse) == -np.inf).all()
+
+    def test_fault_05_batch_of_none(self, kit: Kit) -> None:
+        case = changed(SMALL, batch=0, lengths=(), fresh=2)
+        self.check_all(kit, case)
+
+    def test_fault_06_one_row_of_length_zero(self, kit: Kit) -> None:
+        case = changed(SMALL, batch=3, lengths=(40, 0, 17), fresh=2, sinks=True)
+        self.check_all(kit, case)
+        arrays, options = self.arguments(kit, case, "hash_attend")
+        out = kit.get(self.call(kit, "hash_attend", arrays, **options))
+        assert (out[1] == 0).all()
+        assert (out[[0, 2]] != 0).any()
+
+    @pytest.mark.parametrize("length_dtype", ["int32", "int64"])
+    def test_fault_07_rows_shorter_than_the_budget(self, kit: Kit, length_dtype: str) -> None:
+        lengths, starts = (40, 3, 6, 7), (39, 1, 0, 0)
+        case = changed(SMALL, batch=4, lengths=lengths, starts=starts, lengths_dtype=length_dtype)
+        self.check_all(kit, case)
+        self.check_all(kit, changed(case, tokens=3, fresh=5))
+        self.check_all(kit, changed(case, lengths=5, starts=2, lengths_dtype=length_dtype))
+
+    def test_fault_09_row_that_sees_nothing(self, kit: Kit) -> None:
+        case = changed(SMALL, lengths=(40, 10), starts=(40, 30), sinks=True, tokens=2, fresh=3)
+        self.check_all(kit, case)
+        nothing = np.full((2, 2, 2, 6), -1, np.int32)
+        self.check_sparse_attend(kit, case, indices=nothing)
+
+    def test_fault_10_nan_in_q(self, kit: Kit) -> None:
+        values = make_values(SMALL)
+        values.q[0, 1, 0, 3] = np.nan
+        arrays, options = self.arguments(kit, SMALL, "hash_attend", q=values.q)
+        out = kit.get(self.call(kit, "hash_attend", arrays, **options))
+        bad = np.zeros(out.shape, bool)
+        bad[0, 1, 0] = True
+        assert (np.isnan(out) == bad).all()
+        arguments = self.put(kit, x=values.q, projection=values.projection)
+        codes = kit.get(self.call(kit, "encode", arguments))
+        assert (codes[0, 1, 0] == 0).all(), "NaN > 0 is false: every bit is 0"
+        self.check_encode(kit, SMALL, x=values.q)
+
+    def test_fault_11_nan_in_a_selected_slot(self, kit: Kit) -> None:
+        indices = np.array([0, 1, 2, 3, 4, 5], np.int32).reshape(1, 1, 1, 6).repeat(2, axis=1)
+        indices = indices.repeat(2, axis=0) + np.array([0, 20], np.int32)[:, None, None, None]
+        for name in ("keys", "values"):
+            poisoned = getattr(make_values(SMALL), name)
+            # Row 0 selects slot 2 of head 1, row 1 does not.
+            poisoned[:, 1, 2] = np.nan
+            given = {name: poisoned, "indices": indices}
+            arrays, options = self.arguments(kit, SMALL, "sparse_attend", **given)
+            out = kit.get(self.call(kit, "sparse_attend", arrays, **options))
+            bad = np.zeros(out.shape, bool)
+            bad[0, 2:] = True
+            assert (np.isnan(out) == bad).all()
+
+    @pytest.mark.parametrize("poison", [np.nan, np.inf])
+    def test_fault_12_nan_in_unselected_slots(self, kit: Kit, dtype: str, poison: float) -> None:
+        case = changed(SMALL, dtype=dtype, lengths=(33, 29), starts=(2, 4), tokens=2)
+        values = make_values(case)
+        arrays, options = self.arguments(kit, case, "hash_attend")
+        indices = self.selected(kit, case, arrays)
+        clean = kit.get(self.call(kit, "hash_attend", arrays, **options))
+        for b, head in np.ndindex(2, 2):
+            unselected = np.setdiff1d(np.arange(case.slots), indices[b, head])
+            values.keys[b, head, unselected] = poison
+            values.values[b, head, unselected] = poison
+        given = {"keys": values.keys, "values": values.values}
+        arrays, options = self.arguments(kit, case, "hash_attend", **given)
+        assert kit.get(self.call(kit, "hash_attend", arrays, **options)).tobytes() == (
+            clean.tobytes()
+        )
+        self.check_sparse_attend(kit, case, **given, indices=indices)
+
+    def test_fault_13_infinity_in_keys(self, kit: Kit, dtype: str) -> None:
+        case = changed(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
+        values = make_values(case)
+        values.keys[0, 0, 5, 7] = np.inf
+        values.keys[1, 1, 9, 0] = -np.inf
+        # inf - inf is NaN, and so 0.
+        values.keys[0, 1, 3, :2] = np.inf, -np.inf
+        self.check_encode(kit, case, x=values.keys)
+        self.check_hash_attend(kit, case, keys=values.keys)
+
+    @pytest.mark.parametrize("zero", [0.0, -0.0])
+    def test_fault_14_zeros_give_bit_zero(self, kit: Kit, dtype: str, zero: float) -> None:
+        case = changed(SMALL, dtype=dtype)
+        values = make_values(case)
+        zeros = np.full_like(values.projection, zero)
+        for given in ({"projection": zeros}, {"x": np.full_like(values.x, zero)}):
+            arrays, _ = self.arguments(kit, case, "encode", **given)
+            assert (kit.get(self.call(kit, "encode", arrays)) == 0).all()
+        arrays["bias"] = kit.place(np.full((2, 64), zero, numpy_dtype(dtype)))
+        assert (kit.get(self.call(kit, "encode", arrays)) == 0).all()
+
+    @pytest.mark.parametrize("slots", [40, MANY])
+    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    def test_fault_15_all_keys_identical(self, kit: Kit, slots: int, norms: bool) -> None:
+        given = {
+            "q_codes": np.full((1, 4, 1, 4), 0x0F, np.uint8),
+            "k_codes": np.full((1, 1, slots, 4), 0xF1, np.uint8),
+            "key_norms": np.full((1, 1, slots), 2.0, np.float16) if norms else None,
+        }
+        options: dict[str, Any] = {"k": 11}
+        indices = kit.get(self.call(kit, "hamming_topk", self.put(kit, **given), **options))
+        assert indices[0, 0, 0].tolist() == list(range(11))
+        options |= {"sink": 2, "recent": 3}
+        indices = kit.get(self.call(kit, "hamming_topk", self.put(kit, **given), **options))
+        assert indices[0, 0, 0].tolist() == [*range(8), slots - 3, slots - 2, slots - 1]
+
+    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    def test_fault_16_tie_at_the_last_place(self, kit: Kit, norms: bool) -> None:
+        k_codes = np.full((1, 1, 3_000, 4), 0x11, np.uint8)
+        k_codes[0, 0, [70, 2_900]] = 0
+        given = {
+            "q_codes": np.zeros((1, 3, 1, 4), np.uint8),
+            "k_codes": k_codes,
+            "key_norms": np.ones((1, 1, 3_000), np.float16) if norms else None,
+        }
+        indices = kit.get(self.call(kit, "hamming_topk", self.put(kit, **given), k=5))
+        assert indices[0, 0, 0].tolist() == [0, 1, 2, 70, 2_900]
+        case = changed(SMALL, batch=1, slots=5_000, k=700, flavour="few", norms=norms)
+        self.check_hamming_topk(kit, case)
+
+    def test_fault_17_hundred_equal_calls(self, kit: Kit) -> None:
+        case = changed(SMALL, slots=600, k=100, flavour="few", tokens=2, norms=True)
+        for op in ("hamming_topk", "hash_attend"):
+            arrays, options = self.arguments(kit, case, op)
+            results = {kit.get(self.call(kit, op, arrays, **options)).tobytes() for _ in range(100)}
+            assert len(results) == 1
+
+    @pytest.mark.parametrize("size", [21.5, 30.0], ids=["below", "above"])
+    def test_fault_18_float16_logits_near_65504(self, kit: Kit, size: float) -> None:
+        if "float16" not in self.loaded.dtypes:
+            pytest.skip("the backend takes no float16")
+        case = changed(SMALL, dtype="float16", head_dim=128, scale=1.0)
+        values = make_values(case)
+        given = {"q": np.full_like(values.q, size), "keys": np.full_like(values.keys, size)}
+        self.check_sparse_attend(kit, case, **given)
+        arrays, options = self.arguments(kit, case, "hash_attend", **given)
+        out, lse = self.call(kit, "hash_attend", arrays, **options, return_lse=True)
+        assert np.isfinite(kit.get(out)).all()
+        assert np.isfinite(kit.get(lse)).all()
+
+    def test_fault_19_zero_q_or_keys(self, kit: Kit, dtype: str) -> None:
+        case = changed(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
+        values = make_values(case)
+        for name in ("q", "keys"):
+            zeros = np.zeros_like(getattr(values, name))
+            self.check_hash_attend(kit, case, **{name: zeros})
+            arrays, options = self.arguments(kit, case, "sparse_attend", **{name: zeros})
+            lse = kit.get(self.call(kit, "sparse_attend", arrays, **options, return_lse=True)[1])
+            chosen = (arrays["indices"].values >= 0).sum(axis=-1).repeat(2, axis=1)
+            with np.errstate(divide="ignore"):
+                np.testing.assert_allclose(lse, np.log(chosen), rtol=1e-6, atol=1e-6)
+
+    def test_fault_20_offsets_beyond_31_bits(self, kit: Kit) -> None:
+        if self.device != "cpu":
+            pytest.skip("stands for lazily committed memory, which only a CPU has")
+        case = changed(
+            SMALL, dtype="float16", batch=1, kv_heads=8, group=1, head_dim=128, value_dim=128,
+            slots=2**21 + 64, k=8,
+        )  # fmt: skip
+        if case.dtype not in self.loaded.dtypes:
+            pytest.skip("the backend takes no float16")
+        # 4.3 GB each of keys and values, 2 GB of codes, of which a few rows are ever touched.
+        keys, values = (self.lazily(kit, "float16", (1, 8, case.slots, 128)) for _ in range(2))
+        key_codes = self.lazily(kit, "uint8", (1, 8, case.slots, 128))[..., :16]
+        rng = np.random.default_rng(0)
+        first = case.slots - 20
+        window = {}
+        for name, array in (("keys", keys), ("values", values)):
+            window[name] = rng.standard_normal((1, 8, 20, 128)).astype(np.float16)
+            array[:, :, first:] = kit.put(window[name])
+        q = rng.standard_normal((1, 8, 1, 128)).astype(np.float16)
+        projection = rng.standard_normal((8, 128, 128)).astype(np.float32)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        out, lse = hata.hash_attend(
+            kit.put(q), keys, values, key_codes, kit.put(projection), 8, fresh=20,
+            starts=kit.put(np.array(first)), return_lse=True,
+        )  # fmt: skip
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 2**20, f"{grown} KiB were touched: something was copied"
+
+        codes = kit.put(np.zeros((1, 8, 20, 16), np.uint8))
+        near = kit.put(window["keys"]), kit.put(window["values"])
+        options = {"fresh": 20, "return_lse": True}
+        expected = hata.hash_attend(kit.put(q), *near, codes, kit.put(projection), 8, **options)
+        for got, right in zip((out, lse), expected, strict=True):
+            np.testing.assert_allclose(kit.get(got), kit.get(right), rtol=2e-3, atol=2e-3)
+        np.testing.assert_array_equal(kit.get(key_codes[:, :, first:]), kit.get(codes))
+
+        q_codes = hata.encode(kit.put(q), kit.put(projection))
+        starts = kit.put(np.array(first))
+        far = hata.hamming_topk(q_codes, key_codes, 8, starts=starts)
+        close = kit.get(hata.hamming_topk(q_codes, codes, 8))
+        np.testing.assert_array_equal(kit.get(far), close + first)
+        got = hata.sparse_attend(kit.put(q), keys, values, far)
+        np.testing.assert_allclose(kit.get(got), kit.get(out), rtol=2e-3, atol=2e-3)
+
+    @staticmethod
+    def lazily(kit: Kit, dtype: str, shape: tuple[int, ...]) -> Any:
+        """An array whose memory is committed only where it is touched."""
+        memory = np.empty(int(np.prod(shape)), dtype).reshape(shape)
+        if isinstance(kit, NumPyKit):
+            return memory
+        import torch
+
+        return torch.from_numpy(memory)
+
+    def test_fault_21_more_heads_than_a_grid_holds(self, kit: Kit) -> None:
+        if self.device == "cpu":
+            pytest.skip("a CPU has no launch grid")
+        case = changed(SMALL, batch=70_000, kv_heads=1, group=1, code_group=1, slots=4, k=2)
+        self.check_hamming_topk(kit, case)
+        arrays, options = self.arguments(kit, case, "hash_attend")
+        out = kit.get(self.call(kit, "hash_attend", arrays, **options))
+        assert np.isfinite(out).all()
+
+    @pytest.mark.parametrize("head_dim", [80, 96, 192, 256, 576])
+    def test_fault_22_unusual_head_sizes(self, kit: Kit, dtype: str, head_dim: int) -> None:
+        sizes = {"head_dim": head_dim, "value_dim": head_dim}
+        self.check_all(kit, changed(SMALL, dtype=dtype, **sizes))
+
+    @pytest.mark.parametrize("value_dim", [16, 48, 512])
+    def test_fault_23_values_of_another_size(self, kit: Kit, dtype: str, value_dim: int) -> None:
+        case = changed(SMALL, dtype=dtype, head_dim=96, value_dim=value_dim, tokens=2)
+        self.check_sparse_attend(kit, case)
+        self.check_hash_attend(kit, case)
+
+    @pytest.mark.parametrize("layout", ["tokens_first", "padded", "sliced"])
+    def test_fault_27_strides(self, kit: Kit, dtype: str, layout: str) -> None:
+        case = changed(SMALL, dtype=dtype, layouts=(layout,), norms=True, tokens=2)
+        self.check_all(kit, case)
+
+    def test_fault_29_expanded(self, kit: Kit, dtype: str) -> None:
+        case = changed(SMALL, dtype=dtype, layouts=("expanded",), norms=True, tokens=2)
+        self.check_all(kit, case)
+
+    def test_fault_31_read_only(self) -> None:
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy has read-only arrays")
+        kit = NumPyKit()
+        for op in ("encode", "hamming_topk", "sparse_attend", "hash_attend"):
+            arrays, options = self.arguments(kit, SMALL, op)
+            expected = self.call(kit, op, arrays, **options)
+            for p in filter(None, arrays.values()):
+                p.array.flags.writeable = False
+            np.testing.assert_array_equal(self.call(kit, op, arrays, **options), expected)
+        with pytest.raises(hata.HataDTypeError, match=r"key_codes.*read-only"):
+            self.call(kit, "hash_attend", arrays, **{**options, "fresh": 1})
+
+    def test_fault_32_two_byte_alignment(self, kit: Kit, dtype: str) -> None:
+        case = changed(SMALL, dtype=dtype, layouts=("offset",), norms=True, tokens=2)
+        self.check_all(kit, case)
+
+    def test_fault_39_another_current_device(self, kit: Kit) -> None:
+        if self.device == "cpu":
+            pytest.skip("there is one CPU")
+        import torch
+
+        if torch.cuda.device_count() < 2 or kit.name != "torch":
+            pytest.skip("needs two GPUs and torch")
+        with torch.cuda.device(0):
+            self.check_all(type(kit)("cuda:1"), SMALL)
+
+    def test_fault_40_two_threads(self, kit: Kit) -> None:
+        cases = [changed(SMALL, seed=seed, slots=500 + seed, k=50) for seed in (1, 2)]
+        calls = [self.arguments(kit, case, "hash_attend") for case in cases]
+        expected = [kit.get(self.call(kit, "hash_attend", a, **o)).tobytes() for a, o in calls]
+        wrong: list[Any] = []
+
+        def work(turn: int) -> None:
+            try:
+                with hata.use_backend(self.backend), self.stream(kit):
+                    arrays, options = calls[turn]
+                    for _ in range(50):
+                        out = kit.get(self.call(kit, "hash_attend", arrays, **options))
+                        if out.tobytes() != expected[turn]:
+                            wrong.append(turn)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(turn,)) for turn in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    @staticmethod
+    def stream(kit: Kit) -> Any:
+        """A new stream on a GPU; nothing on a CPU."""
+        import contextlib
+
+        if kit.device == "cpu":
+            return contextlib.nullcontext()
+        if kit.name == "cupy":
+            import cupy
+
+            return cupy.cuda.Stream(non_blocking=True)
+        import torch
+
+        return torch.cuda.stream(torch.cuda.Stream())

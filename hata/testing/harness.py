@@ -1,0 +1,197 @@
+"""What every test of the suite stands on: kits, poisoned outputs, and checked calls of the ops."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+import hata
+from hata import arrays as adapters
+from hata import registry
+from hata.backend import Backend
+from hata.errors import BackendUnavailable
+from hata.testing import precision
+from hata.testing.kits import KITS, Arrays, Kit
+from hata.testing.strategies import Case
+
+# Where the arrays of a device can come from. JAX has tests of its own.
+_FRAMEWORKS = {"cpu": ("numpy", "torch"), "cuda": ("torch", "cupy")}
+# Kernels compile at their first call, and a backend may refuse many cases.
+_PATIENCE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def oracle() -> Any:
+    """The NumPy oracle: the ops in float64, obviously right."""
+    return importlib.import_module("hata.backends.reference.oracle")
+
+
+def _poisoned(empty: Any) -> Any:
+    def poisoned_empty(self: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        array = empty(self, shape, dtype, like)
+        size = adapters.ITEMSIZE[dtype]
+        poison = np.nan if "float" in dtype else int.from_bytes(b"\x7f" * size, "little")
+        # torch writes in place with fill_, the others with fill.
+        (array.fill_ if hasattr(array, "fill_") else array.fill)(poison)
+        return array
+
+    return poisoned_empty
+
+
+class Harness:
+    """Shared machinery of the suite. See `hata.testing.BackendSuite` for the knobs."""
+
+    backend: ClassVar[str] = ""
+    device: ClassVar[str] = "cpu"
+    frameworks: ClassVar[tuple[str, ...] | None] = None
+    dtypes: ClassVar[tuple[str, ...] | None] = None
+    max_slots: ClassVar[int] = 200
+    max_head_dim: ClassVar[int] = 576
+    max_examples: ClassVar[int] = 25
+
+    # Set-up.
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each test once per framework and dtype that the backend declares."""
+        wanted = [name for name in ("kit", "dtype") if name in metafunc.fixturenames]
+        if not wanted:
+            return
+        try:
+            loaded = registry.load(self.backend)
+        except BackendUnavailable as error:
+            # The backend's absence is one skip per test, not one per framework and dtype.
+            skipped = pytest.param(*[None] * len(wanted), marks=pytest.mark.skip(str(error)))
+            metafunc.parametrize(wanted, [skipped], ids=[self.backend])
+            return
+        frameworks = self.frameworks or [
+            name for name in _FRAMEWORKS[self.device] if name in loaded.frameworks
+        ]
+        dtypes = self.dtypes or [name for name in DTYPES if name in loaded.dtypes]
+        cases = []
+        for framework in frameworks if "kit" in wanted else [None]:
+            for dtype in dtypes if "dtype" in wanted else [None]:
+                kit = None if framework is None else KITS[framework](self.device)
+                reason = None if kit is None else kit.missing(dtype or "float32")
+                marks = [pytest.mark.skip(reason)] if reason else []
+                values = {"kit": kit, "dtype": dtype}
+                name = "-".join(filter(None, (framework, dtype)))
+                cases.append(pytest.param(*[values[key] for key in wanted], marks=marks, id=name))
+        metafunc.parametrize(wanted, cases)
+
+    @pytest.fixture(autouse=True)
+    def _backend_in_force(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Use the backend, and hand it poisoned memory instead of undefined memory."""
+        for framework in adapters.Framework.__subclasses__():
+            monkeypatch.setattr(framework, "empty", _poisoned(framework.empty))
+        try:
+            registry.load(self.backend)
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+        with hata.use_backend(self.backend):
+            yield
+
+    @property
+    def loaded(self) -> Backend:
+        """The backend under test."""
+        return registry.load(self.backend)
+
+    def for_cases(self, strategy: st.SearchStrategy[Case], check: Any) -> None:
+        """Hold `check(case)` against drawn cases; those the backend refuses do not count."""
+        reasons: list[str] = []
+        ran: list[Case] = []
+
+        @settings(
+            max_examples=self.max_examples,
+            deadline=None,
+            suppress_health_check=_PATIENCE,
+        )
+        @given(strategy)
+        def run(case: Case) -> None:
+            try:
+                check(case)
+            except BackendUnavailable as error:
+                reasons.append(str(error))
+                reject()
+            ran.append(case)
+
+        try:
+            run()
+        except Exception:
+            if ran or not reasons:
+                raise
+        if not ran:
+            pytest.skip(f"no case was accepted: {reasons[0]}")
+
+    # Calls.
+
+    def call(self, kit: Kit, op: str, placed: Arrays, **options: Any) -> Any:
+        """Call an op with placed arrays; nothing but what `options` lends may change.
+
+        Args:
+            kit: Whose arrays they are.
+            op: Name of the op.
+            placed: Its array arguments by name.
+            **options: The other arguments of the op.
+        """
+        arrays = {name: None if p is None else p.array for name, p in placed.items()}
+        before = {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p is not None}
+        written = set()
+        if op == "encode":
+            written = {"out", "norms"}
+        elif op == "hash_attend" and options.get("fresh"):
+            written = {"key_codes", "key_norms"}
+        result = getattr(hata, op)(**arrays, **options)
+        for name, p in placed.items():
+            if p is not None and name not in written:
+                assert kit.get(p.memory).tobytes() == before[name], f"{op} changed {name}"
+        return result
+
+    def put(self, kit: Kit, **values: Any) -> Arrays:
+        """Place NumPy values as dense arrays."""
+        return {name: None if x is None else kit.place(np.asarray(x)) for name, x in values.items()}
+
+    # Checks.
+
+    def check_attention(
+        self,
+        kit: Kit,
+        result: tuple[Any, Any],
+        placed: Arrays,
+        indices: np.ndarray,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """`(out, lse)` is right for the selection `indices`, within the tolerance."""
+        q, keys, values = (placed[name].values for name in ("q", "keys", "values"))
+        sinks = placed.get("sink_logits")
+        sinks = None if sinks is None else sinks.values
+        assert all(map(kit.is_same_kind, result)), "another kind of array came back"
+        out, lse = map(kit.get, result)
+        assert out.dtype == q.dtype
+        expected, expected_lse = oracle().sparse_attend(
+            q, keys, values, indices, scale=scale, softcap=softcap, sink_logits=sinks,
+            return_lse=True,
+        )  # fmt: skip
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        plain, logit = precision.plain_attention(q, keys, values, indices, factor, softcap, sinks)
+        precision.assert_attention(out, expected, plain, values, logit)
+        precision.assert_lse(lse, expected_lse, logit)
+
+
+def given_values(placed: Arrays) -> dict[str, Any]:
+    """The NumPy values of placed arguments."""
+    return {name: None if p is None else p.values for name, p in placed.items()}
+
+
+def visible(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """First visible key, and the one after the last, of every query: `[B, T]` each."""
+    first = np.broadcast_to(0 if case.starts is None else case.starts, case.batch)
+    last = np.broadcast_to(case.slots if case.lengths is None else case.lengths, case.batch)
+    ends = last[:, None] - np.arange(case.tokens)[::-1]
+    return first[:, None] + 0 * ends, np.maximum(first[:, None], ends)

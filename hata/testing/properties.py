@@ -1,0 +1,305 @@
+"""Property tests: every op, over drawn cases, against the oracle."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hata
+from hata.backend import use_config
+from hata.problem import OPS, Problem
+from hata.testing import precision
+from hata.testing.harness import Harness, given_values, oracle, visible
+from hata.testing.kits import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit
+from hata.testing.strategies import Case, cases, make_values
+
+ENCODE = ("x", "projection", "bias")
+SELECT = ("q_codes", "k_codes", "lengths", "starts", "key_norms")
+ATTEND = ("q", "keys", "values", "indices", "sink_logits")
+HASH = (
+    "q", "keys", "values", "key_codes", "projection", "bias", "query_projection", "query_bias",
+    "lengths", "starts", "key_norms", "sink_logits",
+)  # fmt: skip
+# One case that uses most options, where a test needs one rather than many.
+RICH = Case(
+    seed=1, dtype="float32", batch=2, kv_heads=2, group=4, tokens=2, slots=150, head_dim=64,
+    value_dim=32, bits=128, k=20, lengths=(150, 77), starts=(0, 9), fresh=5, norms=True,
+    flavour="few", code_group=4, sink=2, recent=3, bias=True,
+)  # fmt: skip
+
+
+class Properties(Harness):
+    """The ops, one by one and together."""
+
+    def drawn(self, dtype: str) -> Any:
+        """The cases to hold a test against."""
+        return cases(dtype, tuple(LAYOUTS), self.max_slots, self.max_head_dim)
+
+    def test_declaration(self) -> None:
+        """Name, devices, dtypes and frameworks are declared; hashes name the sources."""
+        backend = self.loaded
+        assert backend.name == self.backend
+        assert type(backend).missing() is None
+        assert self.device in backend.devices
+        assert backend.devices <= {"cpu", "cuda"}
+        assert backend.dtypes <= {"float32", "float16", "bfloat16"}
+        assert backend.frameworks <= {"numpy", "torch", "cupy", "jax"}
+        for op in OPS:
+            assert re.fullmatch("[0-9a-f]{64}", backend.kernel_hash(op))
+            assert backend.kernel_hash(op) == backend.kernel_hash(op)
+
+    def test_encode(self, kit: Kit, dtype: str) -> None:
+        """Codes and norms equal the oracle's, with and without `out=` and `norms=`."""
+        self.for_cases(self.drawn(dtype), lambda case: self.check_encode(kit, case))
+
+    def test_hamming_topk(self, kit: Kit) -> None:
+        """Indices equal the oracle's, bit for bit."""
+        self.for_cases(self.drawn("float32"), lambda case: self.check_hamming_topk(kit, case))
+
+    def test_sparse_attend(self, kit: Kit, dtype: str) -> None:
+        """Outputs and lse are as near to float64 as a plain computation in the same dtype."""
+        self.for_cases(self.drawn(dtype), lambda case: self.check_sparse_attend(kit, case))
+
+    def test_hash_attend(self, kit: Kit, dtype: str) -> None:
+        """Equals the three ops in sequence; writes the codes and norms of fresh keys alone."""
+        self.for_cases(self.drawn(dtype), lambda case: self.check_hash_attend(kit, case))
+
+    def test_encode_depends_on_the_vector_alone(self, kit: Kit, dtype: str) -> None:
+        """A vector has the same code alone as in company, in any layout."""
+
+        def check(case: Case) -> None:
+            placed = make_values(case).place(kit, case, *ENCODE)
+            codes = kit.get(self.call(kit, "encode", placed))
+            rng = np.random.default_rng(case.seed)
+            b, h, t = (int(rng.integers(n)) for n in codes.shape[:3])
+            head = h * case.kv_heads // codes.shape[1]
+            alone: dict[str, Any] = {"x": placed["x"].values[b : b + 1, h : h + 1, t : t + 1]}
+            for name in ("projection", "bias"):
+                p = placed[name]
+                alone[name] = None if p is None else p.values[head : head + 1]
+            code = kit.get(self.call(kit, "encode", self.put(kit, **alone)))
+            np.testing.assert_array_equal(code[0, 0, 0], codes[b, h, t])
+
+        self.for_cases(self.drawn(dtype), check)
+
+    def test_rows_do_not_see_one_another(self, kit: Kit, dtype: str) -> None:
+        """A batch row's output bits are the same whatever the other rows hold."""
+
+        def check(case: Case) -> None:
+            values = make_values(case)
+            rng = np.random.default_rng(case.seed)
+            row = int(rng.integers(case.batch))
+            others = np.arange(case.batch) != row
+            options = {"k": case.k, **case.budget, "dense_below": case.dense_below}
+
+            def output() -> bytes:
+                placed = self.put(kit, **{name: getattr(values, name) for name in HASH})
+                return kit.get(self.call(kit, "hash_attend", placed, **options))[row].tobytes()
+
+            before = output()
+            for name in ("q", "keys", "values"):
+                getattr(values, name)[others] = np.nan
+            values.key_codes[others] ^= 0x5A
+            if values.lengths is not None and values.lengths.ndim:
+                values.lengths[others] = rng.integers(0, case.slots + 1)
+            assert output() == before
+
+        self.for_cases(self.drawn(dtype), check)
+
+    @pytest.mark.parametrize("ratio", [2**-20, 0.1, 1 / 3, 0.5, 1.0])
+    def test_budget_is_exact(self, kit: Kit, ratio: float) -> None:
+        """The budget of a ratio is counted in integers; a float would be one off here and there."""
+        lengths = np.arange(61, dtype=np.int64)
+        case = replace(RICH, batch=len(lengths), slots=60, tokens=1, lengths=None, starts=None)
+        for k, k_min, sink, recent in ((60, 0, 0, 0), (30, 0, 1, 2), (12, 5, 0, 0), (9, 20, 0, 0)):
+            case = replace(case, k=k, k_min=k_min, sink=sink, recent=recent, ratio=ratio)
+            placed, options = self.arguments(kit, case, "hamming_topk", lengths=lengths)
+            indices = kit.get(self.call(kit, "hamming_topk", placed, **options))
+            taken = (indices >= 0).sum(axis=-1)[:, 0, 0]
+            for n, got in zip(lengths.tolist(), taken.tolist(), strict=True):
+                share = (n * round(ratio * 2**32)) >> 32
+                assert got == min(n, k, max(1, k_min, sink + recent, share))
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_every_configuration_is_right(self, kit: Kit, op: str) -> None:
+        """The default is among the allowed values; each allowed value gives right results."""
+        problem = self.problem_of(kit, RICH, op)
+        knobs = self.loaded.tunables(op, problem)
+        default = dict(self.loaded.default(problem))
+        assert set(default) == set(knobs)
+        assert all(default[name] in allowed for name, allowed in knobs.items())
+        configs = [default]
+        configs += [{**default, knob: value} for knob in knobs for value in knobs[knob]]
+        for config in configs:
+            with use_config(self.backend, op, config):
+                getattr(self, "check_" + op)(kit, RICH)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_jax_arrays(self, op: str, dtype: str) -> None:
+        """JAX arrays go in, JAX arrays with NumPy's results come out."""
+        jax = JAXKit(self.device)
+        reason = jax.missing(dtype)
+        if self.device != "cpu" or not {"numpy", "jax"} & self.loaded.frameworks:
+            reason = "only tested through NumPy, on the CPU"
+        if reason:
+            pytest.skip(reason)
+        case = Case(**{**vars(RICH), "dtype": dtype, "fresh": 0})
+        results = []
+        for kit in (NumPyKit(), jax):
+            arrays, options = self.arguments(kit, case, op)
+            result = self.call(kit, op, arrays, **options)
+            result = result if isinstance(result, tuple) else (result,)
+            assert all(map(kit.is_same_kind, result))
+            results.append([kit.get(array) for array in result])
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_prepare_runs_nothing(self, kit: Kit, op: str) -> None:
+        """`prepare` returns nothing and writes nothing, not even fresh codes."""
+        arrays, options = self.arguments(kit, RICH, op)
+        before = {name: kit.get(p.memory).tobytes() for name, p in arrays.items() if p}
+        given = {name: p and p.array for name, p in arrays.items()}
+        assert hata.prepare(op, **given, **options) is None
+        assert before == {n: kit.get(p.memory).tobytes() for n, p in arrays.items() if p}
+
+    # What is held against one case. `given` replaces values of the case.
+
+    def check_encode(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
+        """Codes and norms are the oracle's, and are written nowhere else."""
+        placed, _ = self.arguments(kit, case, "encode", **given)
+        norms = np.zeros(placed["x"].values.shape[:3], np.float16)
+        expected = oracle().encode(**given_values(placed), norms=norms)
+        doubtful = precision.doubtful_bits(**given_values(placed))
+        codes = self.call(kit, "encode", placed)
+        assert kit.is_same_kind(codes)
+        precision.assert_codes(kit.get(codes), expected, doubtful)
+
+        if not case.norms:
+            return
+        # What is written must not overlap.
+        layouts = [name for name in case.layouts if name != "expanded"] or ["dense"]
+        out = kit.place(np.full(expected.shape, 0x7F, np.uint8), layouts[0])
+        lengths = kit.place(np.full(norms.shape, np.nan, np.float16), layouts[-1])
+        before = kit.get(out.memory).copy(), kit.get(lengths.memory).copy()
+        returned = self.call(kit, "encode", {**placed, "out": out, "norms": lengths})
+        assert returned is out.array
+        written = kit.get(lengths.array)
+        precision.assert_norms(written, norms)
+        for array, old, new in ((out, before[0], kit.get(codes)), (lengths, before[1], written)):
+            np.testing.assert_array_equal(kit.get(array.memory), array.buffer_after(old, new))
+
+    def check_hamming_topk(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
+        """Indices are the oracle's."""
+        placed, options = self.arguments(kit, case, "hamming_topk", **given)
+        indices = self.call(kit, "hamming_topk", placed, **options)
+        assert kit.is_same_kind(indices)
+        assert kit.get(indices).dtype == np.int32
+        expected = oracle().hamming_topk(**given_values(placed), **options)
+        np.testing.assert_array_equal(kit.get(indices), expected)
+
+    def check_sparse_attend(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
+        """Output and lse are right for the given indices."""
+        placed, options = self.arguments(kit, case, "sparse_attend", **given)
+        result = self.call(kit, "sparse_attend", placed, **options, return_lse=True)
+        self.check_attention(kit, result, placed, placed["indices"].values, **options)
+        alone = self.call(kit, "sparse_attend", placed, **options)
+        assert kit.get(alone).tobytes() == kit.get(result[0]).tobytes()
+
+    def check_hash_attend(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
+        """`hash_attend` equals the backend's own three ops."""
+        placed, options = self.arguments(kit, case, "hash_attend", **given)
+        before = {name: kit.get(p.memory).copy() for name, p in placed.items() if p}
+        result = self.call(kit, "hash_attend", placed, **options, return_lse=True)
+        codes = {"key_codes": placed["key_codes"], "key_norms": placed["key_norms"]}
+        if case.fresh:
+            new = self.codes_after(kit, case, placed)
+            for name, p in codes.items():
+                if p is None:
+                    continue
+                expected = p.buffer_after(before[name], new[name])
+                np.testing.assert_array_equal(kit.get(p.memory), expected, err_msg=name)
+                codes[name] = kit.place(new[name])
+        indices = self.selected(kit, case, {**placed, **codes})
+        logits = {"scale": case.scale, "softcap": case.softcap}
+        self.check_attention(kit, result, placed, indices, **logits)
+
+    def codes_after(self, kit: Kit, case: Case, placed: Arrays) -> dict[str, Any]:
+        """Key codes and norms once those of the fresh keys are written, by `encode`."""
+        new = {"key_codes": placed["key_codes"].values.copy(), "key_norms": None}
+        if placed["key_norms"] is not None:
+            new["key_norms"] = placed["key_norms"].values.copy()
+        norms = kit.place(np.zeros((case.batch, case.kv_heads, case.slots), np.float16))
+        arguments = {
+            "x": placed["keys"], "projection": placed["projection"], "bias": placed["bias"],
+            "norms": norms,
+        }  # fmt: skip
+        codes = kit.get(self.call(kit, "encode", arguments))
+        first, last = visible(case)
+        for b in range(case.batch):
+            # The last query sees all that any query of the row sees.
+            fresh = np.s_[b, :, max(first[b, -1], last[b, -1] - case.fresh) : last[b, -1]]
+            new["key_codes"][fresh] = codes[fresh]
+            if new["key_norms"] is not None:
+                new["key_norms"][fresh] = kit.get(norms.array)[fresh]
+        return new
+
+    def selected(self, kit: Kit, case: Case, placed: Arrays) -> np.ndarray:
+        """What `hash_attend` must attend to, `[B, Hkv, T, max(k, S)]`, by the ops one by one."""
+        q_codes = placed.get("q_codes")
+        if q_codes is None:
+            arguments = {
+                "x": placed["q"],
+                "projection": placed["query_projection"] or placed["projection"],
+                "bias": placed["query_bias"] or placed["bias"],
+            }
+            q_codes = kit.place(kit.get(self.call(kit, "encode", arguments)))
+        arguments = {name: placed.get(name) for name in SELECT}
+        arguments |= {"q_codes": q_codes, "k_codes": placed["key_codes"]}
+        chosen = self.call(kit, "hamming_topk", arguments, k=case.k, **case.budget)
+        most = max(case.k, case.slots)
+        indices = np.full((case.batch, case.kv_heads, case.tokens, most), -1, np.int32)
+        indices[..., : case.k] = kit.get(chosen)
+        first, last = visible(case)
+        for b, t in np.ndindex(case.batch, case.tokens):
+            seen = int(last[b, t] - first[b, t])
+            if seen <= case.dense_below:
+                indices[b, :, t] = -1
+                indices[b, :, t, :seen] = first[b, t] + np.arange(seen)
+        return indices
+
+    def arguments(
+        self, kit: Kit, case: Case, op: str, **given: np.ndarray
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """The arrays, in place, and the other arguments of an op for a case."""
+        values = replace(make_values(case), **given)
+        budget = {"k": case.k, **case.budget}
+        logits = {"scale": case.scale, "softcap": case.softcap}
+        if op == "encode":
+            return values.place(kit, case, *ENCODE), {}
+        if op == "hamming_topk":
+            return values.place(kit, case, *SELECT), {**budget, "per_head": case.per_head}
+        if op == "sparse_attend":
+            return values.place(kit, case, *ATTEND), logits
+        placed = values.place(kit, case, *HASH, *(["q_codes"] if case.given_codes else []))
+        if case.fresh:
+            # What is written must not overlap.
+            for name in ("key_codes", "key_norms"):
+                if placed[name] is not None:
+                    placed[name] = kit.place(placed[name].values)
+        more = {"fresh": case.fresh, "dense_below": case.dense_below}
+        return placed, {**budget, **logits, **more}
+
+    def problem_of(self, kit: Kit, case: Case, op: str) -> Problem:
+        """The problem that a case's call of an op is looked up by."""
+        found: list[Problem] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(self.loaded), "prepare", lambda _, problem: found.append(problem))
+            arrays, options = self.arguments(kit, case, op)
+            hata.prepare(op, **{name: p and p.array for name, p in arrays.items()}, **options)
+        return found[0]

@@ -1,0 +1,256 @@
+"""What the suite draws: the sizes, layouts and options of a call, and the values that fill it.
+
+A `Case` is drawn by hypothesis and says everything about one call of any op; its values follow from
+it, so that a failing case prints as something a person can read and repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from hata.testing.kits import LAYOUTS, Arrays, Kit, numpy_dtype
+
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 576)
+BITS = (32, 64, 96, 128, 160, 256, 512)
+GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+# How vectors and codes repeat: ties are the normal case of a selection.
+FLAVOURS = ("random", "few", "equal", "small")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Names are those of `hata.ops`; `None` and 0 leave an option out.
+
+    Attributes:
+        seed: Of the values.
+        dtype: Of the data.
+        batch, kv_heads, group, tokens, slots, head_dim, value_dim, bits: Sizes.
+        flavour: One of `FLAVOURS`.
+        float32_projection: The projection is float32 even if the data is not.
+        bias: With a bias.
+        query_projection, query_bias: Queries have a projection, a bias of their own.
+        code_group: Query codes per KV head that `hamming_topk` scores, or that are given.
+        given_codes: `hash_attend` gets `q_codes`.
+        per_head: `hamming_topk` selects per query-code head.
+        lengths, starts: One per row, or one for all (0-d), or left out.
+        lengths_dtype: Of both.
+        k, ratio, k_min, sink, recent: The budget.
+        norms: With key norms.
+        fresh, dense_below: Of `hash_attend`.
+        scale, softcap, sinks: Of the attention.
+        shuffled: The indices of `sparse_attend` stand in any order, -1 in between.
+        layouts: Memory layouts, dealt to the arrays in turn.
+    """
+
+    seed: int
+    dtype: str
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    tokens: int = 1
+    slots: int = 16
+    head_dim: int = 16
+    value_dim: int = 16
+    bits: int = 32
+    flavour: str = "random"
+    float32_projection: bool = False
+    bias: bool = False
+    query_projection: bool = False
+    query_bias: bool = False
+    code_group: int = 1
+    given_codes: bool = False
+    per_head: bool = False
+    lengths: tuple[int, ...] | int | None = None
+    starts: tuple[int, ...] | int | None = None
+    lengths_dtype: str = "int32"
+    k: int = 4
+    ratio: float | None = None
+    k_min: int = 0
+    sink: int = 0
+    recent: int = 0
+    norms: bool = False
+    fresh: int = 0
+    dense_below: int = 0
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    shuffled: bool = False
+    layouts: tuple[str, ...] = ("dense",)
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.kv_heads * self.group
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The keyword arguments of the budget beside k."""
+        return {name: getattr(self, name) for name in ("ratio", "k_min", "sink", "recent")}
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtype: str,
+    layouts: Sequence[str] = tuple(LAYOUTS),
+    max_slots: int = 200,
+    max_head_dim: int = 576,
+) -> Case:
+    """Cases within the contract, odd sizes preferred over round ones."""
+    batch = draw(st.sampled_from((1, 2, 3)))
+    slots = draw(st.one_of(st.integers(1, max_slots // 4), st.integers(1, max_slots)))
+    anywhere = st.one_of(st.sampled_from((0, 1, slots)), st.integers(0, slots))
+    # Mostly many visible keys and a budget of fewer: else there is nothing to select.
+    late = st.one_of(st.integers(slots - slots // 4, slots), anywhere)
+    early = st.one_of(st.integers(0, slots // 4), anywhere)
+
+    def per_row(position: st.SearchStrategy[int]) -> Any:
+        return draw(st.one_of(st.none(), st.tuples(*[position] * batch), position))
+
+    few = st.integers(1, max(1, slots // 3))
+    k = draw(st.one_of(few, few, st.integers(1, slots + 10)))
+    sink = draw(st.one_of(st.just(0), st.integers(0, min(k, 5))))
+    recent = draw(st.one_of(st.just(0), st.integers(0, min(k - sink, 5))))
+    head_dims = st.sampled_from([d for d in HEAD_DIMS if d <= max_head_dim])
+    return Case(
+        seed=draw(st.integers(0, 2**16)),
+        dtype=dtype,
+        batch=batch,
+        kv_heads=draw(st.sampled_from((1, 2, 3))),
+        group=draw(st.sampled_from(GROUPS)),
+        tokens=draw(st.sampled_from((1, 1, 2, 3))),
+        slots=slots,
+        head_dim=draw(head_dims),
+        value_dim=draw(head_dims),
+        bits=draw(st.sampled_from(BITS)),
+        flavour=draw(st.sampled_from(FLAVOURS)),
+        float32_projection=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        query_projection=draw(st.booleans()),
+        query_bias=draw(st.booleans()),
+        code_group=draw(st.sampled_from(GROUPS)),
+        given_codes=draw(st.booleans()),
+        per_head=draw(st.booleans()),
+        lengths=per_row(late),
+        starts=per_row(early),
+        lengths_dtype=draw(st.sampled_from(("int32", "int64"))),
+        k=k,
+        ratio=draw(st.one_of(st.none(), st.floats(2**-20, 1.0), st.sampled_from((0.1, 1 / 3)))),
+        k_min=draw(st.integers(0, 20)),
+        sink=sink,
+        recent=recent,
+        norms=draw(st.booleans()),
+        fresh=draw(st.one_of(st.just(0), st.integers(0, slots + 2))),
+        dense_below=draw(st.one_of(st.just(0), late)),
+        scale=draw(st.one_of(st.none(), st.floats(-0.5, 0.5))),
+        softcap=draw(st.one_of(st.none(), st.floats(0.5, 50.0))),
+        sinks=draw(st.booleans()),
+        shuffled=draw(st.booleans()),
+        layouts=tuple(draw(st.lists(st.sampled_from(tuple(layouts)), min_size=1, max_size=4))),
+    )
+
+
+@dataclass
+class Values:
+    """The values of every array argument, as NumPy arrays; `None` where the case has none."""
+
+    x: np.ndarray
+    q: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    projection: np.ndarray
+    bias: np.ndarray | None
+    query_projection: np.ndarray | None
+    query_bias: np.ndarray | None
+    q_codes: np.ndarray
+    key_codes: np.ndarray
+    key_norms: np.ndarray | None
+    indices: np.ndarray
+    sink_logits: np.ndarray | None
+    lengths: np.ndarray | None
+    starts: np.ndarray | None
+
+    def place(self, kit: Kit, case: Case, *names: str) -> Arrays:
+        """Put the named arguments into a kit's memory, in the case's layouts."""
+        placed = {}
+        for turn, name in enumerate(names):
+            # The two ops have two names for them.
+            values = getattr(self, "key_codes" if name == "k_codes" else name)
+            layout = case.layouts[turn % len(case.layouts)]
+            placed[name] = None if values is None else kit.place(values, layout)
+        return placed
+
+
+def make_values(case: Case) -> Values:
+    """The values of a case; the same ones whenever it is asked."""
+    rng = np.random.default_rng(case.seed)
+    dtype = numpy_dtype(case.dtype)
+    projection_dtype = np.dtype(np.float32) if case.float32_projection else dtype
+    batch, kv_heads, heads = case.batch, case.kv_heads, case.heads
+
+    def normal(shape: tuple[int, ...], kind: np.dtype = dtype, size: float = 1.0) -> np.ndarray:
+        return (size * rng.standard_normal(shape)).astype(kind)
+
+    def vectors(*shape: int) -> np.ndarray:
+        if case.flavour == "equal":
+            return np.broadcast_to(normal(shape[-1:]), shape).copy()
+        if case.flavour == "few":
+            return normal((4, shape[-1]))[rng.integers(0, 4, shape[:-1])]
+        return normal(shape, size=1e-3 if case.flavour == "small" else 1.0)
+
+    def codes(*shape: int) -> np.ndarray:
+        if case.flavour == "equal":
+            return np.full(shape, rng.integers(0, 256), np.uint8)
+        if case.flavour == "few":
+            rows = rng.integers(0, 256, (4, shape[-1]), np.uint8)
+            return rows[rng.integers(0, 4, shape[:-1])]
+        return rng.integers(0, 256, shape, np.uint8)
+
+    def positions(given: tuple[int, ...] | int | None) -> np.ndarray | None:
+        return None if given is None else np.array(given, case.lengths_dtype)
+
+    norms = None
+    if case.norms:
+        norms = np.abs(normal((batch, kv_heads, case.slots), np.dtype(np.float16), 8.0))
+        # Norms that tie, that are zero, and that no norm should be.
+        norms[rng.random(norms.shape) < 0.2] = 3.0
+        norms[rng.random(norms.shape) < 0.05] = 0.0
+        norms[rng.random(norms.shape) < 0.02] = -0.0
+        norms[rng.random(norms.shape) < 0.02] = 65504.0
+        norms[rng.random(norms.shape) < 0.02] = np.nan
+    shape = (kv_heads, case.head_dim, case.bits)
+    index_heads = heads if case.per_head else kv_heads
+    return Values(
+        x=vectors(batch, kv_heads * case.code_group, min(case.slots, 50), case.head_dim),
+        q=vectors(batch, heads, case.tokens, case.head_dim),
+        keys=vectors(batch, kv_heads, case.slots, case.head_dim),
+        values=normal((batch, kv_heads, case.slots, case.value_dim)),
+        projection=normal(shape, projection_dtype),
+        bias=normal((kv_heads, case.bits), projection_dtype) if case.bias else None,
+        query_projection=normal(shape, projection_dtype) if case.query_projection else None,
+        query_bias=normal((kv_heads, case.bits)) if case.query_bias else None,
+        q_codes=codes(batch, kv_heads * case.code_group, case.tokens, case.bits // 8),
+        key_codes=codes(batch, kv_heads, case.slots, case.bits // 8),
+        key_norms=norms,
+        indices=_indices(rng, case, (batch, index_heads, case.tokens)),
+        sink_logits=normal((heads,), projection_dtype) if case.sinks else None,
+        lengths=positions(case.lengths),
+        starts=positions(case.starts),
+    )
+
+
+def _indices(rng: np.random.Generator, case: Case, shape: tuple[int, int, int]) -> np.ndarray:
+    """Some distinct positions for every query, padded with -1."""
+    indices = np.full((*shape, case.k), -1, np.int32)
+    for query in np.ndindex(shape):
+        count = rng.integers(0, min(case.k, case.slots) + 1)
+        chosen = np.sort(rng.permutation(case.slots)[:count])
+        indices[query][:count] = chosen
+        if case.shuffled:
+            rng.shuffle(indices[query])
+    return indices

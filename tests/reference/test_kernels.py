@@ -1,0 +1,334 @@
+"""The CPU kernels against the NumPy oracle: odd shapes, ties everywhere, every keyword."""
+
+import importlib
+import itertools
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import hata
+from hata.backend import use_config
+
+oracle = importlib.import_module("hata.backends.reference.oracle")
+
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with hata.use_backend("reference"):
+        yield
+
+
+def numbers(rng, *shape, dtype="fp32"):
+    return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+
+
+def random_codes(rng, *shape, few=False):
+    codes = rng.integers(0, 256, shape, np.uint8)
+    # few different codes: ties everywhere
+    return codes & 1 if few else codes
+
+
+def assert_codes(codes, x, projection, bias=None):
+    projected = oracle.project(x, projection, bias)
+    bits = np.unpackbits(codes, axis=-1, bitorder="little").astype(bool)
+    sure = ~(np.abs(projected.value) <= projected.margin)
+    assert sure.mean() > 0.9
+    np.testing.assert_array_equal(bits[sure], (projected.value > 0)[sure])
+
+
+def strided(x):
+    """The same values with gaps between rows and heads, from an odd address."""
+    hold = np.zeros((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1] + 3), x.dtype)
+    view = hold[..., 1:, 1 : 1 + x.shape[-1]]
+    view[...] = x
+    return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("depth", "bits"), [(16, 32), (80, 96), (128, 128), (576, 160)])
+def test_encode(dtype, depth, bits):
+    rng = np.random.default_rng(depth)
+    for projection_dtype in {dtype, "fp32"}:
+        x = numbers(rng, 2, 6, 7, depth, dtype=dtype)
+        projection = numbers(rng, 3, depth, bits, dtype=projection_dtype)
+        bias = numbers(rng, 3, bits, dtype="fp32")
+        norms = np.full((2, 6, 7), np.nan, np.float16)
+        codes = hata.encode(x, projection, bias, norms=norms)
+        assert_codes(codes, x, projection, bias)
+        np.testing.assert_allclose(norms, oracle.norms_of(x), rtol=2.0**-10)
+        # a vector's code depends on that vector alone
+        np.testing.assert_array_equal(hata.encode(strided(x), projection, bias), codes)
+        np.testing.assert_array_equal(hata.encode(x[:, :, 4:5], projection, bias), codes[:, :, 4:5])
+
+
+def test_encode_signs_and_norms():
+    x = np.zeros((1, 1, 5, 16), np.float32)
+    x[0, 0, 1, 0], x[0, 0, 2, 0], x[0, 0, 3, 0], x[0, 0, 4, 0] = np.nan, 1e30, -1, 3e-8
+    projection = np.eye(16, 32, dtype=np.float32)[None]
+    norms = np.empty((1, 1, 5), np.float16)
+    codes = hata.encode(x, projection, norms=norms)
+    assert codes[0, 0, :, 0].tolist() == [0, 0, 1, 0, 1]
+    np.testing.assert_array_equal(norms[0, 0], np.float16([0, 0, 65504, 1, 3e-8]))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
+@pytest.mark.parametrize("bits", [32, 64, 96, 128, 160, 256, 512])
+def test_distances_are_exact(group, bits):
+    rng = np.random.default_rng(group * bits)
+    q_codes, k_codes = (
+        random_codes(rng, 1, group, 1, bits // 8),
+        random_codes(rng, 1, 1, 333, bits // 8),
+    )
+    expected = oracle.hamming_topk(q_codes, k_codes, 40)
+    for variant in ("direct", "planes"):
+        with use_config(
+            "reference", "hamming_topk", {"threads": "one", "variant": variant, "chunk": 1024}
+        ):
+            np.testing.assert_array_equal(hata.hamming_topk(q_codes, k_codes, 40), expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_hamming_topk(seed):
+    rng = np.random.default_rng(seed)
+    batch, kv_heads, tokens = rng.integers(1, 4, 3)
+    group, bits = rng.choice([1, 2, 3, 4, 7, 16]), 32 * int(rng.choice([1, 2, 3, 4, 5, 8, 16]))
+    slots, few = int(rng.choice([1, 63, 64, 65, 500, 3000])), bool(rng.integers(2))
+    q_codes = random_codes(rng, batch, group * kv_heads, tokens, bits // 8, few=few)
+    k_codes = random_codes(rng, batch, kv_heads, slots, bits // 8, few=few)
+    k = int(rng.choice([1, 5, 64, 700]))
+    sink = int(rng.integers(0, min(k, 9) + 1))
+    recent = int(rng.integers(0, min(k - sink, 9) + 1))
+    options = {"sink": sink, "recent": recent, "per_head": bool(rng.integers(2))}
+    if rng.integers(3):
+        options["lengths"] = rng.integers(-2, slots + 9, batch).astype(rng.choice(["i4", "i8"]))
+    if rng.integers(2):
+        options["starts"] = rng.integers(-3, slots, batch).astype(rng.choice(["i4", "i8"]))
+    if rng.integers(2):
+        options |= {"ratio": float(rng.choice([0.01, 0.3, 1.0])), "k_min": int(rng.integers(0, 9))}
+    if rng.integers(2):
+        norms = rng.choice([0, 1, 1.5, 6e-8, 65504, np.inf, np.nan, -1], (batch, kv_heads, slots))
+        options["key_norms"] = norms.astype(np.float16)
+    expected = oracle.hamming_topk(q_codes, k_codes, k, **options)
+    for variant, chunk, threads in [("planes", 8192, "all"), ("direct", 1024, "one")]:
+        config = {"threads": threads, "variant": variant, "chunk": chunk}
+        with use_config("reference", "hamming_topk", config):
+            np.testing.assert_array_equal(
+                hata.hamming_topk(q_codes, k_codes, k, **options), expected
+            )
+            got = hata.hamming_topk(strided(q_codes), strided(k_codes), k, **options)
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["counts", "norms"])
+def test_all_keys_equal_take_the_lowest(wide):
+    codes = np.zeros((1, 2, 70_000, 16), np.uint8)
+    norms = np.ones((1, 2, 70_000), np.float16) if wide else None
+    indices = hata.hamming_topk(codes[:, :, :1], codes, 40_000, key_norms=norms)
+    assert (indices == np.arange(40_000)).all()
+
+
+def test_sums_beyond_16_bits():
+    rng = np.random.default_rng(0)
+    q_codes, k_codes = random_codes(rng, 1, 130, 1, 64), random_codes(rng, 1, 1, 300, 64)
+    k_codes[0, 0, 7], q_codes[:] = 255, 0
+    np.testing.assert_array_equal(
+        hata.hamming_topk(q_codes, k_codes, 50), oracle.hamming_topk(q_codes, k_codes, 50)
+    )
+
+
+def assert_attention(got, expected, values, dtype, heads):
+    out, lse = got
+    limit = np.nanmax(np.abs(values.astype(np.float64)), initial=0.0)
+    tolerance = limit * (EPSILON[dtype] / 2 + 1e-6)
+    np.testing.assert_allclose(out.astype(np.float64), expected[0], atol=tolerance, rtol=0)
+    np.testing.assert_allclose(lse, expected[1], atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_sparse_attend(seed):
+    rng = np.random.default_rng(seed)
+    dtype = list(DTYPES)[seed % 3]
+    batch, kv_heads, tokens = rng.integers(1, 4, 3)
+    group, depth = int(rng.choice([1, 3, 4, 7, 16])), int(rng.choice([16, 80, 128, 576]))
+    value_depth, slots = int(rng.choice([16, 64, 144])), int(rng.choice([1, 30, 900]))
+    heads, k = kv_heads * group, int(rng.choice([1, 3, 64, 333]))
+    q = numbers(rng, batch, heads, tokens, depth, dtype=dtype)
+    keys = numbers(rng, batch, kv_heads, slots, depth, dtype=dtype)
+    values = numbers(rng, batch, kv_heads, slots, value_depth, dtype=dtype)
+    index_heads = heads if rng.integers(2) else kv_heads
+    indices = rng.integers(-3, slots + 2, (batch, index_heads, tokens, k)).astype(np.int32)
+    options = {"return_lse": True}
+    if rng.integers(2):
+        options["softcap"] = 5.0
+    if rng.integers(2):
+        options["scale"] = 0.3
+    if rng.integers(2):
+        options["sink_logits"] = numbers(rng, heads, dtype=str(rng.choice([dtype, "fp32"])))
+    expected = oracle.sparse_attend(q, keys, values, indices, **options)
+    got = hata.sparse_attend(q, keys, values, indices, **options)
+    assert_attention(got, expected, values, dtype, heads)
+    again = hata.sparse_attend(
+        strided(q), strided(keys), strided(values), strided(indices), **options
+    )
+    np.testing.assert_array_equal(got[0], again[0])
+    # a row's bits depend on that row alone
+    with use_config("reference", "sparse_attend", {"threads": "one", "tile": 256}):
+        narrow = hata.sparse_attend(
+            q[:1, :, -1:], keys[:1], values[:1], indices[:1, :, -1:], **options
+        )
+    np.testing.assert_array_equal(narrow[0], got[0][:1, :, -1:])
+
+
+def test_nan_stays_in_its_row():
+    rng = np.random.default_rng(0)
+    q, keys, values = (numbers(rng, 1, 2, 40, 32) for _ in range(3))
+    indices = np.arange(20, dtype=np.int32).reshape(1, 1, 1, 20) * np.ones((1, 2, 40, 1), np.int32)
+    clean = hata.sparse_attend(q, keys, values, indices)
+    keys[:, :, 25:], values[:, :, 25:] = np.nan, np.nan
+    np.testing.assert_array_equal(hata.sparse_attend(q, keys, values, indices), clean)
+    q[0, 1, 3, 5] = np.nan
+    out = hata.sparse_attend(q, keys, values, indices)
+    assert np.isnan(out[0, 1, 3]).all()
+    assert np.isnan(out).sum() == 32
+
+
+def test_infinite_keys_weigh_what_softmax_gives_them():
+    q, values = np.ones((1, 1, 1, 16), np.float32), np.ones((1, 1, 600, 16), np.float32)
+    keys = np.zeros((1, 1, 600, 16), np.float32)
+    keys[:, :, :300] = -np.inf
+    indices = np.arange(600, dtype=np.int32)[None, None, None]
+    out, lse = hata.sparse_attend(q, keys, values, indices, return_lse=True)
+    np.testing.assert_array_equal(out, 1)
+    np.testing.assert_allclose(lse, np.log(300), rtol=1e-6)
+    out, lse = hata.sparse_attend(q, keys, values, indices[..., :300], return_lse=True)
+    assert np.isnan(out).all()
+    assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_hash_attend(seed):
+    rng = np.random.default_rng(seed)
+    dtype = list(DTYPES)[seed % 3]
+    batch, kv_heads, tokens = rng.integers(1, 4, 3)
+    group, depth, bits = int(rng.choice([1, 3, 4, 7])), 48, int(rng.choice([32, 128, 160]))
+    slots = int(rng.choice([1, 90, 2000]))
+    heads, k = kv_heads * group, int(rng.choice([3, 64, 5000]))
+    q = numbers(rng, batch, heads, tokens, depth, dtype=dtype)
+    keys = numbers(rng, batch, kv_heads, slots, depth, dtype=dtype)
+    values = numbers(rng, batch, kv_heads, slots, 64, dtype=dtype)
+    projection = numbers(rng, kv_heads, depth, bits, dtype=str(rng.choice([dtype, "fp32"])))
+    options = {"fresh": int(rng.choice([0, 1, 5, 200])), "dense_below": int(rng.choice([0, 70]))}
+    options |= {"sink": int(rng.integers(0, 2)), "recent": int(rng.integers(0, 2))}
+    if rng.integers(2):
+        options["lengths"] = rng.integers(0, slots + 1, batch)
+    if rng.integers(2):
+        options["starts"] = rng.integers(0, slots, batch).astype(np.int32)
+    if rng.integers(2):
+        options["bias"] = numbers(rng, kv_heads, bits)
+    if rng.integers(2):
+        options["query_projection"] = numbers(rng, kv_heads, depth, bits)
+    if rng.integers(2):
+        options["query_bias"] = numbers(rng, kv_heads, bits)
+    if rng.integers(2):
+        options["ratio"] = 0.05
+    codes = np.full((batch, kv_heads, slots, bits // 8), 90, np.uint8)
+    fresh = options["fresh"]
+    norms = numbers(rng, batch, kv_heads, slots, dtype="fp16") if rng.integers(2) else None
+    # the oracle starts from our codes, for bits on the margin may differ
+    written = hata.encode(keys, projection, options.get("bias"))
+    spans = oracle.visible(batch, tokens, slots, options.get("lengths"), options.get("starts"))
+    written_codes = codes.copy()
+    for b, (low, high) in enumerate(spans[:, -1]):
+        written_codes[b, :, max(low, high - fresh) : high] = written[
+            b, :, max(low, high - fresh) : high
+        ]
+    side = options.get("query_projection", projection)
+    bias = options.get("query_bias", options.get("bias"))
+    q_codes = hata.encode(q, side, bias)
+    norms_expected = None if norms is None else norms.copy()
+    got = hata.hash_attend(
+        q, keys, values, codes, projection, k, key_norms=norms, return_lse=True, **options
+    )
+    np.testing.assert_array_equal(codes, written_codes)
+    if norms is not None:
+        exact = oracle.norms_of(keys)
+        for b, (low, high) in enumerate(spans[:, -1]):
+            at = slice(max(low, high - fresh), high)
+            np.testing.assert_allclose(norms[b, :, at], exact[b, :, at], rtol=2.0**-10)
+            norms_expected[b, :, at] = norms[b, :, at]
+        np.testing.assert_array_equal(norms, norms_expected)
+    plain = {name: value for name, value in options.items() if name != "fresh"}
+    expected = oracle.hash_attend(
+        q,
+        keys,
+        values,
+        codes,
+        projection,
+        k,
+        q_codes=q_codes,
+        key_norms=norms,
+        return_lse=True,
+        **plain,
+    )
+    assert_attention(got, expected, values, dtype, heads)
+    given = hata.hash_attend(
+        q,
+        keys,
+        values,
+        codes,
+        projection,
+        k,
+        q_codes=q_codes,
+        key_norms=norms,
+        return_lse=True,
+        **plain,
+    )
+    np.testing.assert_array_equal(given[0], got[0])
+
+
+def test_two_threads_at_once():
+    rng = np.random.default_rng(0)
+    q_codes, k_codes = random_codes(rng, 2, 8, 1, 16), random_codes(rng, 2, 2, 20_000, 16)
+    expected = hata.hamming_topk(q_codes, k_codes, 300)
+    wrong = []
+
+    def work():
+        for _ in range(30):
+            with hata.use_backend("reference"):
+                if not np.array_equal(hata.hamming_topk(q_codes, k_codes, 300), expected):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(("op", "knobs"), [
+    ("hamming_topk", {"chunk": (1024, 4096), "variant": ("direct", "planes")}),
+    ("hash_attend", {"tile": (64, 1024), "chunk": (1024, 32768)}),
+])  # fmt: skip
+def test_knobs_change_nothing_but_speed(op, knobs):
+    rng = np.random.default_rng(0)
+    keys, q = numbers(rng, 1, 2, 6000, 64), numbers(rng, 1, 8, 2, 64)
+    projection = numbers(rng, 2, 64, 128)
+    codes, q_codes = hata.encode(keys, projection), hata.encode(q, projection)
+
+    def run():
+        if op == "hamming_topk":
+            return hata.hamming_topk(q_codes, codes, 500)
+        return hata.hash_attend(q, keys, keys, codes, projection, 500)
+
+    expected = run()
+    base = dict(importlib.import_module(f"hata.backends.reference.{op}").DEFAULTS)
+    for values in itertools.product(*knobs.values(), ("one", "all")):
+        config = base | dict(zip([*knobs, "threads"], values, strict=True))
+        with use_config("reference", op, config):
+            np.testing.assert_allclose(run(), expected, atol=1e-5)

@@ -1,0 +1,275 @@
+"""The benchmark, on sizes that take no time: what it checks, computes and writes; not how fast."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hata
+from hata import registry
+
+# Benchmarks are not installed: they are imported from the top of the tree, which is then taken off
+# the path again.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+try:
+    check, contenders, ops, report, shapes, timing = (
+        importlib.import_module(f"benchmarks.{name}")
+        for name in ("check", "contenders", "ops", "report", "shapes", "timing")
+    )
+finally:
+    del sys.path[0]
+
+Shape, Timing = shapes.Shape, timing.Timing
+TINY = Shape(2, 4, 2, 192, head_dim=32, bits=64, budget=24)
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """Untuned, on the reference backend, with pauses that tests need not sit through."""
+    monkeypatch.setenv("HATA_PROFILE", "none")
+    monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(timing, "BLOCK_CALLS", 2)
+    registry.reset()
+    threads = torch.get_num_threads()
+    with hata.use_backend("reference"), torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+    registry.reset()
+
+
+def row(shape, name, family, us, size=1000):
+    return report.Row(shape, name, family, Timing(us, us, us, 1), size)
+
+
+def rows_of(shape, dense, hashed, scan=1.0):
+    return [
+        row(shape, "encode", "op", 1.0),
+        row(shape, "hamming_topk", "op", shape.code_bytes / 1e3 / scan, shape.code_bytes),
+        row(shape, "sparse_attend", "op", 1.0),
+        row(shape, "hash_attend", "op", hashed),
+        row(shape, "sdpa enable_gqa", "dense", dense * 2),
+        row(shape, "sdpa packed", "dense", dense),
+        row(shape, "read step", "read", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("1x32/8x128K", Shape(1, 32, 8, 131_072)),
+        ("4x8/8x1m", Shape(4, 8, 8, 2**20)),
+        ("2x4/1x77", Shape(2, 4, 1, 77)),
+    ],
+)
+def test_shape_is_read(spec, expected):
+    assert shapes.parse(spec) == expected
+
+
+@pytest.mark.parametrize("spec", ["", "32K", "1x32/8", "1x32/5x4K", "0x32/8x4K", "1x32/8x4G"])
+def test_shape_of_another_form_is_refused(spec):
+    with pytest.raises(ValueError, match="1x32/8x128K"):
+        shapes.parse(spec)
+
+
+def test_budget_is_a_share_with_a_floor():
+    assert Shape(1, 32, 8, 131_072).k == 2048
+    assert Shape(1, 32, 8, 4096).k == 512
+    assert Shape(1, 32, 8, 4096, budget=7).k == 7
+
+
+def test_bytes_of_a_step():
+    shape = Shape(1, 32, 8, 131_072, dtype="bfloat16")
+    assert shape.code_bytes == 8 * 131_072 * 16
+    assert shape.gather_bytes == 8 * 2048 * 2 * 256
+    assert shape.dense_bytes == 8 * 131_072 * 2 * 256
+
+
+def test_names_tell_the_shapes_of_all_suites_apart():
+    found = {shape for suite in shapes.SUITES.values() for group in suite for shape in group}
+    assert len({shape.name for shape in found}) == len(found)
+
+
+def test_cpu_suite_answers_every_speed_bar():
+    [*found] = (shape for [shape] in shapes.SUITES["cpu"])
+    rows = [one for shape in found for one in rows_of(shape, 1.0, 1.0)]
+    wanted = [bar for bar, *_ in report.bars(rows, "cpu")]
+    assert len(wanted) == 2 * len(report.SPEED_BARS)
+
+
+@pytest.mark.parametrize("dtype", shapes.ITEMSIZE)
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_every_contender_is_timed(dtype, cold, monkeypatch):
+    monkeypatch.setattr(timing, "last_level_bytes", lambda: 2**16)
+    shape = shapes.replace(TINY, dtype=dtype)
+    rows = ops.measure([shape], "cpu", rounds=2, cold=cold)
+    names = [*contenders.OPS, *contenders.DENSE["cpu"], *contenders.READS]
+    assert [one.name for one in rows] == names
+    for one in rows:
+        assert 0 < one.us.p10 <= one.us.median <= one.us.p90
+        assert one.bytes > 0
+        assert one.us.samples >= 2
+
+
+def test_empty_slots_are_paired_with_a_full_cache():
+    full, spare = Shape(1, 4, 2, 64, budget=16), Shape(1, 4, 2, 64, slots=512, budget=16)
+    rows = ops.measure([full, spare], "cpu", rounds=1)
+    assert set(report.slot_ratios(rows)) == set(contenders.OPS)
+    assert {name.partition(":")[0] for name, *_ in report.bars(rows, "cpu")} == {
+        f"empty slots, {op}" for op in contenders.OPS
+    }
+
+
+def test_a_case_leaves_the_empty_slots_unreadable():
+    case = contenders.build(Shape(1, 4, 2, 64, slots=128, budget=16), "cpu")
+    assert case.keys[:, :, 64:].isnan().all()
+    assert not case.keys[:, :, :64].isnan().any()
+
+
+def wrong_indices(*args, **kwargs):
+    indices = hata.ops.hamming_topk(*args, **kwargs)
+    indices[0, 0, 0, 0] += 1
+    return indices
+
+
+def wrong_codes(*args, **kwargs):
+    codes = hata.ops.encode(*args, **kwargs)
+    codes ^= 1
+    return codes
+
+
+def forgotten_code(*args, fresh, **kwargs):
+    return hata.ops.hash_attend(*args, **kwargs)
+
+
+def wrong_output(name):
+    def call(*args, **kwargs):
+        out = getattr(hata.ops, name)(*args, **kwargs)
+        out[-1, -1] += 0.5
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("encode", wrong_codes),
+        ("hamming_topk", wrong_indices),
+        ("sparse_attend", wrong_output("sparse_attend")),
+        ("hash_attend", wrong_output("hash_attend")),
+        ("hash_attend", forgotten_code),
+    ],
+    ids=["codes", "indices", "sparse output", "output", "fresh code"],
+)
+def test_a_wrong_op_is_not_timed(name, wrong, monkeypatch):
+    monkeypatch.setattr(hata, name, wrong)
+    monkeypatch.setitem(timing.CLOCKS, "cpu", None)
+    with pytest.raises(check.WrongResult, match=name):
+        ops.measure([TINY], "cpu", rounds=1)
+
+
+@pytest.mark.parametrize("poison", [0.5, float("nan")])
+def test_a_wrong_dense_contender_is_not_timed(poison, monkeypatch):
+    def wrong(case):
+        good = contenders.sdpa_packed(case)
+        return contenders.Contender("sdpa packed", "dense", lambda: good.call() + poison, 1)
+
+    monkeypatch.setitem(contenders.DENSE["cpu"], "sdpa packed", wrong)
+    with pytest.raises(check.WrongResult, match="sdpa packed"):
+        ops.measure([TINY], "cpu", rounds=1)
+
+
+def test_best_dense_is_the_faster_one():
+    rows = rows_of(TINY, dense=30.0, hashed=10.0)
+    assert report.best_dense(rows, TINY).us.median == 30.0
+
+
+def test_bars_are_met_or_not():
+    shape = Shape(1, 32, 8, 32_768)
+    met = {bar: ok for bar, _, _, ok in report.bars(rows_of(shape, 100.0, 9.0, 7.9), "cpu")}
+    assert list(met.values()) == [True, False]
+    assert report.bars(rows_of(shape, 100.0, 9.0, 7.9), "cuda") == []
+    half = shapes.replace(shape, bits=64)
+    assert report.bars(rows_of(half, 100.0, 9.0), "cpu") == []
+
+
+def test_markdown_has_a_line_a_shape():
+    lines = report.markdown(rows_of(Shape(1, 32, 8, 32_768), 20_000.0, 1000.0, 9.5)).splitlines()
+    assert lines[2:] == ["| 32K | float32, 128, 512 | 20.00 ms | 1.00 ms | **20.0x** | 9.5 GB/s |"]
+
+
+@pytest.mark.parametrize("samples", [[3.0], [1.0, 2.0], [float(n) for n in range(101)]])
+def test_timing_of_samples(samples):
+    found = Timing.of(samples)
+    assert found.p10 <= found.median <= found.p90
+    assert found.samples == len(samples)
+    if len(samples) == 101:
+        assert (found.p10, found.median, found.p90) == (10.0, 50.0, 90.0)
+
+
+def small(*more):
+    return ["--backend", "reference", "--shapes", "1x4/2x96", "--rounds", "1", *more]
+
+
+def test_command_writes_all_figures(tmp_path, capsys):
+    file = tmp_path / "new" / "figures.json"
+    assert ops.main(small("--json", str(file), "--markdown", "--bits", "32", "--k", "8")) == 0
+    found = json.loads(file.read_text())
+    assert found["schema"] == report.SCHEMA
+    assert found["settings"]["backend"] == "reference"
+    assert found["machine"]["cores"] >= 1
+    assert {line["family"] for line in found["rows"]} == {"op", "dense", "read"}
+    for line in found["rows"]:
+        assert line["shape"]["bits"] == 32
+        assert line["shape"]["budget"] == 8
+        assert line["us"]["p10"] <= line["us"]["median"] <= line["us"]["p90"]
+    printed = capsys.readouterr().out
+    for name in (*contenders.OPS, *contenders.DENSE["cpu"], "| 96 |", str(file)):
+        assert name in printed
+
+
+def test_command_fails_on_a_wrong_result(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(hata, "hamming_topk", wrong_indices)
+    file = tmp_path / "figures.json"
+    assert ops.main(small("--json", str(file))) == 1
+    assert "hamming_topk" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_command_skips_what_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "_too_large", lambda group, device: "1x4/2x96 needs 9 GB")
+    assert ops.main(small()) == 1
+    assert "needs 9 GB" in capsys.readouterr().err
+
+
+def test_command_refuses_a_backend_that_cannot_run(capsys):
+    assert ops.main(["--backend", "triton", "--shapes", "1x4/2x96"]) == 1
+    assert "triton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--device", "tpu"],
+        ["--rounds", "0"],
+        ["--shapes", "1x32/5x4K"],
+        ["--shapes", "1x4/2x96", "--suite", "cpu"],
+        ["--suite", "none"],
+    ],
+    ids=" ".join,
+)
+def test_command_refuses_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ops.arguments(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_changes_that_make_groups_equal_are_run_once():
+    plain = ops.groups_of(ops.arguments(["--suite", "cpu"]))
+    same = ops.groups_of(ops.arguments(["--suite", "cpu", "--dtype", "float32", "--bits", "64"]))
+    assert len(same) == len(plain) - 2
+    assert all(shape.bits == 64 for [shape] in same)

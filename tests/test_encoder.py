@@ -1,0 +1,261 @@
+"""Encoder files: what they hold, how they are made, and what is refused."""
+
+import copy
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import hata
+from hata.encoder import ModelShape
+
+CONFIG = SimpleNamespace(
+    model_type="llama",
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=48,
+)
+
+# `Encoder.random(CONFIG, 64, seed=1).projection(2)[1, :2, :2]`
+PINNED = [[-0.10888671875, -0.05712890625], [-0.087890625, 0.002777099609375]]
+
+
+@pytest.fixture
+def encoder():
+    """One with a dense layer and a bias."""
+    made = hata.Encoder.random(CONFIG, 64, seed=3)
+    projections = (None, *made.projections[1:])
+    biases = (None, None, np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64))
+    return hata.Encoder(made.shape, 64, projections, biases, True, {"recipe": "test", "steps": 3})
+
+
+@pytest.fixture
+def path(encoder, tmp_path):
+    encoder.save(tmp_path / "encoder.safetensors")
+    return tmp_path / "encoder.safetensors"
+
+
+def rewritten(path, **changes):
+    """Change the metadata of an encoder file; None removes a field."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    metadata = json.loads(raw[8 : 8 + size])["__metadata__"] | changes
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    save_file(load_file(path), path, metadata=metadata)
+    return path
+
+
+def test_saved_and_loaded_is_equal(encoder, path):
+    loaded = hata.Encoder.load(path)
+    for name in ("shape", "bits", "key_norms", "made", "dense_layers"):
+        assert getattr(loaded, name) == getattr(encoder, name)
+    assert loaded.dense_layers == (0,)
+    for layer in (1, 2):
+        assert np.array_equal(loaded.projection(layer), encoder.projection(layer))
+    assert loaded.bias(1) is None
+    assert np.array_equal(loaded.bias(2, 32), encoder.bias(2)[:, :32])
+    loaded.check(CONFIG)
+
+
+def test_metadata_is_strings_that_anyone_can_read(path):
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    assert json.loads(raw[8 : 8 + size])["__metadata__"] == {
+        "format": "hata.encoder/1",
+        "model_type": "llama",
+        "num_layers": "3",
+        "heads": "4",
+        "kv_heads": "2",
+        "head_dim": "48",
+        "bits": "64",
+        "key_norms": "true",
+        "dense_layers": "[0]",
+        "made": '{"recipe": "test", "steps": 3}',
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files(dtype, tmp_path):
+    import ml_dtypes
+
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    made = hata.Encoder.random(CONFIG, 64)
+    halves = tuple(p.astype(dtype) for p in made.projections)
+    hata.Encoder(made.shape, 64, halves).save(tmp_path / "half.safetensors")
+    loaded = hata.Encoder.load(tmp_path / "half.safetensors")
+    assert loaded.projection(0).dtype == dtype
+    assert np.array_equal(loaded.projection(2), halves[2])
+
+
+@pytest.mark.parametrize("bits", [32, 64, 96, 256])
+def test_random_blocks_are_orthogonal(bits):
+    projection = hata.Encoder.random(CONFIG, bits).projection(1)
+    assert projection.shape == (2, 48, bits)
+    assert projection.dtype == np.float32
+    for head in projection:
+        for start in range(0, bits, 48):
+            block = head[:, start : start + 48].astype(np.float64)
+            np.testing.assert_allclose(block.T @ block, np.eye(block.shape[1]), atol=4e-3)
+
+
+def test_random_is_the_same_on_every_machine():
+    """The values, not only their repetition: written down once."""
+    made = hata.Encoder.random(CONFIG, 64, seed=1)
+    assert made.projection(2)[1, :2, :2].tolist() == PINNED
+    again = hata.Encoder.random(CONFIG, 64, seed=1)
+    other = hata.Encoder.random(CONFIG, 64, seed=2)
+    for layer in range(3):
+        assert np.array_equal(made.projection(layer), again.projection(layer))
+        assert not np.array_equal(made.projection(layer), other.projection(layer))
+
+
+def test_random_survives_bfloat16():
+    import ml_dtypes
+
+    projection = hata.Encoder.random(CONFIG, 64).projection(0)
+    assert np.array_equal(projection, projection.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_codes_nest():
+    wide, narrow = (hata.Encoder.random(CONFIG, bits) for bits in (256, 96))
+    assert np.array_equal(wide.projection(1, 96), narrow.projection(1))
+
+
+def test_configurations_of_every_kind():
+    text = SimpleNamespace(n_layer=2, n_head=4, hidden_size=64)
+    many = SimpleNamespace(get_text_config=lambda: text)
+    assert ModelShape.of(many) == ModelShape("", 2, 4, 4, 16)
+    assert ModelShape.of({**vars(CONFIG), "head_dim": None, "hidden_size": 64}).head_dim == 16
+    latent = SimpleNamespace(**vars(CONFIG), qk_head_dim=24)
+    assert ModelShape.of(latent).head_dim == 24
+    with pytest.raises(hata.EncoderError, match="num_layers = None"):
+        hata.Encoder.random(SimpleNamespace(num_attention_heads=2))
+
+
+@pytest.mark.parametrize("bits", [0, 31, 40, True, 64.0])
+def test_bits_are_multiples_of_32(bits):
+    with pytest.raises(hata.EncoderError, match="positive multiple of 32"):
+        hata.Encoder.random(CONFIG, bits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_type", "qwen2", "model_type 'llama' against 'qwen2'"),
+        ("num_attention_heads", 8, "heads 4 against 8"),
+        ("num_key_value_heads", 4, "kv_heads 2 against 4"),
+        ("head_dim", 64, "head_dim 48 against 64"),
+        ("num_hidden_layers", 4, "num_layers 3 against 4"),
+    ],
+)
+def test_fault_66_encoder_of_another_model(encoder, field, value, message):
+    with pytest.raises(hata.EncoderError, match=message):
+        encoder.check(SimpleNamespace(**{**vars(CONFIG), field: value}))
+
+
+def test_fault_66_other_bits(encoder):
+    with pytest.raises(hata.EncoderError, match="got 128, expected at most 64"):
+        encoder.projection(1, 128)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -1])
+def test_fault_66_truncated_file(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(hata.EncoderError, match=r"encoder\.safetensors.*cannot be read"):
+        hata.Encoder.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "hata.encoder/2"}, "format 'hata.encoder/2', expected 'hata.encoder/1'"),
+        ({"format": None}, "format 'none'"),
+        ({"bits": None}, "metadata that is absent or malformed"),
+        ({"bits": "many"}, "metadata that is absent or malformed"),
+        ({"key_norms": "yes"}, "metadata that is absent or malformed"),
+        ({"made": "{"}, "metadata that is absent or malformed"),
+        ({"bits": "96"}, r"layers.1.projection: got shape \(2, 48, 64\), expected \(2, 48, 96\)"),
+        ({"num_layers": "2"}, "tensors .*layers.2.bias"),
+        ({"dense_layers": "[]"}, r"declares the dense layers \[\]"),
+        ({"num_layers": "4"}, r"declares the dense layers \[0\] but .* \[0, 3\]"),
+    ],
+)
+def test_fault_66_file_that_contradicts_itself(path, changes, message):
+    with pytest.raises(hata.EncoderError, match=message):
+        hata.Encoder.load(rewritten(path, **changes))
+
+
+def test_fault_66_wrong_arrays(encoder):
+    shape, projections = encoder.shape, encoder.projections
+    for arguments, message in (
+        ((shape, 64, projections[:2]), "got 2 layers, expected 3"),
+        ((shape, 64, projections, encoder.biases[:1]), "got 1 layers, expected 3"),
+        ((shape, 32, projections), r"got shape \(2, 48, 64\), expected \(2, 48, 32\)"),
+        ((shape, 64, projections, (encoder.biases[2], None, None)), "a bias but no projection"),
+        ((shape, 64, [p is not None and p.astype(int) for p in projections][1:] + [None]), "int64"),
+    ):
+        with pytest.raises(hata.EncoderError, match=message):
+            hata.Encoder(*arguments)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".PICKLE", ".ckpt"])
+def test_fault_67_pickle_is_refused_unread(tmp_path, suffix):
+    path = tmp_path / f"encoder{suffix}"
+    path.write_bytes(pickle.dumps({}))
+    with pytest.raises(hata.EncoderError, match=r"pickle.*hata convert .*encoder"):
+        hata.Encoder.load(path)
+
+
+def test_absent_file(tmp_path):
+    with pytest.raises(hata.EncoderError, match='not a file.*"random"'):
+        hata.Encoder.load(tmp_path / "absent.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(encoder, path, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        encoder.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_only_safetensors_are_written(encoder, tmp_path):
+    with pytest.raises(hata.EncoderError, match=r"ends in \.safetensors"):
+        encoder.save(tmp_path / "encoder.pt")
+
+
+def test_dense_layer_has_no_projection(encoder):
+    with pytest.raises(hata.EncoderError, match="got 0, which this encoder leaves dense"):
+        encoder.projection(0)
+    with pytest.raises(hata.EncoderError, match="got 3, expected 0 to 2"):
+        encoder.projection(3)
+
+
+def test_copies_and_pickles(encoder):
+    assert copy.deepcopy(encoder) is encoder
+    assert pickle.loads(pickle.dumps(encoder)).shape == encoder.shape
+    assert "bits=64" in repr(encoder)
+
+
+def test_no_framework_is_imported(path):
+    code = (
+        "import sys, hata; hata.Encoder.load(sys.argv[1]);"
+        "print([m for m in ('torch', 'jax', 'transformers', 'ml_dtypes') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,256 @@
+"""The ops as such: their documentation, their checks, and what is remembered of a call."""
+
+import doctest
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import hata
+from hata import arguments, arrays, checks, ops
+from hata.testing.faults_torch import SCHEMAS
+
+OPS = ("encode", "hamming_topk", "sparse_attend", "hash_attend")
+
+
+def call(op="hash_attend", kind=np.asarray, **changes):
+    """A small call of an op, with some of its arguments changed."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 2, 1, 16), np.float32)
+    cache = rng.standard_normal((1, 1, 8, 16), np.float32)
+    projection = rng.standard_normal((1, 16, 32), np.float32)
+    codes = rng.integers(0, 256, (1, 1, 8, 4), np.uint8)
+    given = {
+        "encode": {"x": q, "projection": projection},
+        "hamming_topk": {"q_codes": codes[:, :, :1], "k_codes": codes, "k": 3},
+        "sparse_attend": {
+            "q": q, "keys": cache, "values": cache, "indices": np.int32([[[[0, 5, -1]]]])
+        },
+        "hash_attend": {
+            "q": q, "keys": cache, "values": cache, "key_codes": codes, "projection": projection,
+            "k": 3,
+        },
+    }[op]  # fmt: skip
+    given = {name: kind(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+    return getattr(hata, op)(**{**given, **changes})
+
+
+# Documentation.
+
+
+def test_examples_in_the_docstrings():
+    finder = doctest.DocTestFinder(exclude_empty=False)
+    runner = doctest.DocTestRunner()
+    names = []
+    for test in finder.find(ops, "hata.ops", globs={**vars(ops), "numpy": np}):
+        runner.run(test)
+        names += [test.name] if test.examples else []
+    assert names == sorted(f"hata.ops.{op}" for op in (*OPS, "prepare"))
+    assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_argument_is_documented(op):
+    function = getattr(ops, op)
+    documented = inspect.getdoc(function)
+    for name in inspect.signature(function).parameters:
+        assert f"\n    {name}: " in documented
+    for section in ("Args:", "Returns:", "Raises:", "Source:"):
+        assert f"\n{section}" in documented
+
+
+def test_signatures_are_those_of_the_contract():
+    positional = {
+        "encode": "x projection bias",
+        "hamming_topk": "q_codes k_codes k",
+        "sparse_attend": "q keys values indices",
+        "hash_attend": "q keys values key_codes projection k",
+    }
+    keywords = {
+        "encode": "out norms",
+        "hamming_topk": "lengths starts ratio k_min sink recent key_norms per_head",
+        "sparse_attend": "scale softcap sink_logits return_lse",
+        "hash_attend": "bias query_projection query_bias q_codes fresh dense_below lengths starts "
+        "ratio k_min sink recent key_norms scale softcap sink_logits return_lse",
+    }
+    for op in OPS:
+        parameters = inspect.signature(getattr(hata, op)).parameters.values()
+        kinds = {"POSITIONAL_OR_KEYWORD": [], "KEYWORD_ONLY": []}
+        for parameter in parameters:
+            kinds[parameter.kind.name].append(parameter.name)
+        assert " ".join(kinds["POSITIONAL_OR_KEYWORD"]) == positional[op]
+        assert " ".join(kinds["KEYWORD_ONLY"]) == keywords[op]
+
+
+def test_custom_ops_take_what_the_ops_take():
+    torch = pytest.importorskip("torch")
+    import hata.torch_ops  # noqa: F401  registers them
+
+    for op, (names, options) in SCHEMAS.items():
+        schema = getattr(torch.ops.hata, op).default._schema
+        assert [argument.name for argument in schema.arguments] == [*names, *options]
+
+
+# prepare
+
+
+def test_prepare_knows_the_ops_alone():
+    for wrong in ("attend", "prepare", "__import__", None, 3):
+        with pytest.raises(ValueError, match=r"op: got .* expected one of 'encode'"):
+            hata.prepare(wrong)
+
+
+def test_prepare_checks_as_the_op_does():
+    with pytest.raises(hata.HataDTypeError, match=r"^x: got"):
+        hata.prepare("encode", [1.0], None)
+    with pytest.raises(hata.HataShapeError, match="k must be"):
+        hata.prepare("hamming_topk", np.zeros((1, 1, 1, 4), "u1"), np.zeros((1, 1, 2, 4), "u1"), 0)
+    # A failure leaves no trace: the next call runs.
+    assert call().shape == (1, 2, 1, 16)
+
+
+# What is remembered of a call must not let through what the full check refuses.
+
+
+def test_masked_arrays_are_refused_after_plain_ones():
+    call()
+    for name in ("q", "keys"):
+        wrong = np.ma.masked_array(np.zeros((1, 2 if name == "q" else 1, 1, 16), np.float32))
+        with pytest.raises(hata.HataDTypeError, match=f"{name}: a masked array"):
+            call(**{name: wrong})
+
+
+def test_memory_mapped_arrays_are_arrays(tmp_path):
+    mapped = np.memmap(tmp_path / "keys", np.float32, "w+", shape=(1, 1, 8, 16))
+    mapped[:] = np.random.default_rng(0).standard_normal(mapped.shape)
+    expected = call(keys=np.array(mapped), values=np.array(mapped))
+    np.testing.assert_array_equal(call(keys=mapped, values=mapped), expected)
+    # A subclass goes in, a plain array comes out.
+    assert type(call("encode", x=mapped)) is np.ndarray
+
+
+def test_scalars_are_no_lengths_after_arrays():
+    call(lengths=np.array(3))
+    with pytest.raises(hata.HataDTypeError, match=r"^lengths: got numpy.int64"):
+        call(lengths=np.int64(3))
+
+
+def test_read_only_codes_are_refused_after_writable_ones():
+    codes = np.zeros((1, 1, 8, 4), np.uint8)
+    call(key_codes=codes, fresh=1)
+    codes.flags.writeable = False
+    with pytest.raises(hata.HataDTypeError, match="read-only"):
+        call(key_codes=codes, fresh=1)
+    call(key_codes=codes)
+
+
+def test_negated_tensors_are_refused_after_plain_ones():
+    torch = pytest.importorskip("torch")
+    call(kind=torch.tensor)
+    cache = torch.zeros(1, 1, 8, 16)
+    for name in ("keys", "values"):
+        with pytest.raises(hata.HataDTypeError, match=f"{name}: .*resolve_neg"):
+            call(kind=torch.tensor, **{name: torch.ops.aten._neg_view(cache)})
+
+
+def test_gradients_are_refused_after_no_grad():
+    torch = pytest.importorskip("torch")
+    projection = torch.nn.Parameter(torch.zeros(1, 16, 32))
+    with torch.no_grad():
+        call(kind=torch.tensor, projection=projection)
+    with pytest.raises(hata.HataAutogradError, match=r"^projection"):
+        call(kind=torch.tensor, projection=projection)
+
+
+def test_memory_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(checks, "_MEMO_LIMIT", 10)
+    for slots in range(1, 40):
+        codes = np.zeros((1, 1, slots, 4), np.uint8)
+        assert hata.hamming_topk(codes[:, :, :1], codes, 1).item() == 0
+    assert len(checks._memo) <= 10
+
+
+def test_checks_of_values_are_off_by_default(monkeypatch):
+    class Unreadable(np.ndarray):
+        def tolist(self):
+            raise AssertionError("lengths were read")
+
+    lengths = np.array([3], np.int32).view(Unreadable)
+    call(lengths=lengths, starts=lengths)
+    monkeypatch.setenv("HATA_CHECK", "1")
+    with pytest.raises(AssertionError, match="lengths were read"):
+        call(lengths=lengths)
+
+
+def test_check_names_scalar_lengths_too(monkeypatch):
+    monkeypatch.setenv("HATA_CHECK", "1")
+    with pytest.raises(hata.HataShapeError, match="lengths: got 9 in row 0, expected 0 to S = 8"):
+        call(lengths=np.array(9))
+    call(lengths=np.array(8))
+
+
+# JAX
+
+
+@pytest.fixture
+def jax():
+    return pytest.importorskip("jax")
+
+
+def test_jax_arrays_cannot_be_written(jax):
+    given = {"out": np.zeros((1, 2, 1, 4), "u1"), "norms": np.zeros((1, 2, 1), "f2")}
+    for name, values in given.items():
+        with pytest.raises(hata.HataDTypeError, match=f"{name}: got a jax array.*written"):
+            call("encode", jax.numpy.asarray, **{name: jax.numpy.asarray(values)})
+    with pytest.raises(hata.HataDTypeError, match="key_codes: got a jax array"):
+        call("hash_attend", jax.numpy.asarray, fresh=1)
+
+
+def test_jax_tracers_are_refused(jax):
+    with pytest.raises(hata.HataDTypeError, match=r"x: it is traced by jax.jit"):
+        jax.jit(lambda x: call("encode", jax.numpy.asarray, x=x))(np.zeros((1, 2, 1, 16), "f4"))
+
+
+def test_jax_arrays_on_several_devices_are_refused(jax):
+    adapter = arrays.framework("x", jax.numpy.zeros(1))
+    # What JAX gives for the device of a sharded array is its sharding.
+    sharded = SimpleNamespace(device=object())
+    assert "several devices" in adapter.refusal(sharded)
+
+
+def test_jax_results_stay_on_their_device(jax):
+    out, lse = call("hash_attend", jax.numpy.asarray, return_lse=True)
+    for array in (out, lse):
+        assert isinstance(array, jax.Array)
+        assert array.devices() == {jax.devices("cpu")[0]}
+    assert call("encode", jax.numpy.asarray).dtype == jax.numpy.uint8
+
+
+def test_numpy_calls_do_not_load_other_frameworks(repo_root):
+    code = (
+        "import sys, hata, numpy as np\n"
+        "hata.encode(np.ones((1, 1, 1, 16), 'f4'), np.ones((1, 16, 32), 'f4'))\n"
+        "loaded = {'torch', 'jax', 'cupy', 'triton', 'ml_dtypes'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float16(0.25), 0.25, np.float64(0.25)])
+def test_numpy_numbers_are_numbers(number):
+    expected = call(scale=0.25, softcap=0.25, ratio=0.25)
+    np.testing.assert_array_equal(call(scale=number, softcap=number, ratio=number), expected)
+    assert arguments.real("scale", np.int64(3)) == 3.0
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), np.int32(3)])
+def test_numpy_integers_are_integers(number):
+    np.testing.assert_array_equal(call(k=number, sink=np.int8(1)), call(k=3, sink=1))

@@ -1,0 +1,315 @@
+"""The registry: choosing backends, plug-ins and their faults, contexts and threads."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+import hata
+from hata import registry
+from hata.backend import Backend
+from hata.problem import Problem
+
+X = np.ones((1, 1, 2, 16), np.float32)
+PROJECTION = np.ones((1, 16, 32), np.float32)
+PROBLEM = Problem(op="encode", device="cpu", dtype="float32", head_dim=16, bits=32)
+
+# A whole backend in one launcher: what it returns says that it ran.
+WORKING = """
+from hata.backend import Backend
+class Mine(Backend):
+    name = "mine"
+    frameworks = frozenset({"numpy"})
+    def launch_encode(self, *arguments): return "mine ran"
+    def launch_hamming_topk(self, *arguments): raise NotImplementedError
+    def launch_sparse_attend(self, *arguments): raise NotImplementedError
+    def launch_hash_attend(self, *arguments): raise NotImplementedError
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry():
+    registry.reset()
+    yield
+    registry.reset()
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Install a plug-in: `plug_in(name, source, class name)`."""
+    points = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: points)
+
+    def install(name, source, attribute="Mine"):
+        module = f"plug_in_{len(list(tmp_path.iterdir()))}_{tmp_path.name.replace('-', '_')}"
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        points.append(EntryPoint(name, f"{module}:{attribute}", registry.ENTRY_POINTS))
+        return name
+
+    return install
+
+
+def reason_of(name):
+    return {info.name: info.reason for info in hata.list_backends()}[name]
+
+
+def test_auto_is_the_default_and_runs_the_reference_here():
+    assert hata.get_backend() == "auto"
+    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "reference"
+
+
+def adapter():
+    return hata.arrays.framework("x", X)
+
+
+def test_every_backend_is_listed_with_its_reason():
+    listed = {info.name: info for info in hata.list_backends()}
+    assert listed["reference"].available
+    assert listed["reference"].reason == ""
+    for info in listed.values():
+        assert info.available == (not info.reason)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["reference"], b"reference", Backend])
+def test_names_that_are_no_names(wrong):
+    for choose in (hata.set_backend, registry.load):
+        with pytest.raises(hata.HataDTypeError, match=r"backend: got .* expected a name"):
+            choose(wrong)
+    with pytest.raises(hata.HataDTypeError), hata.use_backend(wrong):
+        pass
+    assert hata.get_backend() == "auto"
+
+
+def test_fault_46_unknown_name():
+    with pytest.raises(ValueError, match=r"'tritn'.*'auto', 'reference'.*Did you mean 'triton'"):
+        hata.set_backend("tritn")
+    with pytest.raises(hata.UnknownBackend), hata.use_backend("referense"):
+        pass
+    with pytest.raises(hata.UnknownBackend):
+        hata.set_backend("")
+    assert hata.get_backend() == "auto"
+
+
+def test_fault_47_backend_that_cannot_run_here(plug_in):
+    plug_in(
+        "mine",
+        WORKING + "    @classmethod\n    def missing(cls): return 'no CUDA driver was found'\n",
+    )
+    hata.set_backend("reference")
+    with pytest.raises(hata.BackendUnavailable, match="'mine' cannot run here: no CUDA driver"):
+        hata.set_backend("mine")
+    with pytest.raises(hata.BackendUnavailable), hata.use_backend("mine"):
+        pass
+    assert hata.get_backend() == "reference"
+    assert reason_of("mine") == "no CUDA driver was found"
+    assert hata.encode(X, PROJECTION).shape == (1, 1, 2, 4)
+
+
+# What may go wrong in somebody else's code, and what is to be read of it.
+BROKEN = {
+    "import fails": ("raise ImportError('libcuda.so.1: driver too old')", "driver too old"),
+    "module is no python": ("def (", "SyntaxError"),
+    "class is absent": ("", "AttributeError"),
+    "class is no backend": ("class Mine: pass", "expected a subclass"),
+    "class is no class": ("Mine = 3", "expected a subclass"),
+    "class has no name": (WORKING.replace('name = "mine"', "pass"), "has the name None"),
+    "class has another name": (WORKING.replace('"mine"', '"other"'), "has the name 'other'"),
+    "missing() fails": (
+        WORKING + "    @classmethod\n    def missing(cls): raise OSError('no such device')\n",
+        "no such device",
+    ),
+    "launcher is absent": (WORKING.replace("launch_encode", "encode"), "abstract"),
+    "constructor fails": (
+        WORKING + "    def __init__(self): raise OSError('no device node')\n",
+        "no device node",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_fault_48_broken_plug_in(plug_in, fault):
+    source, expected = BROKEN[fault]
+    plug_in("mine", source)
+    with pytest.raises(hata.BackendUnavailable, match=expected):
+        hata.set_backend("mine")
+    assert hata.get_backend() == "auto"
+    # It is reported, and it harms nobody else.
+    listed = {info.name: info for info in hata.list_backends()}
+    assert {"reference", "triton", "cupy", "mine"} == set(listed)
+    if fault != "constructor fails":  # which a list does not call
+        assert re.search(expected, listed["mine"].reason)
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+
+
+def test_fault_48_unsupported_that_fails(plug_in):
+    plug_in("mine", WORKING + "    def unsupported(self, problem): return 1 / 0\n")
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+    # Asked for by name, its own error is shown as it is.
+    with hata.use_backend("mine"), pytest.raises(ZeroDivisionError):
+        hata.encode(X, PROJECTION)
+
+
+def test_fault_48_import_with_a_library_that_cannot_load(tmp_path, repo_root):
+    """`import hata` works beside a CuPy that fails to import."""
+    (tmp_path / "cupy.py").write_text("raise RuntimeError('CUDA driver version is insufficient')")
+    code = (
+        "import hata, json, numpy; "
+        "print(json.dumps([hata.encode(numpy.ones((1, 1, 1, 16), 'f4'), "
+        "numpy.ones((1, 16, 32), 'f4')).tolist(), [b.name for b in hata.list_backends()]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    codes, names = json.loads(done.stdout)
+    assert codes == [[[[255] * 4]]]
+    assert "cupy" in names
+
+
+def test_plug_in_runs_when_chosen(plug_in):
+    plug_in("mine", WORKING)
+    with hata.use_backend("mine"):
+        assert hata.encode(X, PROJECTION) == "mine ran"
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+    hata.set_backend("mine")
+    assert hata.encode(X, PROJECTION) == "mine ran"
+
+
+def test_plug_in_comes_after_our_own_in_auto(plug_in):
+    plug_in("mine", WORKING)
+    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "reference"
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_plug_in_cannot_take_a_name_of_ours(plug_in, name):
+    plug_in(name, WORKING.replace('"mine"', f'"{name}"'))
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+    assert [info.name for info in hata.list_backends()] == ["reference", "triton", "cupy"]
+
+
+def test_explicit_choice_never_falls_back(plug_in):
+    refusing = WORKING + "    def unsupported(self, problem): return ['too odd', 'too small']\n"
+    plug_in("mine", refusing)
+    with hata.use_backend("mine"):
+        match = "'mine' cannot run encode: too odd; too small; use another backend"
+        with pytest.raises(hata.BackendUnavailable, match=match):
+            hata.encode(X, PROJECTION)
+        torch = pytest.importorskip("torch")
+        x, projection = torch.tensor(X), torch.tensor(PROJECTION)
+        with pytest.raises(hata.HataDTypeError, match="'mine': got torch arrays"):
+            hata.encode(x, projection)
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+
+
+def test_backend_refuses_dtypes_it_does_not_declare(plug_in):
+    plug_in("mine", WORKING + "    dtypes = frozenset({'float16'})\n")
+    with hata.use_backend("mine"):
+        with pytest.raises(hata.HataDTypeError, match="got float32, expected one of float16"):
+            hata.encode(X, PROJECTION)
+        assert hata.encode(X.astype(np.float16), PROJECTION) == "mine ran"
+
+
+def test_auto_lists_every_reason_where_nothing_can_run():
+    with pytest.raises(hata.BackendUnavailable) as caught:
+        registry.resolve(Problem(op="encode", device="cuda", dtype="float32"), adapter(), "cuda:0")
+    for name in ("cupy", "triton", "reference"):
+        assert f"'{name}'" in str(caught.value)
+
+
+def test_fault_38_device_arrays_for_the_reference():
+    with hata.use_backend("reference"), pytest.raises(hata.HataDeviceError, match="on cuda:0"):
+        registry.resolve(Problem(op="encode", device="cuda", dtype="float32"), adapter(), "cuda:0")
+
+
+def test_fault_38_host_arrays_for_a_device_backend(plug_in):
+    plug_in("mine", WORKING + "    devices = frozenset({'cuda'})\n")
+    with hata.use_backend("mine"):
+        match = r"got arrays on cpu, expected cuda.*set_backend\('reference'\)"
+        with pytest.raises(hata.HataDeviceError, match=match):
+            hata.encode(X, PROJECTION)
+
+
+def test_use_backend_nests_and_restores():
+    hata.set_backend("reference")
+    with hata.use_backend("auto"):
+        assert hata.get_backend() == "auto"
+        with hata.use_backend("reference"):
+            assert hata.get_backend() == "reference"
+        assert hata.get_backend() == "auto"
+        with contextlib.suppress(ZeroDivisionError), hata.use_backend("reference"):
+            raise ZeroDivisionError
+        assert hata.get_backend() == "auto"
+    assert hata.get_backend() == "reference"
+
+
+def in_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_fault_49_threads_with_different_backends(plug_in):
+    plug_in("mine", WORKING)
+    barrier = threading.Barrier(2)
+    seen = {}
+
+    def work(name, expected):
+        with hata.use_backend(name):
+            wrong = 0
+            for _ in range(200):
+                barrier.wait()
+                wrong += (str(hata.encode(X, PROJECTION)) == "mine ran") != expected
+            seen[name] = wrong, hata.get_backend()
+
+    threads = [
+        threading.Thread(target=work, args=arguments)
+        for arguments in (("mine", True), ("reference", False))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"mine": (0, "mine"), "reference": (0, "reference")}
+    assert hata.get_backend() == "auto"
+
+
+def test_set_backend_is_seen_by_all_threads_and_use_backend_by_none():
+    hata.set_backend("reference")
+    assert in_thread(hata.get_backend) == "reference"
+    with hata.use_backend("auto"):
+        assert in_thread(hata.get_backend) == "reference"
+
+
+def test_environment_names_the_default(monkeypatch):
+    for value, expected in (("reference", "reference"), ("", "auto")):
+        monkeypatch.setenv("HATA_BACKEND", value)
+        registry.reset()
+        assert hata.get_backend() == expected
+    monkeypatch.setenv("HATA_BACKEND", "tritn")
+    registry.reset()
+    with pytest.raises(hata.UnknownBackend, match="Did you mean 'triton'"):
+        hata.encode(X, PROJECTION)
+
+
+def test_broken_profile_leaves_the_one_in_force(tmp_path):
+    before = registry.profile_in_force()
+    (tmp_path / "p.yaml").write_text("schema: [")
+    with pytest.raises(hata.ProfileError):
+        hata.use_profile(tmp_path / "p.yaml")
+    with pytest.raises(hata.ProfileError):
+        hata.use_profile(tmp_path / "absent.yaml")
+    assert registry.profile_in_force() is before

@@ -1,0 +1,135 @@
+"""`python -m tune`, also `hata tune`: from this machine to a profile.
+
+    python -m tune --gpu auto
+    python -m tune --gpu cpu --model PATH --text FILE... --out p.yaml
+
+The last line on stdout is the absolute path of the profile, alone. Exit codes: 0 a profile was
+written, 1 nothing could be tuned, 2 the command line cannot be followed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hata.errors import HataError
+from tune.space import BUDGET, QUALITY, QUICK_BUDGET, QUICK_TRIALS, TRIALS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m tune",
+        description="Find the fastest right configuration of every kernel on this machine, and "
+        "the cheapest selection that keeps a model's attention; write both to a profile.",
+    )
+    made.add_argument(
+        "--gpu",
+        default="auto",
+        metavar="auto|cpu|NAME",
+        help="what to tune for: what is here (default), the CPU, or a GPU by name, such as h200, "
+        "which must be here",
+    )
+    made.add_argument("--backend", metavar="B", help="tune this backend only")
+    made.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder of a transformers model: tune for its heads, and choose what its layers "
+        "attend to",
+    )
+    made.add_argument(
+        "--encoder",
+        metavar="FILE",
+        help='encoder of the model, or "random" (default: random, 256 bits, seed 0)',
+    )
+    made.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="what the model reads while its queries and keys are captured: files, or folders of "
+        "text files; some 4,096 tokens at least",
+    )
+    made.add_argument(
+        "--quality",
+        type=float,
+        default=QUALITY,
+        metavar="Q",
+        help="share of the attention mass of exact top-k that a selection must keep at the same "
+        f"budget (default {QUALITY})",
+    )
+    made.add_argument("--quick", action="store_true", help="a few problems, a short search")
+    made.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"time for the search of kernels (default {BUDGET:.0f}, with --quick "
+        f"{QUICK_BUDGET:.0f}); a problem that has begun is finished",
+    )
+    made.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"configurations to measure for each problem (default {TRIALS}, with --quick "
+        f"{QUICK_TRIALS})",
+    )
+    made.add_argument(
+        "--storage",
+        metavar="URL",
+        help="database of the studies: an SQLite file or a URL that Optuna takes (default: a file "
+        "in the user's cache folder)",
+    )
+    made.add_argument(
+        "--resume", action="store_true", help="go on with what was measured in the storage"
+    )
+    made.add_argument(
+        "--out",
+        metavar="FILE",
+        help="profile to write, merged with what it holds (default: this device's profile in the "
+        "user's cache folder, which hata finds by itself)",
+    )
+    made.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and write nothing"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        # Optuna is loaded here, so that `--help` works without it.
+        from tune import session
+    except ImportError as error:
+        return _refuse(f"needs {error.name or error}; pip install 'hata-attention[tune]'")
+    try:
+        return session.run(options)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what was measured is kept, go on with the same command and --resume",
+            file=sys.stderr,
+        )
+        return 130
+    except HataError as error:
+        return _refuse(str(error))
+    # People get one line; who repairs the tuner sets HATA_DEBUG.
+    except Exception as error:
+        if os.environ.get("HATA_DEBUG"):
+            raise
+        text = (str(error).strip().splitlines() or [""])[0]
+        print(
+            f"hata tune: internal error: {type(error).__name__}: {text}; set HATA_DEBUG=1 to see "
+            "where",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _refuse(message: str) -> int:
+    print(f"hata tune: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

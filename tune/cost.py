@@ -1,0 +1,193 @@
+"""The analytic model: what a problem must cost, and which configurations look good on paper.
+
+Three constants of the machine, measured in about two seconds, are put against what an op has to
+do: bytes that must come from memory, multiply-adds and popcounts, launches. The floor of a problem
+is the larger of its memory and its arithmetic time; nothing can be much below it, so a search that
+comes within 5% of it stops. Configurations are ranked by how they divide the work: the share of
+the machine they use, whole waves or a ragged last one, and what each piece costs on top. The model
+is there to begin a search well; it never decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from hata.backend import Backend, Config, use_config
+from hata.problem import Problem
+from tune.measure import Inputs, last_cache_bytes
+
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "": 0}
+# Cost of handing out one piece of work, in µs: an atomic counter and its cache line.
+_PIECE_US = 0.3
+# Knobs that say into how large pieces work is cut, and along what.
+_ALONG_KEYS = ("chunk",)
+_ALONG_TOKENS = ("block",)
+_ALONG_BUDGET = ("tile",)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Constants of a machine.
+
+    Attributes:
+        bandwidth: Bytes from memory per µs, all cores together.
+        flops: Float32 multiply-adds per µs, all cores together.
+        launch_us: What a call costs that has next to nothing to do.
+        workers: Cores, or streaming multiprocessors.
+    """
+
+    bandwidth: float
+    flops: float
+    launch_us: float
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one call has to do.
+
+    Attributes:
+        read: Bytes from memory.
+        flops: Multiply-adds.
+        popcounts: 64-bit popcounts of the direct way.
+    """
+
+    read: float
+    flops: float
+    popcounts: float
+
+
+def work(problem: Problem) -> Work:
+    """What a problem has to do, with a full cache."""
+    p = problem
+    size = SIZE[p.dtype]
+    rows = p.batch * p.tokens
+    projection = p.kv_heads * p.head_dim * p.bits * SIZE[p.projection_dtype]
+    if p.op == "encode":
+        vectors = rows * p.heads
+        return Work(
+            vectors * (p.head_dim * size + p.bits // 8) + projection,
+            vectors * p.head_dim * p.bits,
+            0,
+        )
+    scan_bytes = p.batch * p.kv_heads * p.slots * (p.bits // 8 + 2 * p.norms)
+    popcounts = rows * p.heads * p.slots * p.bits / 64
+    taken = min(p.k, p.slots)
+    gather = rows * p.kv_heads * taken * (p.head_dim + p.value_dim) * size
+    attend = rows * p.heads * taken * (p.head_dim + p.value_dim)
+    if p.op == "hamming_topk":
+        return Work(scan_bytes, 0, popcounts)
+    if p.op == "sparse_attend":
+        return Work(gather, attend, 0)
+    encode = rows * p.heads * p.head_dim * p.bits
+    return Work(scan_bytes + gather + projection, attend + encode, popcounts)
+
+
+def floor_us(problem: Problem, machine: Machine) -> float:
+    """Microseconds that no configuration can be much below."""
+    todo = work(problem)
+    return machine.launch_us + max(todo.read / machine.bandwidth, todo.flops / machine.flops)
+
+
+def predict_us(problem: Problem, config: Config, machine: Machine) -> float:
+    """Microseconds that a configuration should take. Knobs without a known meaning are free."""
+    todo = work(problem)
+    workers = machine.workers if config.get("threads", "all") == "all" else 1
+    share = workers / machine.workers
+    # Two of the additions that stand for three popcounts cost about as much as one popcount.
+    group = max(1, problem.heads // max(1, problem.kv_heads))
+    planes = 1.0 if config.get("variant") == "direct" else (group.bit_length() + 0.3) / group
+    popcount_us = todo.popcounts * min(planes, 1.0) * 2 / machine.flops
+    # Cores do not compute while they wait for scattered rows, so the two add up.
+    busy = (todo.read / machine.bandwidth + todo.flops / machine.flops + popcount_us) / share
+    lengths = {
+        **dict.fromkeys(_ALONG_KEYS, problem.slots),
+        **dict.fromkeys(_ALONG_TOKENS, problem.tokens),
+        **dict.fromkeys(_ALONG_BUDGET, min(problem.k, problem.slots)),
+    }
+    cut_us = 0.0
+    for name, value in config.items():
+        length = lengths.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and length:
+            pieces = problem.batch * problem.kv_heads * math.ceil(length / value)
+            waves = math.ceil(pieces / workers)
+            # The last wave may leave workers idle, and a piece is never smaller than it is.
+            cut_us += busy * (waves * workers / pieces - 1) + pieces * _PIECE_US / workers
+    started = machine.launch_us * (1 if workers == 1 else 2)
+    return started + busy + cut_us
+
+
+def calibrate(backend: Backend, device: str) -> Machine:
+    """Measure the constants of this machine, in about two seconds."""
+    launch = _launch_us(backend, device)
+    if device == "cuda":
+        return _calibrate_cuda(launch)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or 1
+    # A buffer for every worker, together beyond the last cache as far as memory is cheap.
+    size = min(2 * last_cache_bytes(), 512 << 20) // workers // 8
+    data = [np.ones(size, np.float64) for _ in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        seconds = _best(lambda: list(pool.map(np.max, data)), 0.5)
+    bandwidth = workers * size * 8 / (seconds * 1e6)
+    a = np.ones((768, 768), np.float32)
+    flops = 768**3 / (_best(lambda: a @ a, 0.3) * 1e6)
+    return Machine(bandwidth, flops, launch, workers)
+
+
+def _calibrate_cuda(launch: float) -> Machine:
+    torch = importlib.import_module("torch")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    a = torch.ones((4096, 4096), dtype=torch.bfloat16, device="cuda")
+
+    def seconds(call: Callable[[], object]) -> float:
+        def run() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return _best(run, 0.5)
+
+    return Machine(
+        bandwidth=2 * (1 << 29) / (seconds(lambda: x[: 1 << 29].copy_(x[1 << 29 :])) * 1e6),
+        flops=4096**3 / (seconds(lambda: a @ a) * 1e6),
+        launch_us=launch,
+        workers=properties.multi_processor_count,
+    )
+
+
+def _launch_us(backend: Backend, device: str) -> float:
+    """Microseconds of the smallest call of the backend, compiled and warm."""
+    dtype = "float32" if "float32" in backend.dtypes else sorted(backend.dtypes)[0]
+    problem = Problem(
+        op="encode", device=device, dtype=dtype, projection_dtype=dtype, head_dim=16, bits=32
+    )
+    call = Inputs(backend, problem, pool=0).calls[0]
+    with use_config(backend.name, problem.op, backend.default(problem)):
+        call()
+        samples = []
+        for _ in range(50):
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+    return 1e6 * median(samples)
+
+
+def _best(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest of the calls that fit into `seconds`, after one that warms up."""
+    call()
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,209 @@
+"""What a run is to do: the command line held against what is here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hata import device as devices
+from hata import registry
+from hata.backend import Backend
+from hata.device import Fingerprint
+from hata.encoder import Encoder
+from hata.errors import BackendUnavailable, HataError
+from hata.problem import Problem
+from hata.profile import EncoderKey, cache_root, default_output, safe_output
+from tune import quality, search, space
+from tune.space import Layout
+
+RANDOM_BITS, RANDOM_SEED = 256, 0
+
+
+class UsageError(HataError, ValueError):
+    """The command line asks for something that cannot be done."""
+
+
+@dataclass
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        fingerprint: The device, with the kernels that are tuned.
+        backends: Those to tune; the first also measures selections.
+        layout: Heads to tune for.
+        encoder: Projections that selections are chosen with.
+        encoder_key: What to call them in the profile.
+        text: What the model reads; `""` without a model.
+        model: Folder of the model, or `None`.
+        problems: For each backend, what to tune.
+        out: The profile.
+        storage: URL of the studies.
+    """
+
+    device: str
+    fingerprint: Fingerprint
+    backends: list[Backend]
+    layout: Layout
+    encoder: Encoder
+    encoder_key: EncoderKey
+    text: str
+    model: str | None
+    problems: dict[str, list[Problem]]
+    out: Path
+    storage: str
+    notes: list[str] = field(default_factory=list)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise `UsageError` for values that mean nothing, or that do not go together."""
+    if not 0 < options.quality <= 1:
+        raise UsageError(f"--quality: got {options.quality}, expected a share, 0 < Q <= 1")
+    if options.trials is not None and options.trials < 1:
+        raise UsageError(f"--trials: got {options.trials}, expected 1 or more")
+    if options.budget is not None and not 0 < options.budget < math.inf:
+        raise UsageError(f"--budget: got {options.budget}, expected seconds above 0")
+    if options.model is None:
+        for name in ("text", "encoder"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name}: got one, but no --model; name the model it is for")
+    elif not options.text:
+        raise UsageError(
+            "--text: got none, expected text for the model to read; name files that are like "
+            "what it will be used on, or leave --model out"
+        )
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Find out what is here and what is asked for.
+
+    Raises:
+        HataError: it cannot be done.
+    """
+    notes: list[str] = []
+    device, backends = _choose_backends(options.gpu, options.backend, notes)
+    layout = space.COMMON
+    text = ""
+    if options.model is not None:
+        layout = quality.load_layout(options.model)
+        text = quality.read_text(options.text)
+        # Said now rather than after minutes.
+        quality.token_sequences(options.model, text, 1, layout.context)
+    encoder, encoder_key = _choose_encoder(options.encoder, layout)
+    base = devices.fingerprint(device)
+    problems = {}
+    for backend in backends:
+        dtypes = space.dtypes_of(layout, device, backend.dtypes) or sorted(backend.dtypes)[:1]
+        wanted = space.problems(
+            layout,
+            device,
+            dtypes,
+            bits=tuple(b for b in space.BITS if b <= encoder.bits) or (encoder.bits,),
+            norms=encoder.key_norms,
+            of_model=options.model is not None,
+            quick=options.quick,
+        )
+        problems[backend.name] = [p for p in wanted if not backend.unsupported(p)]
+        if not problems[backend.name]:
+            reasons = backend.unsupported(wanted[0])
+            notes.append(f"backend {backend.name} cannot run these problems: {'; '.join(reasons)}")
+    kernels = {
+        backend.name: {op: backend.kernel_hash(op) for op in _ops(problems[backend.name])}
+        for backend in backends
+    }
+    fingerprint = dataclasses.replace(base, kernels=kernels)
+    return Plan(
+        device=device,
+        fingerprint=fingerprint,
+        backends=backends,
+        layout=layout,
+        encoder=encoder,
+        encoder_key=encoder_key,
+        text=text,
+        model=options.model,
+        problems=problems,
+        out=safe_output(options.out) if options.out else default_output(fingerprint),
+        storage=search.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
+        notes=notes,
+    )
+
+
+def _ops(problems: Sequence[Problem]) -> list[str]:
+    return sorted({problem.op for problem in problems})
+
+
+def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str, list[Backend]]:
+    """The device to tune for, and the backends that run on it."""
+    here = devices.has_cuda()
+    infos = registry.list_backends()
+    usable = [registry.load(info.name) for info in infos if info.available]
+    if name is not None:
+        # Unknown and unavailable names say so themselves.
+        usable = [registry.load(name)]
+
+    def on(kind: str) -> list[Backend]:
+        return [backend for backend in usable if kind in backend.devices]
+
+    if gpu == "cpu":
+        device = "cpu"
+    elif gpu == "auto":
+        device = "cuda" if here and on("cuda") else "cpu"
+        if here and device == "cpu" and name is None:
+            reasons = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
+            notes.append(f"A GPU is here, but no backend for it ({reasons}); tuning the CPU.")
+    else:
+        device = "cuda"
+        found = devices.fingerprint("cuda").name if here else ""
+        if gpu.lower() not in found.lower().replace(" ", "-") and gpu.lower() not in found.lower():
+            what = f"a {found}" if here else f"no GPU, only {devices.fingerprint('cpu').name}"
+            raise UsageError(
+                f"--gpu: got {gpu!r}, but here is {what}; tune what is here with --gpu auto, or "
+                f"run this command on a machine with a {gpu} and copy the profile it writes: "
+                "HATA_PROFILE=<file>, or hata.use_profile(<file>)"
+            )
+    chosen = on(device)
+    if not chosen and name is not None:
+        raise BackendUnavailable(
+            f"--backend: {name} runs on {' and '.join(sorted(usable[0].devices))}, but --gpu "
+            f"{gpu} means {device} here; change one of them"
+        )
+    if not chosen:
+        reasons = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
+        raise BackendUnavailable(f"no backend can be tuned for {device} here ({reasons})")
+    return device, chosen
+
+
+def _choose_encoder(name: str | None, layout: Layout) -> tuple[Encoder, EncoderKey]:
+    shape = {
+        "model_type": layout.model_type,
+        "num_hidden_layers": layout.layers,
+        "num_attention_heads": layout.heads,
+        "num_key_value_heads": layout.kv_heads,
+        "head_dim": layout.head_dim,
+    }
+    if name not in (None, "random"):
+        encoder = Encoder.load(str(name))
+        encoder.check(shape)
+        return encoder, EncoderKey(Path(str(name)).name, encoder.bits)
+    if layout is space.COMMON:
+        # The synthetic set is one layer.
+        shape["num_hidden_layers"] = 1
+    encoder = Encoder.random(shape, RANDOM_BITS, RANDOM_SEED)
+    return encoder, EncoderKey("random", RANDOM_BITS, RANDOM_SEED)
+
+
+def check_folder(out: Path) -> None:
+    """Raise `UsageError` where a file could not be written."""
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--out: {out} cannot be written, {folder} is not a folder that may be written to; "
+            "choose another place"
+        )

@@ -1,0 +1,176 @@
+"""What people see: progress on stderr, tables and the profile's path on stdout.
+
+`rich` draws where it is installed and somebody looks at a terminal; elsewhere the same is said in
+plain lines, one a problem, so that logs stay short.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hata.selection import Selection
+from tune.search import Verdict
+from tune.worker import Failure
+
+WIDTH = 110
+
+
+class Report:
+    """Tells people what happens."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._task: Any = None
+        self._title = ""
+        try:
+            import rich
+        except ImportError:
+            self.rich = False
+        else:
+            self.rich = bool(rich)
+        self._live = self.rich and sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """Say something that is not a result."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def say(self, text: str = "") -> None:
+        """Say something that is a result."""
+        print(text, flush=True)
+
+    @contextmanager
+    def watching(self, total: int, what: str) -> Iterator[None]:
+        """A progress display around `total` steps."""
+        if not self._live:
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as self._progress:
+            self._task = self._progress.add_task(what, total=total)
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def begin(self, title: str) -> None:
+        """A step begins."""
+        self._title = title
+        if self._progress is not None:
+            self._progress.update(self._task, description=title)
+
+    def trial(self, done: int, best: float, failure: Failure | None) -> None:
+        """A configuration was measured."""
+        if failure is not None:
+            self.note(f"  {self._title}: a configuration failed, {failure}")
+        if self._progress is not None:
+            best_text = f"{1 / best:.2f}x" if best < 1 else "default"
+            self._progress.update(
+                self._task, description=f"{self._title}  {done} tried, best {best_text}"
+            )
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps are done."""
+        if self._progress is not None:
+            self._progress.advance(self._task, steps)
+
+    def done(self, title: str, verdict: Verdict) -> None:
+        """A problem is finished."""
+        self.advance()
+        gain = verdict.default_us.median / verdict.us.median
+        self.note(
+            f"  {title}: {verdict.default_us.median:.1f} -> {verdict.us.median:.1f} µs "
+            f"({gain:.2f}x, {verdict.trials} tried, {verdict.stopped})"
+        )
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of results; numbers stand right."""
+        right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+        if self.rich and sys.stdout.isatty():
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(title=title, title_justify="left")
+            for name, is_right in zip(header, right, strict=True):
+                table.add_column(name, justify="right" if is_right else "left")
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+        widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(header)]
+        self.say(title)
+        for row in (header, *rows):
+            cells = [
+                cell.rjust(width) if is_right else cell.ljust(width)
+                for cell, width, is_right in zip(row, widths, right, strict=True)
+            ]
+            self.say(("  " + "  ".join(cells)).rstrip())
+
+
+def _is_number(text: str) -> bool:
+    digits = text.rstrip("x%").replace(".", "").replace(",", "").lstrip("-")
+    return digits.isdecimal() or text == ""
+
+
+def kernel_row(op: str, shape: str, backend: str, verdict: Verdict) -> list[str]:
+    """A row of the table of kernels; see `KERNEL_HEADER`."""
+    gain = verdict.default_us.median / verdict.us.median
+    return [
+        op,
+        shape,
+        backend,
+        f"{verdict.default_us.median:.1f}",
+        f"{verdict.us.median:.1f}",
+        f"{gain:.2f}x",
+        f"{100 * verdict.noise:.1f}%",
+        str(verdict.trials),
+    ]
+
+
+KERNEL_HEADER = ("op", "shape", "backend", "default µs", "tuned µs", "ratio", "noise", "tried")
+LAYER_HEADER = ("layer", "bits", "k", "sink", "recent", "µs", "kept", "exact", "quality")
+
+
+def layer_row(
+    layer: str,
+    selection: Selection | None,
+    us: float,
+    kept: float,
+    exact: float,
+    quality: float,
+    why: str = "",
+) -> list[str]:
+    """A row of the table of selections; see `LAYER_HEADER`."""
+    if selection is None:
+        return [layer, "dense", why, "", "", "", "", "", f"{quality:.3f}" if quality else ""]
+    return [
+        layer,
+        str(selection.bits),
+        str(selection.k_min),
+        str(selection.sink),
+        str(selection.recent),
+        f"{us:.1f}",
+        f"{kept:.3f}",
+        f"{exact:.3f}",
+        f"{quality:.3f}",
+    ]

@@ -1,0 +1,521 @@
+"""One run of the tuner: what happens in which order, and what is written when."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any
+
+from hata.backend import Backend, Config
+from hata.encoder import Encoder
+from hata.problem import Problem
+from hata.profile import (
+    Entry,
+    Measured,
+    ModelKey,
+    Profile,
+    Quality,
+    SelectionSet,
+    Timing,
+    default_output,
+)
+from hata.selection import Selection
+from tune import cost, quality, search, space
+from tune.plan import Plan, check_folder, check_numbers, make_plan
+from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row, layer_row
+from tune.space import BUDGET, QUICK_BUDGET, QUICK_TRIALS, TRIALS, Space
+from tune.worker import CandidateFailed, Failure, Worker
+
+SUGGESTIONS = 4
+# Configurations that the model looks at; of larger spaces a regular part.
+_MOST_PREDICTED = 20000
+# What a machine is taken for where nothing may be measured: a few cores of a server.
+_NOMINAL = cost.Machine(bandwidth=10e3, flops=100e3, launch_us=20.0, workers=2)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        HataError: the command line cannot be followed; nothing was written.
+        KeyboardInterrupt: what was finished is in the profile and the storage.
+    """
+    report = Report()
+    check_numbers(options)
+    plan = make_plan(options)
+    for note in plan.notes:
+        report.note(note)
+    if options.dry_run:
+        _tell_plan(plan, options, report)
+        return 0
+    _check_output(plan)
+    return _Session(plan, options, report).run()
+
+
+def _check_output(plan: Plan) -> None:
+    """Fail before the work rather than after it."""
+    if plan.out.exists() and plan.out.stat().st_size:
+        _profile(plan, [], [], []).merged_with(Profile.load(plan.out))
+    check_folder(plan.out)
+
+
+def _profile(
+    plan: Plan,
+    entries: Sequence[Entry],
+    verdicts: Sequence[search.Verdict],
+    selections: Sequence[SelectionSet],
+) -> Profile:
+    noise = statistics.median([v.noise for v in verdicts]) if verdicts else 0.0
+    rounds = statistics.median_low([v.rounds for v in verdicts]) if verdicts else 0
+    return Profile(
+        fingerprint=plan.fingerprint,
+        measured=Measured(
+            date=date.today().isoformat(),
+            method="cuda_graph" if plan.device == "cuda" else "perf_counter",
+            repeats=rounds,
+            cold_cache=True,
+            noise_pct=round(100 * noise, 2),
+            trials=sum(v.trials for v in verdicts),
+            seed=search.SEED,
+        ),
+        entries=tuple(entries),
+        selections=tuple(selections),
+    )
+
+
+def suggestions(
+    problem: Problem, configs: Space, machine: cost.Machine, most: int = SUGGESTIONS
+) -> list[int]:
+    """Numbers of the configurations that look best on paper.
+
+    The best few, and the best with each value of the knobs that are no numbers: a model may be
+    wrong about a whole variant, but hardly about sizes within one.
+    """
+    step = max(1, configs.size // _MOST_PREDICTED)
+    ranked = sorted(
+        configs.numbers()[::step],
+        key=lambda n: (cost.predict_us(problem, configs.config(n), machine), n),
+    )
+    found = ranked[:most]
+    for name, values in configs.knobs:
+        if all(isinstance(value, str) for value in values):
+            for value in values:
+                found += [n for n in ranked if configs.config(n)[name] == value][:1]
+    return list(dict.fromkeys(found))
+
+
+def _tell_plan(plan: Plan, options: argparse.Namespace, report: Report) -> None:
+    report.say(f"device    {plan.fingerprint.describe()}")
+    report.say(f"heads     {plan.layout.name}: {plan.layout.heads_text}, D {plan.layout.head_dim}")
+    rows = []
+    for backend in plan.backends:
+        for problem in plan.problems[backend.name]:
+            configs = Space.of(backend, problem)
+            best = suggestions(problem, configs, _NOMINAL, 1)[0]
+            first = " ".join(f"{k}={v}" for k, v in configs.config(best).items()) or "no knobs"
+            rows.append(
+                [problem.op, space.shape_text(problem), backend.name, str(configs.size), first]
+            )
+    header = ("op", "shape", "backend", "configurations", "first candidate after the default")
+    report.table(f"{len(rows)} problems", header, rows)
+    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+    report.say(f"search    at most {trials} configurations each, {_budget(options):.0f} s in all")
+    source = f"text of {len(plan.text):,} characters" if plan.model else "the synthetic set"
+    report.say(f"selection bits, k, sink, recent at quality {options.quality:g}, from {source}")
+    report.say(f"studies   {plan.storage}")
+    report.say(f"profile   {plan.out} (not written: --dry-run)")
+
+
+def _budget(options: argparse.Namespace) -> float:
+    if options.budget is not None:
+        return options.budget
+    return QUICK_BUDGET if options.quick else BUDGET
+
+
+class _Evaluator:
+    """A worker, as the search of one problem sees it."""
+
+    def __init__(self, worker: Worker, problem: Problem) -> None:
+        self._worker, self._problem = worker, problem
+
+    def check(self, config: Config) -> Failure | None:
+        return self._worker.check(self._problem, config)
+
+    def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
+        return self._worker.race([(self._problem, config) for config in configs], seconds)
+
+
+class _Session:
+    def __init__(self, plan: Plan, options: argparse.Namespace, report: Report) -> None:
+        self.plan, self.options, self.report = plan, options, report
+        self.entries: list[Entry] = []
+        self.verdicts: list[search.Verdict] = []
+        self.selections: list[SelectionSet] = []
+        self.rows: list[list[str]] = []
+        self.layer_rows: list[list[str]] = []
+        self.tuned: dict[str, dict[Problem, Config]] = {b.name: {} for b in plan.backends}
+        self.machines: dict[str, cost.Machine] = {}
+        self.skipped: list[str] = []
+
+    def run(self) -> int:
+        self.storage, message = search.open_storage(self.plan.storage)
+        if message:
+            self.report.note(message)
+        total = sum(map(len, self.plan.problems.values()))
+        try:
+            with self.report.watching(total, "kernels"):
+                self._tune_kernels()
+            self._choose_selections()
+        except KeyboardInterrupt:
+            if self.entries:
+                self._close()
+            raise
+        if not self.entries:
+            self.report.note("nothing could be tuned: " + "; ".join(self.skipped))
+            return 1
+        self._close()
+        return 0
+
+    # Kernels.
+
+    def _tune_kernels(self) -> None:
+        left = [
+            (backend, problem)
+            for backend in self.plan.backends
+            for problem in self.plan.problems[backend.name]
+        ]
+        seconds_left = _budget(self.options)
+        for backend in self.plan.backends:
+            with Worker(backend.name) as worker:
+                try:
+                    machine = worker.calibrate(self.plan.device)
+                except CandidateFailed as error:
+                    self.skipped.append(f"backend {backend.name} fails: {error.failure}")
+                    self.report.note("  " + self.skipped[-1])
+                    left = [item for item in left if item[0] is not backend]
+                    continue
+                self.machines[backend.name] = machine
+                self._compile(backend, worker)
+                for problem in self.plan.problems[backend.name]:
+                    began = time.monotonic()
+                    seconds = seconds_left / len(left)
+                    left.pop(0)
+                    title = f"{problem.op} {space.shape_text(problem)}"
+                    if seconds <= 0 and self.entries and not self._finished(backend, problem):
+                        self.skipped.append(f"{title}: the time was up")
+                        self.report.advance()
+                        continue
+                    self._tune(backend, problem, worker, machine, max(seconds, 0.1), title)
+                    seconds_left -= time.monotonic() - began
+
+    def _compile(self, backend: Backend, worker: Worker) -> None:
+        """Run every op once on little data, so that compiling does not eat the time to search."""
+        self.report.begin(f"compiling {backend.name}")
+        for problem in {p.op: p for p in self.plan.problems[backend.name]}.values():
+            tokens = problem.tokens if problem.slots else 16
+            small = dataclasses.replace(
+                problem, tokens=tokens, slots=min(problem.slots, 256), k=min(problem.k, 16)
+            )
+            # What fails here fails again on the problem itself, and is told there.
+            worker.check(small, backend.default(small))
+
+    def _study_name(self, backend: Backend, problem: Problem) -> str:
+        configs = Space.of(backend, problem)
+        kernel = backend.kernel_hash(problem.op)[:12]
+        return "/".join(
+            (
+                "hata",
+                self.plan.fingerprint.slug,
+                backend.name,
+                problem.op,
+                kernel,
+                search.digest(problem, configs.knobs),
+            )
+        )
+
+    def _finished(self, backend: Backend, problem: Problem) -> bool:
+        """Whether an earlier run that is continued has settled a problem."""
+        if not self.options.resume:
+            return False
+        return search.is_settled(self.storage, self._study_name(backend, problem))
+
+    def _tune(
+        self,
+        backend: Backend,
+        problem: Problem,
+        worker: Worker,
+        machine: cost.Machine,
+        seconds: float,
+        title: str,
+    ) -> None:
+        configs = Space.of(backend, problem)
+        quick = self.options.quick
+        trials = self.options.trials or (QUICK_TRIALS if quick else TRIALS)
+        study = search.open_study(
+            self.storage,
+            self._study_name(backend, problem),
+            resume=self.options.resume,
+            notes=f"{title} on {self.plan.fingerprint.describe()}",
+        )
+        self.report.begin(title)
+        try:
+            verdict = search.tune(
+                study,
+                configs,
+                backend.default(problem),
+                _Evaluator(worker, problem),
+                suggestions=suggestions(problem, configs, machine),
+                limits=search.Limits(trials, seconds, 0.04 if quick else 0.06),
+                floor_us=cost.floor_us(problem, machine),
+                on_trial=self.report.trial,
+            )
+        except search.DefaultFailed as error:
+            self.skipped.append(f"{title}: the default fails, {error.failure}")
+            self.report.note("  " + self.skipped[-1])
+            self.report.advance()
+            return
+        self.report.done(title, verdict)
+        self.tuned[backend.name][problem] = verdict.config
+        self.verdicts.append(verdict)
+        self.entries.append(
+            Entry(
+                backend=backend.name,
+                key=problem,
+                config=verdict.config,
+                us=Timing(*verdict.us),
+                default_us=verdict.default_us.median,
+            )
+        )
+        self.rows.append(kernel_row(problem.op, space.shape_text(problem), backend.name, verdict))
+        self._save()
+
+    def _save(self) -> None:
+        _profile(self.plan, self.entries, self.verdicts, self.selections).save(self.plan.out)
+
+    # Selections.
+
+    def _choose_selections(self) -> None:
+        plan, options = self.plan, self.options
+        backend = next(
+            (b for b in plan.backends if any(e.backend == b.name for e in self.entries)), None
+        )
+        if backend is None:
+            return
+        tokens = min(quality.TOKENS, plan.layout.context) if plan.model else quality.TOKENS
+        all_bits = [b for b in space.BITS if b <= plan.encoder.bits] or [plan.encoder.bits]
+        us = self._step_times(backend, tokens, all_bits)
+        # Nothing can be learned about positions from a set that has none.
+        guards = quality.GUARDS if plan.model else quality.GUARDS[:1]
+        sequences = 1 if options.quick else 2
+        layers = (
+            [i for i in range(plan.layout.layers) if i not in plan.encoder.dense_layers]
+            if plan.model
+            else [0]
+        )
+        gauges = _Gauges(self, backend, sequences)
+        study = search.open_study(
+            self.storage,
+            "/".join(
+                (
+                    "hata",
+                    "selection",
+                    plan.layout.name[:64],
+                    search.digest(
+                        plan.layout,
+                        plan.encoder_key,
+                        _projection_digest(plan.encoder),
+                        search.digest(plan.text),
+                        (sequences, quality.TOKENS, quality.QUERIES, quality.SHARES, guards),
+                        backend.name,
+                        backend.kernel_hash("hamming_topk"),
+                    ),
+                )
+            ),
+            resume=options.resume,
+            notes=f"retained attention mass of {plan.layout.name}",
+        )
+
+        def evaluate(point: Mapping[str, int]) -> dict[str, Any]:
+            gauge, length = gauges.of(point["layer"])
+            if gauge is None:
+                return {"value": 0.0, "constraints": {"quality": 1.0}, "tokens": 0, "table": []}
+            table = quality.grid(gauge, point["bits"], length, guards)
+            best = max(p.quality for p in table)
+            able = [us.get((p.bits, p.k), 0.0) for p in table if p.quality >= options.quality]
+            return {
+                "value": min(able, default=max(us.values())),
+                "constraints": {"quality": options.quality - best},
+                "tokens": length,
+                "table": [dataclasses.astuple(p) for p in table],
+            }
+
+        points = [{"layer": layer, "bits": bits} for layer in layers for bits in all_bits]
+        with self.report.watching(len(points), "selections"):
+            self.report.begin("reading text" if plan.model else "synthetic set")
+            found = search.sweep(study, points, evaluate, lambda _: self.report.advance())
+        tables: dict[int, list[quality.Point]] = {layer: [] for layer in layers}
+        length = tokens
+        for point, result in zip(points, found, strict=True):
+            tables[point["layer"]] += [quality.Point(*row) for row in result["table"]]
+            length = result["tokens"] or length
+        if length != tokens:
+            us = self._step_times(backend, length, all_bits)
+        self._settle_selections(tables, us, length, gauges.reasons)
+
+    def _settle_selections(
+        self,
+        tables: Mapping[int, list[quality.Point]],
+        us: Mapping[tuple[int, int], float],
+        tokens: int,
+        reasons: Mapping[int, str],
+    ) -> None:
+        plan, required = self.plan, self.options.quality
+        noise = max(statistics.median([v.noise for v in self.verdicts]), search.LEAST_NOISE)
+        chosen: list[Selection | None] = []
+        achieved = []
+        for layer in range(plan.layout.layers) if plan.model else [0]:
+            points = tables.get(layer, [])
+            point = quality.choose(points, us, required, noise) if points else None
+            if point is None:
+                best = max((p.quality for p in points), default=0.0)
+                why = reasons.get(layer, "") or ("below the bound" if points else "by the encoder")
+                chosen.append(None)
+                self.layer_rows.append(layer_row(str(layer), None, 0, 0, 0, best, why))
+                continue
+            dense_layers = 0 if plan.model else 2
+            selection = quality.selection_of(point, tokens, plan.layout.context, dense_layers)
+            chosen.append(selection)
+            achieved.append(point.quality)
+            name = str(layer) if plan.model else "any"
+            self.layer_rows.append(
+                layer_row(
+                    name,
+                    selection,
+                    us[point.bits, point.k],
+                    point.kept,
+                    point.exact,
+                    point.quality,
+                )
+            )
+        layers = tuple(chosen) if plan.model else chosen[0]
+        if layers is None:
+            self.report.note("no selection keeps enough of the synthetic set; none is written")
+            return
+        layout = plan.layout
+        self.selections = [
+            SelectionSet(
+                model=ModelKey(
+                    layout.name if plan.model else "synthetic",
+                    layout.model_type,
+                    layout.layers,
+                    layout.heads,
+                    layout.kv_heads,
+                    layout.head_dim,
+                ),
+                encoder=plan.encoder_key,
+                source="measured" if plan.model else "synthetic",
+                quality=Quality(required, min(1.0, round(min(achieved, default=1.0), 4))),
+                layers=layers,
+            )
+        ]
+        self._save()
+
+    def _step_times(
+        self, backend: Backend, tokens: int, all_bits: Sequence[int]
+    ) -> dict[tuple[int, int], float]:
+        """Microseconds of a decode step for every number of bits and budget of the grid."""
+        plan = self.plan
+        dtypes = space.dtypes_of(plan.layout, plan.device, backend.dtypes)
+        dtype = (dtypes or sorted(backend.dtypes))[0]
+        points, entries = [], []
+        for bits in all_bits:
+            for k in quality.budgets(tokens):
+                problem = space.hash_problem(
+                    plan.layout, plan.device, dtype, bits, tokens, k, plan.encoder.key_norms
+                )
+                default = backend.default(problem)
+                tuned = self.tuned[backend.name]
+                entries.append((problem, space.nearest_config(problem, tuned, default)[0]))
+                points.append((bits, k))
+        try:
+            # One block of inputs a point: small ones, so that all fit into memory together.
+            with Worker(backend.name, pool=24 << 20, keep=len(points)) as worker:
+                samples = worker.race(entries, 1.0 if self.options.quick else 2.0, least=15)
+            return {
+                point: statistics.median(sample)
+                for point, sample in zip(points, samples, strict=True)
+            }
+        except CandidateFailed as error:
+            self.report.note(f"  steps could not be timed ({error.failure}); times are predicted")
+            machine = self.machines[backend.name]
+            return {
+                point: cost.predict_us(problem, config, machine)
+                for point, (problem, config) in zip(points, entries, strict=True)
+            }
+
+    # The end.
+
+    def _close(self) -> None:
+        report, plan = self.report, self.plan
+        report.say()
+        report.table(f"Kernels on {plan.fingerprint.describe()}", KERNEL_HEADER, self.rows)
+        if self.layer_rows:
+            source = plan.layout.name if plan.model else "the synthetic set, attach will warn"
+            report.say()
+            report.table(
+                f"Selections at quality {self.options.quality:g} ({source}); k is the budget at "
+                f"{quality.TOKENS} tokens and grows with the context",
+                LAYER_HEADER,
+                self.layer_rows,
+            )
+        if self.skipped:
+            report.say()
+            report.say(f"Not tuned: {len(self.skipped)} problems")
+            for text in self.skipped[:8]:
+                report.say(f"  {text}")
+        report.say()
+        if plan.out == default_output(plan.fingerprint):
+            report.say("hata finds this profile by itself. To name it: HATA_PROFILE=<file>, or")
+        else:
+            report.say(f"Use it with HATA_PROFILE={plan.out}, or")
+        report.say(f'  hata.use_profile("{plan.out}")')
+        report.say(str(plan.out))
+
+
+class _Gauges:
+    """The gauge of one layer at a time; text is read when the first one is needed."""
+
+    def __init__(self, session: _Session, backend: Backend, sequences: int) -> None:
+        self._session, self._backend, self._sequences = session, backend, sequences
+        self._captured: quality.Captured | None = None
+        self._gauge: tuple[int, quality.Gauge] | None = None
+        self.reasons: dict[int, str] = {}
+
+    def of(self, layer: int) -> tuple[quality.Gauge | None, int]:
+        plan = self._session.plan
+        if self._captured is None:
+            if plan.model is None:
+                self._captured = quality.synthetic(plan.layout, sequences=1)
+            else:
+                self._captured = quality.capture(
+                    plan.model, plan.text, device=plan.device, sequences=self._sequences
+                )
+            self.reasons = self._captured.dense
+            self._session.report.begin("retained mass")
+        probe = self._captured.probes.get(layer)
+        if probe is None:
+            return None, self._captured.tokens
+        if self._gauge is None or self._gauge[0] != layer:
+            gauge = quality.Gauge(self._backend, plan.device, probe, plan.encoder, layer)
+            self._gauge = (layer, gauge)
+        return self._gauge[1], self._captured.tokens
+
+
+def _projection_digest(encoder: Encoder) -> str:
+    parts = [hashlib.sha256(p.tobytes()).hexdigest() for p in encoder.projections if p is not None]
+    return search.digest(*parts, encoder.key_norms)

@@ -1,0 +1,287 @@
+"""A process for kernels to crash, hang or run out of memory in.
+
+`Bench` does the work: it builds inputs, checks candidates and times them. `Worker` is the same in a
+child process that lives on from candidate to candidate; when it dies or does not answer in time it
+is replaced, and the candidate at fault gets a `Failure`. The child ends with its parent, whatever
+ends the parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hata import registry
+from hata.backend import Config
+from hata.errors import HataError
+from hata.problem import Problem
+from tune import cost
+from tune.check import Checker
+from tune.measure import MAX_POOL, Candidate, Inputs, race
+
+# Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
+# memory was left.
+WRONG, ERROR, CRASH, HANG, MEMORY = "wrong_result", "error", "crash", "hang", "out_of_memory"
+# A first call compiles; later ones of the same kernel do not take longer than this either.
+FIRST_SECONDS = 180.0
+CHECK_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Failure(NamedTuple):
+    """Why a candidate cannot be chosen."""
+
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
+
+
+class CandidateFailed(Exception):
+    """A candidate failed while several were timed, or while a machine was probed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+@dataclass
+class _Held:
+    inputs: Inputs
+    checker: Checker | None
+
+
+class Bench:
+    """Checks and times configurations of one backend, in this process."""
+
+    def __init__(self, backend: str, *, pool: int = MAX_POOL, keep: int = 1) -> None:
+        self._backend = registry.load(backend)
+        self._pool = pool
+        self._keep = keep
+        self._held: OrderedDict[Problem, _Held] = OrderedDict()
+
+    def _problem(self, problem: Problem) -> _Held:
+        held = self._held.get(problem)
+        if held is None:
+            while len(self._held) >= self._keep:
+                self._held.popitem(last=False)
+            held = _Held(Inputs(self._backend, problem, pool=self._pool), None)
+            self._held[problem] = held
+        return held
+
+    def check(self, problem: Problem, config: Config) -> str | None:
+        """What is wrong with a configuration's results; `None` if nothing is."""
+        with registry.use_backend(self._backend.name):
+            held = self._problem(problem)
+            if held.checker is None:
+                held.checker = Checker(self._backend, held.inputs)
+            return held.checker.fault(config)
+
+    def race(
+        self,
+        entries: Sequence[tuple[Problem, Config]],
+        seconds: float,
+        least: int = 7,
+        most: int = 400,
+    ) -> list[list[float]]:
+        """Time checked configurations against each other; see `measure.race`."""
+        with registry.use_backend(self._backend.name):
+            self._keep = max(self._keep, len({problem for problem, _ in entries}))
+            candidates = [Candidate(self._problem(p).inputs, config) for p, config in entries]
+            return race(self._backend, candidates, seconds=seconds, least=least, most=most)
+
+    def calibrate(self, device: str) -> cost.Machine:
+        """The constants of the analytic model."""
+        with registry.use_backend(self._backend.name):
+            return cost.calibrate(self._backend, device)
+
+
+def _serve(connection: Connection, parent: int, backend: str, options: Mapping[str, Any]) -> None:
+    """Body of the child: answer requests until the parent is gone."""
+    # Ctrl-C goes to the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    # Only profiles in the making are tuned, and a broken one must not stop its renewal.
+    os.environ["HATA_PROFILE"] = "none"
+    bench: Bench | None = None
+    while True:
+        try:
+            method, args, kwargs = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            bench = bench or Bench(backend, **options)
+            answer = ("done", getattr(bench, method)(*args, **kwargs))
+        except MemoryError as error:
+            answer = ("failed", (MEMORY, str(error) or "no memory was left"))
+        # Kernels are somebody else's code: whatever they raise is an answer.
+        except BaseException as error:
+            answer = ("failed", _describe(error))
+        connection.send(answer)
+
+
+def _describe(error: BaseException) -> tuple[str, str]:
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    if "OutOfMemory" in type(error).__name__:
+        return MEMORY, text
+    if not isinstance(error, HataError):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text += f" ({Path(frame.filename).name}:{frame.lineno})"
+    return ERROR, text
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, even while a kernel hangs; Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # When memory runs out, this process is the one to go, not the one that remembers.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except (OSError, AttributeError):
+        pass
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Worker:
+    """A `Bench` in a child process.
+
+    Args:
+        backend: Name of the backend.
+        first_seconds: Patience with the first answer about a problem, which may have to compile.
+        check_seconds: Patience with every later one.
+        options: Of `Bench`.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        first_seconds: float = FIRST_SECONDS,
+        check_seconds: float = CHECK_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._backend = backend
+        self._first, self._later = first_seconds, check_seconds
+        self._options = options
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._seen: set[Problem] = set()
+        self.restarts = 0
+
+    def check(self, problem: Problem, config: Config) -> Failure | None:
+        """Run a configuration and hold it against the oracle; `None` if it is right."""
+        patience = self._later if problem in self._seen else self._first
+        wrong = self._ask(patience, "check", problem, dict(config))
+        if isinstance(wrong, Failure):
+            return wrong
+        self._seen.add(problem)
+        return None if wrong is None else Failure(WRONG, wrong)
+
+    def race(
+        self,
+        entries: Sequence[tuple[Problem, Config]],
+        seconds: float,
+        least: int = 7,
+        most: int = 400,
+    ) -> list[list[float]]:
+        """Samples of each entry in microseconds, one a round.
+
+        Raises:
+            CandidateFailed: one of them failed now.
+        """
+        fresh = any(problem not in self._seen for problem, _ in entries)
+        patience = seconds + (self._first if fresh else self._later)
+        plain = [(problem, dict(config)) for problem, config in entries]
+        samples = self._ask(patience, "race", plain, seconds, least=least, most=most)
+        if isinstance(samples, Failure):
+            raise CandidateFailed(samples)
+        return samples
+
+    def calibrate(self, device: str) -> cost.Machine:
+        """The constants of the analytic model.
+
+        Raises:
+            CandidateFailed: the backend's defaults cannot run.
+        """
+        machine = self._ask(self._first, "calibrate", device)
+        if isinstance(machine, Failure):
+            raise CandidateFailed(machine)
+        return machine
+
+    def _ask(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self._connection is None:
+            self._start()
+        connection = self._connection
+        assert connection is not None
+        try:
+            connection.send((method, args, kwargs))
+            if not connection.poll(patience):
+                self.close()
+                return Failure(HANG, f"no answer within {patience:.0f} s")
+            state, answer = connection.recv()
+        except (EOFError, OSError):
+            return Failure(CRASH, self._post_mortem())
+        except BaseException:
+            # Interrupted between question and answer: the next answer would be the wrong one.
+            self.close()
+            raise
+        return answer if state == "done" else Failure(*answer)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, os.getpid(), self._backend, self._options),
+            daemon=True,
+            name="hata-tune",
+        )
+        self._process.start()
+        theirs.close()
+        self._seen.clear()
+        self.restarts += 1
+
+    def _post_mortem(self) -> str:
+        process = self._process
+        process.join(5)
+        code = process.exitcode
+        self.close()
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            return f"the process was ended by {name}{hint}"
+        return f"the process ended with code {code}"
+
+    def close(self) -> None:
+        """End the child."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(10)
+            self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def with_budget(problem: Problem, bits: int, k: int) -> Problem:
+    """The same decode step with other codes and another budget."""
+    return replace(problem, bits=bits, k=k, aligned=bits % 128 == 0)
