@@ -83,6 +83,8 @@ class _NumPy(Framework):
         super().__init__()
         self._np = sys.modules["numpy"]
         self.types = {self._np.ndarray}
+        # `dtype.name` costs more than all else that a call asks of an array.
+        self._names: dict[Any, str] = {}
 
     def signature(self, x: Any) -> tuple:
         pointer, readonly = x.__array_interface__["data"]
@@ -90,9 +92,11 @@ class _NumPy(Framework):
         return x.__class__, x.shape, x.strides, x.dtype, pointer & 15, readonly
 
     def dtype(self, x: Any) -> str:
-        if not x.dtype.isnative:
-            return f"{x.dtype.str} (byte-swapped)"
-        return x.dtype.name
+        name = self._names.get(x.dtype)
+        if name is None:
+            name = x.dtype.name if x.dtype.isnative else f"{x.dtype.str} (byte-swapped)"
+            self._names[x.dtype] = name
+        return name
 
     def strides(self, x: Any) -> tuple[int, ...]:
         return tuple(s // x.itemsize for s in x.strides)

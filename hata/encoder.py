@@ -59,9 +59,7 @@ class ModelShape:
 
         def read(*names: str) -> Any:
             for name in names:
-                value = (
-                    text.get(name) if isinstance(text, Mapping) else getattr(text, name, None)
-                )
+                value = text.get(name) if isinstance(text, Mapping) else getattr(text, name, None)
                 if value is not None:
                     return value
             return None
@@ -135,9 +133,7 @@ class Encoder:
                     "layer of the model; put None for a dense layer"
                 )
         shape = self.shape
-        for layer, (projection, bias) in enumerate(
-            zip(self.projections, self.biases, strict=True)
-        ):
+        for layer, (projection, bias) in enumerate(zip(self.projections, self.biases, strict=True)):
             if projection is None:
                 if bias is not None:
                     raise EncoderError(
@@ -164,7 +160,7 @@ class Encoder:
     ) -> Encoder:
         """The untrained default: random orthogonal projections.
 
-        The columns come in blocks of `head_dim`, each block the Q of a Gaussian square matrix, so
+        The columns come in blocks of `head_dim`, each an orthonormalised Gaussian matrix, so
         that no two bits of a block ask the same question. Every (layer, head, block) has its own
         PCG64 stream and the result is rounded to bfloat16 (kept in float32): the same bytes on
         every machine, in every dtype of a model, and `random(config, 128)` is the first half of
@@ -182,23 +178,20 @@ class Encoder:
         shape = ModelShape.of(config)
         _check_bits(bits)
         blocks = -(-bits // shape.head_dim)
-
-        def block(layer: int, head: int, index: int) -> np.ndarray:
-            stream = np.random.SeedSequence([seed, layer, head, index])
-            gaussian = np.random.Generator(np.random.PCG64(stream)).standard_normal(
-                (shape.head_dim, shape.head_dim)
-            )
-            q, r = np.linalg.qr(gaussian)
-            # LAPACK leaves the signs of Q open; a positive diagonal of R settles them.
-            return q * np.where(np.diag(r) < 0, -1.0, 1.0)
-
         projections = []
         for layer in range(shape.num_layers):
-            heads = [
-                np.concatenate([block(layer, head, i) for i in range(blocks)], axis=1)[:, :bits]
-                for head in range(shape.kv_heads)
-            ]
-            projections.append(_round_to_bfloat16(np.stack(heads)))
+            columns = _orthonormal(
+                np.stack(
+                    [
+                        _gaussian((seed, layer, head, block), shape.head_dim)
+                        for head in range(shape.kv_heads)
+                        for block in range(blocks)
+                    ]
+                )
+            )
+            # [Hkv * blocks, D columns, D] -> [Hkv, D, blocks * D]
+            wide = columns.reshape(shape.kv_heads, blocks * shape.head_dim, shape.head_dim)
+            projections.append(_round_to_bfloat16(wide.transpose(0, 2, 1)[..., :bits]))
         made = {"recipe": "random", "seed": seed, "blocks": "orthogonal"}
         return cls(shape, bits, tuple(projections), key_norms=key_norms, made=made)
 
@@ -250,9 +243,7 @@ class Encoder:
                 f"path: got {path}, expected a name that ends in .safetensors; rename it"
             )
         tensors = {}
-        for layer, (projection, bias) in enumerate(
-            zip(self.projections, self.biases, strict=True)
-        ):
+        for layer, (projection, bias) in enumerate(zip(self.projections, self.biases, strict=True)):
             if projection is not None:
                 tensors[f"layers.{layer}.projection"] = np.ascontiguousarray(projection)
             if bias is not None:
@@ -275,10 +266,10 @@ class Encoder:
             # A temporary file is private; the encoder gets what `open` would have given it.
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
-            os.replace(name, path)
+            Path(name).chmod(0o666 & ~mask)
+            Path(name).replace(path)
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink()
             raise
 
     def check(self, config: Any) -> None:
@@ -353,9 +344,7 @@ def _check_array(name: str, array: np.ndarray, expected: tuple[int, ...]) -> Non
         )
 
 
-def _assemble(
-    path: Path, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]
-) -> Encoder:
+def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Encoder:
     """Build an encoder of a file's parts; every disagreement is an `EncoderError`."""
     try:
         shape = ModelShape(
@@ -390,6 +379,27 @@ def _assemble(
             "write it again"
         )
     return Encoder(shape, bits, projections, biases, key_norms, made)
+
+
+def _gaussian(stream: tuple[int, ...], size: int) -> np.ndarray:
+    """A `[size, size]` Gaussian matrix, one column a row."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(stream)))
+    return generator.standard_normal((size, size)).T
+
+
+def _orthonormal(vectors: np.ndarray) -> np.ndarray:
+    """Orthonormalise each set of rows of `[sets, n, n]`, first row first (Gram-Schmidt).
+
+    That is the Q of a QR decomposition with a positive diagonal. LAPACK's is not taken, since its
+    threads stall on a busy machine and its last bits depend on the build.
+    """
+    vectors = np.ascontiguousarray(vectors)
+    for i in range(vectors.shape[1]):
+        row = vectors[:, i]
+        row /= np.sqrt(np.einsum("sd,sd->s", row, row))[:, None]
+        rest = vectors[:, i + 1 :]
+        rest -= np.einsum("snd,sd->sn", rest, row)[:, :, None] * row[:, None]
+    return vectors
 
 
 def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:

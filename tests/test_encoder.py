@@ -2,11 +2,11 @@
 
 import copy
 import json
-import os
 import pickle
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,7 +200,7 @@ def test_fault_66_wrong_arrays(encoder):
         ((shape, 64, projections, encoder.biases[:1]), "got 1 layers, expected 3"),
         ((shape, 32, projections), r"got shape \(2, 48, 64\), expected \(2, 48, 32\)"),
         ((shape, 64, projections, (encoder.biases[2], None, None)), "a bias but no projection"),
-        ((shape, 64, [p is not None and p.astype(int) for p in projections][1:] + [None]), "int64"),
+        ((shape, 64, [None, *(p.astype(int) for p in projections[1:])]), "int64"),
     ):
         with pytest.raises(hata.EncoderError, match=message):
             hata.Encoder(*arguments)
@@ -215,7 +215,7 @@ def test_fault_67_pickle_is_refused_unread(tmp_path, suffix):
 
 
 def test_absent_file(tmp_path):
-    with pytest.raises(hata.EncoderError, match='not a file.*"random"'):
+    with pytest.raises(hata.EncoderError, match=r'not a file.*"random"'):
         hata.Encoder.load(tmp_path / "absent.safetensors")
 
 
@@ -225,7 +225,7 @@ def test_a_failed_save_leaves_the_old_file(encoder, path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         encoder.save(path)
     assert path.read_bytes() == before

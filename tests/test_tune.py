@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,11 +115,17 @@ def test_the_search_ends_near_the_floor(storage):
     assert verdict.trials == search.LEAST_TRIALS
 
 
-def test_a_gain_within_the_noise_is_not_believed(storage):
-    def nearly(config):
-        return 100.0 if config == DEFAULT else 99.5
+def test_a_gain_within_the_noise_is_hardly_ever_believed():
+    wrong = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        default, again, *others = 100 * (1 + 0.03 * rng.standard_normal((5, 21)))
+        wrong += search.decide(default, again, dict(enumerate(others)), 9)[0] != 9
+    assert wrong <= 4
 
-    verdict = tune(storage, Simulated(nearly, noise=0.03))
+
+def test_a_search_without_a_gain_keeps_the_default(storage):
+    verdict = tune(storage, Simulated(lambda config: 100.0))
     assert verdict.config == DEFAULT
     assert verdict.us == verdict.default_us
 
@@ -233,12 +240,10 @@ def test_fault_57_a_killed_trial_is_run_again_but_not_for_ever(tmp_path, storage
     for _ in range(search.RETRIES + 1):
         done = subprocess.run([sys.executable, "-c", script, url, here], check=False)
         assert done.returncode == -signal.SIGKILL
-    study = search.open_study(storage, "s", resume=True)
-    assert len([trial for trial in study.trials if "result" in trial.user_attrs]) == 1
     evaluator = Simulated(bowl)
     verdict = tune(storage, evaluator, resume=True)
-    assert 17 not in evaluator.checked
-    assert SPACE.number(DEFAULT) not in evaluator.checked
+    # The others were measured before, by the second process.
+    assert not evaluator.checked
     assert verdict.failures[17].kind == CRASH
     assert verdict.config == SPACE.config(16)
 
@@ -259,11 +264,11 @@ def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     else:
         data[8192:16384] = b"\xff" * 8192
     file.write_bytes(data)
+    # SQLite looks for a journal first, and throws a torn one away.
     (tmp_path / "studies.db-journal").write_bytes(b"torn")
     storage, message = search.open_storage(url)
     assert "studies.db.bad" in message
     assert (tmp_path / "studies.db.bad").read_bytes() == bytes(data)
-    assert (tmp_path / "studies.db.bad-journal").exists()
     assert tune(storage, Simulated(bowl)).config == SPACE.config(17)
     file.write_bytes(b"broken again" * 100)
     storage.engine.dispose()
@@ -384,7 +389,8 @@ def test_fault_58_the_worker_survives_every_candidate(bad_backend):
 def test_fault_58_a_bad_backend_is_tuned_to_its_good_configuration(
     bad_backend, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("tune.worker.CHECK_SECONDS", 2.0)
+    monkeypatch.setattr(space, "problems", lambda *args, **kwargs: [PROBLEM])
+    monkeypatch.setattr(session, "Worker", partial(Worker, first_seconds=60, check_seconds=2))
     out = tmp_path / "p.yaml"
     arguments = ["--gpu", "cpu", "--backend", "bad", "--quick", "--out", str(out)]
     arguments += ["--storage", str(tmp_path / "s.db")]
@@ -399,6 +405,7 @@ def test_fault_58_a_bad_backend_is_tuned_to_its_good_configuration(
 
 def test_fault_58_a_backend_whose_default_fails_is_told(bad_backend, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BAD_DEFAULT", "wrong")
+    monkeypatch.setattr(space, "problems", lambda *args, **kwargs: [PROBLEM])
     out = tmp_path / "p.yaml"
     arguments = ["--gpu", "cpu", "--backend", "bad", "--quick", "--out", str(out)]
     assert main([*arguments, "--storage", str(tmp_path / "s.db")]) == 1

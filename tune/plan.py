@@ -86,6 +86,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         HataError: it cannot be done.
     """
     notes: list[str] = []
+    given = safe_output(options.out) if options.out else None
     device, backends = _choose_backends(options.gpu, options.backend, notes)
     layout = space.COMMON
     text = ""
@@ -127,7 +128,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         text=text,
         model=options.model,
         problems=problems,
-        out=safe_output(options.out) if options.out else default_output(fingerprint),
+        out=given or default_output(fingerprint),
         storage=search.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
         notes=notes,
     )

@@ -301,10 +301,10 @@ class _Session:
 
     def _choose_selections(self) -> None:
         plan, options = self.plan, self.options
-        backend = next(
-            (b for b in plan.backends if any(e.backend == b.name for e in self.entries)), None
-        )
+        able = {entry.backend for entry in self.entries if entry.op == "hash_attend"}
+        backend = next((b for b in plan.backends if b.name in able), None)
         if backend is None:
+            self.report.note("no selection is chosen: no backend here runs hash_attend")
             return
         tokens = min(quality.TOKENS, plan.layout.context) if plan.model else quality.TOKENS
         all_bits = [b for b in space.BITS if b <= plan.encoder.bits] or [plan.encoder.bits]

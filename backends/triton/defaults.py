@@ -7,9 +7,11 @@ Knobs, in the order in which a decode step meets them:
     parts                 shares a row's visible keys are scanned in (fixed, so a share is L / parts)
     tile, scan_*          keys a step of the scan, warps, depth of its pipeline
     histogram             counters: by warp ballots, or by atomics in shared memory
-    select_tile           stored keys a step of the search for positions
+    select                programs a row of a launch of its own that finds positions (0: none)
+    select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
+    merge                 whether a launch of its own merges splits
     overlap               launches start while the one before them drains (sm_90 and newer)
 """
 
@@ -34,13 +36,14 @@ ATTEND = {
     "warps": (2, 4, 8),
     "stages": (1, 2, 3, 4),
 }
+FUSE = {"select": (0, 8, 16, 32, 64), "select_warps": (4, 8), "merge": (False, True)}
 STEP = {"columns": (32, 64, 128), "encode_warps": (4, 8)}
 
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**SCAN, **SELECT},
     "sparse_attend": ATTEND,
-    "hash_attend": {**STEP, **SCAN, **ATTEND, "overlap": (False, True)},
+    "hash_attend": {**STEP, **SCAN, **FUSE, **ATTEND, "overlap": (False, True)},
 }
 
 
@@ -76,4 +79,13 @@ def of(problem: Problem) -> Config:
     }
     if problem.op == "sparse_attend":
         return attend
-    return {"columns": 32, "encode_warps": 4, **scan, **attend, "overlap": False}
+    return {
+        "columns": 32,
+        "encode_warps": 4,
+        **scan,
+        **attend,
+        "select": 0,
+        "select_warps": 4,
+        "merge": False,
+        "overlap": False,
+    }

@@ -44,6 +44,7 @@ from .launch import (
     words,
 )
 from .pieces import (
+    ALIGN,
     budget_of,
     count_shared,
     find_bin,
@@ -130,8 +131,9 @@ def _planes_kernel(
         words = load_words(base + (head * group + member) * q_h, member < group, UNIT)
         bits = (words[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
         counts += tl.sum(bits.to(tl.int32), axis=0)
-    target = planes + row.to(tl.int64) * (PLANES * R // 32)
-    store_planes(target, counts, group, word + tl.arange(0, 1), R, 32, PLANES)
+    one = tl.arange(0, 1)
+    target = planes + (row + one).to(tl.int64) * (PLANES * R // 32)
+    store_planes(target, counts[None, :], group, word + one, one == 0, R, 1, 32, PLANES)
     zero_counters(counters, row, counters_row, word, R // 32, COUNTERS)
 
 
@@ -141,7 +143,7 @@ def _scan_kernel(
     heads, share, tokens, slots, parts, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
-    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr,
     NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr,
     STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
@@ -157,13 +159,12 @@ def _scan_kernel(
     low, high = part_of(start, stop, part, parts, TILE)
     seen = stop - start
     if (low < high) & (seen > tl.maximum(budget_of(seen, k, ratio, least), dense_below)):
-        word = tl.arange(0, WORDS)
+        word = tl.arange(0, CHUNK)
         base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
         weighted = ()
-        for i in tl.static_range(PLANES):
-            plane = planes + (row * PLANES + i) * (R // 32) + word
-            bits = tl.load(plane, mask=word < R // 32, other=0).to(tl.uint32, bitcast=True)
-            weighted = weighted + (bits[None, :],)
+        for i in tl.static_range(PLANES * (R // 32 // CHUNK)):
+            bits = tl.load(planes + row * (PLANES * R // 32) + i * CHUNK + word)
+            weighted = weighted + (bits.to(tl.uint32, bitcast=True)[None, :],)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
         else:
@@ -171,17 +172,16 @@ def _scan_kernel(
         for first in tl.range(low, high, TILE, num_stages=STAGES):
             position = first + tl.arange(0, TILE)
             within = position < high
-            words = load_words(
-                base
-                + position.to(tl.int64)[:, None] * (codes_s * VECTOR)
-                + word[None, :] * (4 // UNIT),
-                within[:, None] & (word < R // 32)[None, :],
-                UNIT,
-            )
-            distance = tl.zeros([TILE, WORDS], tl.int32)
-            for i in tl.static_range(PLANES):
-                weight = (1 << i) if i < PLANES - 1 else GROUP - (1 << (PLANES - 1)) + 1
-                distance += popcount(words ^ weighted[i]) * weight
+            rows = base + position.to(tl.int64)[:, None] * (codes_s * VECTOR)
+            distance = tl.zeros([TILE, CHUNK], tl.int32)
+            for c in tl.static_range(R // 32 // CHUNK):
+                at_word = (c * CHUNK + word)[None, :] * (4 // UNIT)
+                words = load_words(rows + at_word, within[:, None], UNIT)
+                for i in tl.static_range(PLANES):
+                    weight = (1 << i) if i < PLANES - 1 else GROUP - (1 << (PLANES - 1)) + 1
+                    bits_apart = words ^ weighted[i * (R // 32 // CHUNK) + c]
+                    distance += popcount(bits_apart) * weight
+            # A thread holds whole keys, so the sum leaves no copies that would be counted twice.
             key = tl.sum(distance, axis=1)
             if NORMS:
                 norm = tl.load(
@@ -195,7 +195,7 @@ def _scan_kernel(
             else:
                 key = key >> HALVE
             tl.store(
-                scores + row * scores_row + position,
+                scores + row * scores_row * ALIGN + position,
                 key.to(scores.dtype.element_ty),
                 mask=within,
             )
@@ -255,7 +255,7 @@ def _refine_kernel(
             position = first + tl.arange(0, TILE)
             counted = (position < high) & (position >= start)
             counted &= ~is_forced(position, start, stop, sink, recent)
-            key = tl.load(scores + row * scores_row + position, mask=position < high, other=0)
+            key = tl.load(scores + row * scores_row * ALIGN + position, mask=position < high, other=0)
             key = key.to(tl.uint32, bitcast=True) >> DROP
             smaller += (counted & ((key >> DIGIT) < matched)).to(tl.int32)
             counted &= (key >> DIGIT) == matched
@@ -291,60 +291,55 @@ def find_positions(
     digit, ties = find_bin(counters + (ROUNDS - 1) * BINS, need, BINS)
     threshold = ((prefix << DIGIT) | digit).to(tl.uint32, bitcast=True)
 
-    # Where each part's keys go: how many keys before it are below, and at, the threshold.
+    # How many keys lie below (low half) and at (high half) the threshold up to each part's end.
     part = tl.arange(0, PARTS)
     low, high = part_of(start, stop, part, parts, PART_TILE)
     active = (part < parts) & (low < high)
     low = tl.maximum(low, start)
     forced = tl.maximum(tl.minimum(high, start + sink) - low, 0)
     forced += tl.maximum(high - tl.maximum(low, stop - recent), 0)
-    smaller = tl.load(
-        cumulated + part * BINS + digit - 1, mask=active & (digit > 0), other=0
-    )  # fmt: skip
-    upto = tl.load(cumulated + part * BINS + digit, mask=active & (digit < BINS), other=0)
+    line = cumulated + part * BINS + digit
+    smaller = tl.load(line - 1, mask=active & (digit > 0), other=0)
+    upto = tl.load(line, mask=active & (digit < BINS), other=0)
     upto = tl.where(active & (digit == BINS), high - low - forced, upto)
-    equal = upto - smaller
+    both = (upto - smaller).to(tl.int64) << 32
     if ROUNDS > 1:
         smaller += tl.load(below + part, mask=active, other=0)
-    smaller = tl.where(active, smaller + forced, 0)
-    smaller_before = tl.cumsum(smaller, axis=0) - smaller
-    equal_before = tl.cumsum(equal, axis=0) - equal
-    begins = smaller_before + tl.minimum(equal_before, ties)
-    ends = smaller_before + smaller + tl.minimum(equal_before + equal, ties)
-    current = tl.sum((active & (ends <= first_rank)).to(tl.int32))
-    last = tl.sum((active & (begins < end_rank)).to(tl.int32))
-
-    while current < last:
-        smaller_here = tl.sum(tl.where(part == current, smaller_before, 0))
-        equal_here = tl.sum(tl.where(part == current, equal_before, 0))
-        first, end = part_of(start, stop, current, parts, PART_TILE)
-        while first < end:
-            position = first + tl.arange(0, TILE)
-            key = tl.load(scores + position, mask=position < end, other=0)
-            if ROUNDS > 1:
-                key = key.to(tl.uint32, bitcast=True)
-            else:
-                key = key.to(tl.int32).to(tl.uint32, bitcast=True)
-            seen = (position >= start) & (position < end)
-            wins = is_forced(position, start, stop, sink, recent)
-            ties_here = seen & ~wins & (key == threshold)
-            wins = seen & (wins | (key < threshold))
-            # Both counts in one scan: they stay below 2^15 within a tile.
-            both = wins.to(tl.int32) | (ties_here.to(tl.int32) << 16)
-            scanned = tl.cumsum(both, axis=0)
-            total = tl.sum(both)
-            smaller_rank = smaller_here + ((scanned - both) & 0xFFFF)
-            equal_rank = equal_here + ((scanned - both) >> 16)
-            rank = smaller_rank + tl.minimum(equal_rank, ties)
-            chosen = wins | (ties_here & (equal_rank < ties))
-            chosen &= (rank >= first_rank) & (rank < end_rank)
-            tl.store(out + rank, position, mask=chosen)
-            smaller_here += total & 0xFFFF
-            equal_here += total >> 16
-            first += TILE
-            if smaller_here + tl.minimum(equal_here, ties) >= end_rank:
-                first = end
-        current += 1
+    both = tl.cumsum(tl.where(active, both + smaller + forced, 0), axis=0)
+    taken = (both & 0xFFFFFFFF).to(tl.int32) + tl.minimum((both >> 32).to(tl.int32), ties)
+    # Parts before the first rank: how many, and their counts.
+    done = active & (taken <= first_rank)
+    current = tl.sum(done.to(tl.int32))
+    before = tl.max(tl.where(done, both, 0))
+    first, _ = part_of(start, stop, current, parts, PART_TILE)
+    while first < stop:
+        position = tl.multiple_of(first, ALIGN) + tl.arange(0, TILE)
+        key = tl.load(scores + position, mask=position < stop, other=0)
+        if ROUNDS > 1:
+            key = key.to(tl.uint32, bitcast=True)
+        else:
+            key = key.to(tl.int32).to(tl.uint32, bitcast=True)
+        seen = (position >= start) & (position < stop)
+        wins = is_forced(position, start, stop, sink, recent)
+        ties_here = seen & ~wins & (key == threshold)
+        wins = seen & (wins | (key < threshold))
+        # Both counts in one scan: they stay below 2^15 within a tile.
+        counts = wins.to(tl.int32) | (ties_here.to(tl.int32) << 16)
+        scanned = tl.cumsum(counts, axis=0)
+        earlier = scanned - counts
+        equal_rank = (before >> 32).to(tl.int32) + (earlier >> 16)
+        rank = (before & 0xFFFFFFFF).to(tl.int32) + (earlier & 0xFFFF)
+        rank += tl.minimum(equal_rank, ties)
+        chosen = wins | (ties_here & (equal_rank < ties))
+        tl.store(out + rank, position, mask=chosen & (rank >= first_rank) & (rank < end_rank))
+        first += TILE
+        if first < stop:
+            total = tl.max(scanned & 0xFFFF).to(tl.int64)
+            before += total | (tl.max(scanned >> 16).to(tl.int64) << 32)
+            reached = (before & 0xFFFFFFFF).to(tl.int32)
+            reached += tl.minimum((before >> 32).to(tl.int32), ties)
+            if reached >= end_rank:
+                first = stop
 
 
 @triton.jit
@@ -378,7 +373,7 @@ def _select_kernel(
     if (first < taken) & (seen > budget):
         find_positions(
             out + row * k, first, tl.minimum(end, taken),
-            scores + row * scores_row, counters + row * counters_row,
+            scores + row * scores_row * ALIGN, counters + row * counters_row,
             cumulated + row * parts * BINS, state + row * 6, below + row * parts,
             start, stop, budget, sink, recent, parts,
             ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
@@ -402,12 +397,12 @@ def lay_out(
     scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, parts: int, tickets: int
 ) -> Rows:
     """Reserve the scratch of `rows` rows; `tickets` more counters a row are zeroed as well."""
-    scores_row = -(-slots // 128) * 128
+    scores_row = -(-slots // 128)
     counters_row = how.rounds * how.bins + tickets
     return Rows(
         planes=scratch.piece(rows * how.planes * bits // 32),
         counters=scratch.piece(rows * counters_row),
-        scores=scratch.piece(rows * scores_row, how.itemsize),
+        scores=scratch.piece(rows * scores_row * 128, how.itemsize),
         cumulated=scratch.piece(rows * parts * how.bins),
         state=scratch.piece(rows * 6),
         below=scratch.piece(rows * parts),
@@ -428,22 +423,32 @@ def bind_planes(how: Counting, bits: int, group: int, unit: int, together: int) 
 
 
 def bind_scan(
-    config: Config, how: Counting, bits: int, group: int, norms: bool, unit: int, together: int,
+    config: Config,
+    how: Counting,
+    bits: int,
+    group: int,
+    norms: bool,
+    unit: int,
+    together: int,
     overlapped: bool,
 ) -> tuple[Bound, list[Bound]]:
     """The scan, and the rounds that refine its threshold."""
     shared = shared_declaration(config, how.bins)
+    # Words that one thread loads together: as many as are aligned and divide a code.
+    count = bits // 32
+    chunk = min(count & -count, together)
+    warps = min(config["scan_warps"], config["tile"] // 32)
     scan = bind(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
             "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6, *["i64"] * 6,
         ),
-        {"R": bits, "GROUP": group, "PLANES": how.planes, "WORDS": pow2(bits // 32),
+        {"R": bits, "GROUP": group, "PLANES": how.planes, "CHUNK": chunk,
          "TILE": config["tile"], "BINS": how.bins, "DROP": how.drop, "HALVE": how.halve,
          "NORMS": norms, "VECTOR": together, "UNIT": unit, "SHARED": shared,
          "STAGES": config["scan_stages"], "OVERLAPPED": overlapped},
-        config["scan_warps"],
+        warps,
         config["scan_stages"],
         overlapped,
     )  # fmt: skip
@@ -456,13 +461,28 @@ def bind_scan(
             ),
             {"ROUND": i, "DROP": (2 - i) * DIGIT, "DIGIT": DIGIT, "TILE": config["tile"],
              "BINS": how.bins, "SHARED": shared, "OVERLAPPED": overlapped},
-            config["scan_warps"],
+            warps,
             2,
             overlapped,
         )
         for i in range(1, how.rounds)
     ]  # fmt: skip
     return scan, rounds
+
+
+def bind_select(config: Config, how: Counting, parts: int, overlapped: bool) -> Bound:
+    """The launch that writes positions."""
+    return bind(
+        _select_kernel,
+        (
+            "*i32", how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
+            *["i32"] * 8, "i64", *["i32"] * 5,
+        ),
+        {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
+         "PART_TILE": config["tile"], "TILE": config["select_tile"], "OVERLAPPED": overlapped},
+        config["select_warps"],
+        overlapped=overlapped,
+    )  # fmt: skip
 
 
 def budget_scalars(budget: Budget) -> tuple[int, ...]:
@@ -510,19 +530,8 @@ def launch(
     span_steps = row_step(fw, lengths), row_step(fw, starts)
     limits = budget_scalars(budget)
     sizes = at.scores_row, at.counters_row
-    scan, rounds = bind_scan(
-        config, how, bits, group, key_norms is not None, unit, together, False
-    )
-    select = bind(
-        _select_kernel,
-        (
-            "*i32", how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 8, "i64", *["i32"] * 5,
-        ),
-        {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
-         "PART_TILE": config["tile"], "TILE": config["select_tile"], "OVERLAPPED": False},
-        config["select_warps"],
-    )  # fmt: skip
+    scan, rounds = bind_scan(config, how, bits, group, key_norms is not None, unit, together, False)
+    select = bind_select(config, how, parts, False)
     with Place(q_codes) as place:
         device, stream = place.device, place.stream
         bind_planes(how, bits, group, q_unit, q_together)(

@@ -25,7 +25,15 @@ from hata.backend import Budget, Config
 from hata.problem import Problem, pow2
 
 from . import encode, hamming_topk
-from .hamming_topk import DIGIT, bind_planes, bind_scan, counting, find_positions, lay_out
+from .hamming_topk import (
+    DIGIT,
+    bind_planes,
+    bind_scan,
+    bind_select,
+    counting,
+    find_positions,
+    lay_out,
+)
 from .launch import (
     POINTERS,
     Place,
@@ -42,8 +50,8 @@ from .launch import (
     vector,
     words,
 )
-from .pieces import budget_of, visible, wait_for_previous
-from .sparse_attend import attend_positions, finish_split, tiling
+from .pieces import ALIGN, budget_of, visible, wait_for_previous
+from .sparse_attend import attend_positions, bind_merge, finish_split, merging, tiling
 
 
 @triton.jit
@@ -55,9 +63,10 @@ def _hash_attend_kernel(
     scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr,
-    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+    BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr,
+    VECTOR: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
+    PART_TILE: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr, MERGE: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(OVERLAPPED)
     program = tl.program_id(0)
@@ -76,22 +85,25 @@ def _hash_attend_kernel(
     taken = seen if everything else budget
     size = tl.maximum(tl.cdiv(tl.cdiv(taken, splits), N) * N, N)
     first = split * size
-    if (first < taken) | (split == 0):
+    if (first < taken) | (split == 0) | (not MERGE):
         end = tl.minimum(first + size, taken)
-        line = (row * blocks + block) * columns + column // BLOCK_V
-        # Each program has room of its own for positions, so that blocks never share a line.
+        # Each program has room of its own for positions, unless they are there already.
+        line = row if not SELECT else (row * blocks + block) * columns + column // BLOCK_V
         found_at = positions + line.to(tl.int64) * positions_row
-        if (seen > 0) & (everything == 0):
-            find_positions(
-                found_at, first, end,
-                scores + row.to(tl.int64) * scores_row, counters + row.to(tl.int64) * counters_row,
-                cumulated + row.to(tl.int64) * parts * BINS, state + row.to(tl.int64) * 6,
-                below + row.to(tl.int64) * parts,
-                start, stop, budget, sink, recent, parts,
-                ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
-            )  # fmt: skip
-            # The program's threads read what others of them wrote.
-            tl.debug_barrier()
+        if SELECT:
+            if (first < taken) & (everything == 0):
+                find_positions(
+                    found_at, first, end,
+                    scores + row.to(tl.int64) * scores_row * ALIGN,
+                    counters + row.to(tl.int64) * counters_row,
+                    cumulated + row.to(tl.int64) * parts * BINS,
+                    state + row.to(tl.int64) * 6,
+                    below + row.to(tl.int64) * parts,
+                    start, stop, budget, sink, recent, parts,
+                    ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
+                )  # fmt: skip
+                # The program's threads read what others of them wrote.
+                tl.debug_barrier()
         acc, most, total, found = attend_positions(
             q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
             keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
@@ -100,14 +112,16 @@ def _hash_attend_kernel(
             members - block * M, q_h, keys_s, values_s, column,
             D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
         )  # fmt: skip
+        # Without a merge in this launch, every share is stored and another launch merges them.
+        used = tl.maximum(tl.cdiv(taken, size), 1) if MERGE else splits
         finish_split(
             out, lse, sinks_x, sinks_f, partial, stats,
             counters + row.to(tl.int64) * counters_row + ROUNDS * BINS + block * columns
             + column // BLOCK_V,
             (batch * kv_heads * members + head) * tokens + token, head,
             tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-            split, splits, tl.maximum(tl.cdiv(taken, size), 1), column, has_sinks, has_lse,
-            DV, M, BLOCK_V, BLOCK_S, True,
+            split, splits, used, column, has_sinks, has_lse,
+            DV, M, BLOCK_V, HEADS, BLOCK_S, MERGE,
         )  # fmt: skip
 
 
@@ -187,14 +201,20 @@ def launch(
             how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
             *["i32"] * 11, "i64", *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
         ),
-        {**sizes, "VECTOR": wide, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins,
-         "PARTS": parts, "PART_TILE": config["tile"], "TILE": config["select_tile"],
-         "STAGES": config["stages"], "OVERLAPPED": overlapped},
+        {**sizes, **merging(members, sizes["BLOCK_V"]), "VECTOR": wide, "ROUNDS": how.rounds,
+         "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts, "PART_TILE": config["tile"],
+         "TILE": config["select_tile"], "SELECT": not config["select"],
+         "MERGE": not config["merge"] and splits > 1, "STAGES": config["stages"],
+         "OVERLAPPED": overlapped},
         config["warps"],
         config["stages"],
         overlapped,
     )  # fmt: skip
     narrow_sinks, wide_sinks, has_sinks = optional(fw, sink_logits, dtype)
+    results = (
+        address(out, result[0]), address(lse, "*fp32"), narrow_sinks, wide_sinks,
+        address(memory, "*fp32", partial_at), address(memory, "*fp32", stats_at),
+    )  # fmt: skip
     with Place(q) as place:
         device, stream = place.device, place.stream
         if q_codes is not None:
@@ -208,7 +228,7 @@ def launch(
             encode.launch_step(
                 problem, config, fw, place, q, keys, projection, bias, query_projection,
                 query_bias, key_codes, key_norms, planes, counters, spans, span_steps,
-                how.planes, tokens if q_codes is None else 0, fresh, slots, at.counters_row,
+                how.planes, q_codes is None, fresh, slots, at.counters_row,
             )  # fmt: skip
         scan(
             rows * parts, device, stream,
@@ -222,11 +242,15 @@ def launch(
                 rows * parts, device, stream, scores, counters, cumulated, state, below, *spans,
                 kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
             )  # fmt: skip
+        if config["select"]:
+            bind_select(config, how, parts, overlapped)(
+                rows * config["select"], device, stream, address(memory, "*i32", positions_at),
+                scores, counters, cumulated, state, below, *spans,
+                kv_heads, tokens, slots, parts, config["select"], *span_steps, *limits, *row_sizes,
+            )  # fmt: skip
         attend(
             rows * blocks * columns * splits, device, stream,
-            address(q, data), address(keys, data), address(values, data),
-            address(out, result[0]), address(lse, "*fp32"), narrow_sinks, wide_sinks,
-            address(memory, "*fp32", partial_at), address(memory, "*fp32", stats_at),
+            address(q, data), address(keys, data), address(values, data), *results,
             address(memory, "*i32", positions_at),
             scores, counters, cumulated, state, below, *spans,
             kv_heads, members, tokens, slots, parts, splits, blocks, columns, *span_steps,
@@ -234,4 +258,9 @@ def launch(
             scale, softcap or 0.0, has_sinks, int(return_lse),
             *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
         )  # fmt: skip
+        if config["merge"] and splits > 1:
+            bind_merge(dtype, lanes, sizes["BLOCK_V"], overlapped)(
+                batch * heads * tokens * columns, device, stream, *results,
+                heads, tokens, splits, columns, has_sinks, int(return_lse),
+            )  # fmt: skip
     return out, lse

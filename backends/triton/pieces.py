@@ -40,19 +40,22 @@ def pack(bits, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def store_planes(
-    planes, counts, group, word, R: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr
-):
-    """Write the bit planes of `counts` [N], the number of queries of a group that set each bit.
+    planes, counts, group, word, mask, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PLANES: tl.constexpr,
+):  # fmt: skip
+    """Write the bit planes of `counts` [M, N], how many queries of M groups set each of N bits.
 
-    Plane i weighs 2^i, the last one what is missing to the size of the group; see `hamming_topk`.
+    `planes` [M] point to the groups' planes, `word` [N / 32] are words of a plane. Plane i weighs
+    2^i, the last one what is missing to the size of the group; see `hamming_topk`.
     """
     half: tl.constexpr = 1 << (PLANES - 1)
     above = counts >= half
     rest = tl.where(above, counts - (group - (half - 1)), counts)
     for i in tl.static_range(PLANES):
         bits = above if i == PLANES - 1 else ((rest >> i) & 1) != 0
-        words = tl.reshape(pack(bits[None, :], 1, N), [N // 32])
-        tl.store(planes + i * (R // 32) + word, words.to(tl.int32, bitcast=True))
+        at = planes[:, None] + i * (R // 32) + word[None, :]
+        words = pack(bits, M, N).to(tl.int32, bitcast=True)
+        tl.store(at, words, mask=mask[:, None] & (word >= 0)[None, :])
 
 
 @triton.jit
@@ -181,10 +184,11 @@ def find_bin(histogram, need, BINS: tl.constexpr):
 
     Bin `BINS` stands for all that lies above the counted ones.
     """
-    upto = tl.cumsum(tl.load(histogram + tl.arange(0, BINS)), axis=0)
-    digit = tl.sum((upto < need).to(tl.int32))
-    before = tl.max(tl.where(upto < need, upto, 0))
-    return digit, need - before
+    bin = tl.arange(0, BINS)
+    upto = tl.cumsum(tl.load(histogram + bin), axis=0)
+    # The last bin that ends before the key sought; bin and count in one number, as both grow.
+    last = tl.max(tl.where(upto < need, ((bin + 1).to(tl.int64) << 32) | upto, 0))
+    return (last >> 32).to(tl.int32), need - (last & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit

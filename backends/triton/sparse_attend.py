@@ -19,7 +19,19 @@ from hata.arrays import Framework
 from hata.backend import Config
 from hata.problem import Problem, pow2
 
-from .launch import POINTERS, Place, Scratch, address, bind, data_pointer, in_fp32, optional, steps, vector
+from .launch import (
+    POINTERS,
+    Bound,
+    Place,
+    Scratch,
+    address,
+    bind,
+    data_pointer,
+    in_fp32,
+    optional,
+    steps,
+    vector,
+)
 from .pieces import wait_for_previous
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -110,7 +122,7 @@ def store_result(
 ):  # fmt: skip
     """Join the sinks, normalise and store: `row` [M] are rows of `out`, `head` [M] their heads.
 
-    Heads that found no key get zeros and -inf, whatever their sinks are.
+    Heads that found no key (`found` [M or 1, 1] is 0) get zeros and -inf, whatever their sinks are.
     """
     lanes = column + tl.arange(0, BLOCK_V)
     # Sink logits come in the dtype of q (1) or in float32 (2).
@@ -128,48 +140,57 @@ def store_result(
         scaled.to(out.dtype.element_ty),
         mask=mask[:, None] & (lanes < DV)[None, :],
     )
-    joined = tl.where(found != 0, (reference + tl.log2(total)) * LN2, nothing)
-    tl.store(lse + row, joined, mask=mask & (has_lse != 0))
+    joined = tl.where(found != 0, ((reference + tl.log2(total)) * LN2)[:, None], nothing)
+    tl.store(lse + row[:, None], joined, mask=mask[:, None] & (has_lse != 0))
 
 
 @triton.jit
-def merge_head(
-    out, lse, sinks_x, sinks_f, partial, stats, row, head, splits, used, column,
-    has_sinks, has_lse, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+def merge_heads(
+    out, lse, sinks_x, sinks_f, partial, stats, row, head, members, step, splits, used, column,
+    has_sinks, has_lse,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one head, in their order, and store it; `row` is its row of `out`."""
+    """Merge the splits of up to HEADS heads, in the order of the splits, and store them.
+
+    The first head is `head`, its row of `out` is `row`; the others' rows are `step` apart.
+    """
+    nothing = float("-inf")
+    member = tl.arange(0, HEADS)
+    mask = member < members
+    rows = (row + member * step).to(tl.int64)
     lanes = column + tl.arange(0, BLOCK_V)
-    most = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    found = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_V], tl.float32)
+    most = tl.full([HEADS], nothing, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    found = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
     for at in range(0, used, BLOCK_S):
         split = at + tl.arange(0, BLOCK_S)
-        inside = split < used
-        line = (row * splits + split).to(tl.int64)
-        # Written by other blocks of this launch: read from the shared cache.
-        peaks = tl.load(stats + line * 3, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(stats + line * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        any_key = tl.load(stats + line * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
+        inside = mask[:, None] & (split < used)[None, :]
+        line = rows[:, None] * splits + split[None, :]
+        # Written by other programs of this launch: read from the cache that all of them share.
         pieces = tl.load(
-            partial + line[:, None] * DV + lanes[None, :],
-            mask=inside[:, None] & (lanes < DV)[None, :],
+            partial + line[:, :, None] * DV + lanes[None, None, :],
+            mask=inside[:, :, None] & (lanes < DV)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        grown = tl.maximum(most, tl.max(peaks, axis=0))
-        reference = tl.where(grown == float("-inf"), 0.0, grown)
-        weights = tl.exp2(peaks - reference)
+        peaks = tl.load(stats + line * 3, mask=inside, other=nothing, cache_modifier=".cg")
+        sums = tl.load(stats + line * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        any_key = tl.load(stats + line * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
+        grown = tl.maximum(most, tl.max(peaks, axis=1))
+        # All logits -inf so far: any finite reference gives weights of zero, not NaN.
+        reference = tl.where(grown == nothing, 0.0, grown)
+        weights = tl.exp2(peaks - reference[:, None])
         shrink = tl.exp2(most - reference)
-        # A split without keys weighs nothing; a NaN in one that has keys must survive.
-        total = total * shrink + tl.sum(tl.where(inside, weights * sums, 0.0), axis=0)
-        acc = acc * shrink[:, None] + tl.sum(weights[:, None] * pieces, axis=0)[None, :]
-        found = tl.maximum(found, tl.max(any_key, axis=0))
+        total = total * shrink + tl.sum(weights * sums, axis=1)
+        # What a share without keys left is undefined.
+        pieces = tl.where((any_key > 0)[:, :, None], pieces, 0.0)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * pieces, axis=1)
+        found = tl.maximum(found, tl.max(any_key, axis=1))
         most = grown
-    one = tl.arange(0, 1)
     store_result(
-        out, lse, sinks_x, sinks_f, row + one, head + one, one == 0, acc, most, total,
-        tl.max(found), column, has_sinks, has_lse, DV, BLOCK_V,
+        out, lse, sinks_x, sinks_f, rows, head + member, mask, acc, most, total, found[:, None],
+        column, has_sinks, has_lse, DV, BLOCK_V,
     )  # fmt: skip
 
 
@@ -177,8 +198,8 @@ def merge_head(
 def finish_split(
     out, lse, sinks_x, sinks_f, partial, stats, ticket, row, head, members, step,
     acc, most, total, found, split, splits, used, column, has_sinks, has_lse,
-    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    FUSED: tl.constexpr,
+    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_S: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Store a split's share of a group whose first head is `head`, at `row`, others `step` on.
 
@@ -189,8 +210,8 @@ def finish_split(
     rows = (row + member * step).to(tl.int64)
     if used == 1:
         store_result(
-            out, lse, sinks_x, sinks_f, rows, head + member, mask, acc, most, total, found, column,
-            has_sinks, has_lse, DV, BLOCK_V,
+            out, lse, sinks_x, sinks_f, rows, head + member, mask, acc, most, total,
+            tl.zeros([1, 1], tl.int32) + found, column, has_sinks, has_lse, DV, BLOCK_V,
         )  # fmt: skip
     else:
         lanes = column + tl.arange(0, BLOCK_V)
@@ -207,10 +228,11 @@ def finish_split(
             # Every thread has stored before the one that takes the ticket releases it.
             tl.debug_barrier()
             if tl.atomic_add(ticket, 1, sem="acq_rel") == used - 1:
-                for i in range(0, members):
-                    merge_head(
+                for i in range(0, members, HEADS):
+                    merge_heads(
                         out, lse, sinks_x, sinks_f, partial, stats, row + i * step, head + i,
-                        splits, used, column, has_sinks, has_lse, DV, BLOCK_V, BLOCK_S,
+                        members - i, step, splits, used, column, has_sinks, has_lse,
+                        DV, BLOCK_V, HEADS, BLOCK_S,
                     )  # fmt: skip
 
 
@@ -222,8 +244,7 @@ def _attend_kernel(
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     indices_b, indices_h, indices_t,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     split = program % splits
@@ -234,42 +255,39 @@ def _attend_kernel(
     index_head = row // tokens % index_heads
     batch = (row // tokens // index_heads).to(tl.int64)
     head = index_head * members + block * M
-    size = tl.maximum(tl.cdiv(tl.cdiv(k, splits), N) * N, N)
-    if (split * size < k) | (split == 0):
-        acc, most, total, found = attend_positions(
-            q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
-            keys + (batch * keys_b + (index_head // share) * keys_h) * VECTOR,
-            values + (batch * values_b + (index_head // share) * values_h) * VECTOR,
-            indices + batch * indices_b + index_head * indices_h + token * indices_t,
-            split * size, tl.minimum(split * size + size, k), 0, 0, slots, scale, softcap,
-            members - block * M, q_h, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
-        )  # fmt: skip
-        finish_split(
-            out, lse, sinks_x, sinks_f, partial, stats, stats,
-            (batch * index_heads * members + head) * tokens + token, head,
-            tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-            split, splits, tl.maximum(tl.cdiv(k, size), 1), column, has_sinks, has_lse,
-            DV, M, BLOCK_V, BLOCK_S, False,
-        )  # fmt: skip
+    size = tl.cdiv(tl.cdiv(k, splits), N) * N
+    acc, most, total, found = attend_positions(
+        q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
+        keys + (batch * keys_b + (index_head // share) * keys_h) * VECTOR,
+        values + (batch * values_b + (index_head // share) * values_h) * VECTOR,
+        indices + batch * indices_b + index_head * indices_h + token * indices_t,
+        split * size, tl.minimum(split * size + size, k), 0, 0, slots, scale, softcap,
+        members - block * M, q_h, keys_s, values_s, column,
+        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
+    )  # fmt: skip
+    finish_split(
+        out, lse, sinks_x, sinks_f, partial, stats, stats,
+        (batch * index_heads * members + head) * tokens + token, head,
+        tl.minimum(members - block * M, M), tokens, acc, most, total, found,
+        split, splits, splits, column, has_sinks, has_lse, DV, M, BLOCK_V, 1, 1, False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
-    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, k, splits, columns,
+    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits, columns,
     has_sinks, has_lse,
-    DV: tl.constexpr, N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program a head of one query."""
     wait_for_previous(OVERLAPPED)
     program = tl.program_id(0)
     row = program // columns
-    size = tl.cdiv(tl.cdiv(k, splits), N) * N
-    merge_head(
-        out, lse, sinks_x, sinks_f, partial, stats, row.to(tl.int64), row // tokens % heads,
-        splits, tl.cdiv(k, size), program % columns * BLOCK_V, has_sinks, has_lse,
-        DV, BLOCK_V, BLOCK_S,
+    merge_heads(
+        out, lse, sinks_x, sinks_f, partial, stats, row, row // tokens % heads, 1, 0,
+        splits, splits, program % columns * BLOCK_V, has_sinks, has_lse,
+        DV, BLOCK_V, 1, BLOCK_S,
     )  # fmt: skip
 
 
@@ -287,9 +305,27 @@ def tiling(
         "N": keys,
         "BLOCK_D": min(depth, 32) if ieee else depth if depth <= 256 else 128,
         "BLOCK_V": block_v,
-        "BLOCK_S": max(4096 // block_v, 1),
         "IEEE": ieee,
     }
+
+
+def merging(members: int, block_v: int) -> dict[str, int]:
+    """Heads and splits that a merge holds at once."""
+    heads = min(pow2(members), max(8192 // block_v, 1))
+    return {"HEADS": heads, "BLOCK_S": max(8192 // block_v // heads, 1)}
+
+
+def bind_merge(dtype: str, lanes: int, block_v: int, overlapped: bool) -> Bound:
+    """The launch that merges splits."""
+    return bind(
+        _merge_kernel,
+        (POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", "*fp32:16", "*fp32",
+         *["i32"] * 6),
+        {"DV": lanes, "BLOCK_V": block_v, "BLOCK_S": merging(1, block_v)["BLOCK_S"],
+         "OVERLAPPED": overlapped},
+        4,
+        overlapped=overlapped,
+    )  # fmt: skip
 
 
 def launch(
@@ -353,15 +389,8 @@ def launch(
             *steps(fw, indices),
         )  # fmt: skip
         if splits > 1:
-            merge = bind(
-                _merge_kernel,
-                (*result, "*fp32:16", "*fp32", *["i32"] * 8),
-                {"DV": lanes, "N": sizes["N"], "BLOCK_V": sizes["BLOCK_V"],
-                 "BLOCK_S": sizes["BLOCK_S"], "OVERLAPPED": False},
-                config["warps"],
-            )  # fmt: skip
-            merge(
+            bind_merge(problem.dtype, lanes, sizes["BLOCK_V"], False)(
                 batch * heads * tokens * columns, place.device, place.stream, *results,
-                heads, tokens, k, splits, columns, *given,
+                heads, tokens, splits, columns, *given,
             )  # fmt: skip
     return out, lse

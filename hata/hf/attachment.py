@@ -6,10 +6,10 @@ import inspect
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -80,7 +80,7 @@ def attach(
     decoder = _decoder(model)
     config = decoder.config.get_text_config()
     modules = _attention_modules(decoder)
-    name = os.path.basename(str(getattr(model, "name_or_path", "")).rstrip("/"))
+    name = Path(str(getattr(model, "name_or_path", ""))).name
     policy = resolve(config, name, encoder, profile, selection)
     if policy.encoder.shape.head_dim % 16:
         raise AttachError(
@@ -112,7 +112,7 @@ def attach(
                 f"{type(module).__name__} has no eager_attention_forward to fall back to; load it "
                 'with attn_implementation="sdpa"'
             )
-        index = module.layer_idx
+        index: Any = module.layer_idx
         plan = plans[index] if index < len(plans) else None
         states[module] = LayerState(step, index, plan, eager, original == "eager")
     return Handle(model, decoder, policy.encoder, plans, states, step, original, policy.source)
@@ -152,9 +152,9 @@ class Handle:
         self._attached = True
         self._hooks: list[Any] = []
         try:
-            decoder._hata_handle = self
+            vars(decoder)["_hata_handle"] = self
             for module, state in states.items():
-                module._hata = state
+                vars(module)["_hata"] = state
             watch_masks(decoder.config, step)
             decoder.set_attn_implementation(NAME)
             self._hooks = [
@@ -202,7 +202,7 @@ class Handle:
         )
 
     def _before(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the decoder: look at the cache and the mask of this pass."""
         if args:
@@ -227,13 +227,13 @@ class Handle:
             )
         return (), kwargs
 
-    def _after(self, decoder: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, decoder: Any, args: Any, output: Any) -> None:
         """Forward hook of the decoder, also after an exception."""
         self._step.clear()
 
     def _take_over(self, cache: Cache) -> None:
         """Give the cache layers that carry codes, in place; what they hold stays theirs."""
-        layers = cache.layers
+        layers: list[Any] = cache.layers
         if cache.layer_class_to_replicate is DynamicLayer:
             # This cache makes its layers as they are first used.
             while len(layers) < len(self._plans):

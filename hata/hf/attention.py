@@ -195,9 +195,7 @@ def _dense(
             "has no eager_attention_forward for dense steps; this model cannot be attached to"
         )
     mask = _additive(mask, query, key)
-    return state.eager(
-        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-    )
+    return state.eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def _additive(

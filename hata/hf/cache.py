@@ -30,15 +30,17 @@ class _Coded:
     """What both layers share: the plan, the buffers of codes and norms, one attention call."""
 
     plan: LayerPlan
-    placed: Placed | None = None
-    codes: torch.Tensor | None = None  # [B, Hkv, slots, r/8] uint8
-    norms: torch.Tensor | None = None  # [B, Hkv, slots] float16
+    # These three are None until keys are there.
+    placed: Any = None  # Placed
+    codes: Any = None  # [B, Hkv, slots, r/8] uint8
+    norms: Any = None  # [B, Hkv, slots] float16; None as well where scores have no norms
     # Whether the mask of this cache hides left padding at most; None: nobody looked yet.
     left_padded: bool | None = None
     keys: Any
     values: Any
 
-    def _place(self, keys: torch.Tensor) -> None:
+    def _place(self, keys: torch.Tensor) -> Placed:
+        """Put the projection where the keys are; they must be what it was made for."""
         plan = self.plan
         if keys.shape[1] != plan.kv_heads or keys.shape[3] != plan.head_dim:
             raise hata.EncoderError(
@@ -47,6 +49,7 @@ class _Coded:
                 "this model"
             )
         self.placed = plan.on(keys)
+        return self.placed
 
     def _buffers(self, keys: torch.Tensor, slots: int) -> None:
         """Allocate codes and norms for `slots` keys."""
@@ -116,7 +119,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     def __init__(self, plan: LayerPlan, filled: DynamicLayer | None = None) -> None:
         super().__init__()
         if filled is not None:
-            self.__dict__.update(filled.__dict__)
+            vars(self).update(vars(filled))
         self.plan = plan
         # Codes of another plan are of no use; the keys are encoded when they are needed.
         self.placed = self.codes = self.norms = None
@@ -127,7 +130,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     def __copy__(self) -> HashDynamicLayer:
         # Two layers must not grow into the same room.
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
+        vars(copied).update(vars(self))
         copied._key_room = copied._value_room = None
         copied._on_rows(torch.clone)
         return copied
@@ -136,11 +139,8 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values; keys of a step of several tokens are encoded."""
-        grows = not (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
-        )
-        if grows:
+        recorded = key_states.requires_grad or value_states.requires_grad
+        if not torch.compiler.is_compiling() and not (recorded and torch.is_grad_enabled()):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
@@ -155,23 +155,24 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     def _encode_up_to(self, length: int) -> None:
         """Make room for all codes, and encode the keys before `length` that have none."""
         total = self.keys.shape[SLOTS]
-        if self.placed is None:
-            self._place(self.keys)
-        if self.codes is None or self.codes.shape[SLOTS] < total or _sealed(self.codes):
-            old_codes, old_norms = self.codes, self.norms
+        placed = self._place(self.keys) if self.placed is None else self.placed
+        codes: Any = self.codes
+        norms: Any = self.norms
+        if codes is None or codes.shape[SLOTS] < total or _sealed(codes):
             self._buffers(self.keys, _capacity(total))
             if self.coded:
-                self.codes[:, :, : self.coded] = old_codes[:, :, : self.coded]
-                if old_norms is not None:
-                    self.norms[:, :, : self.coded] = old_norms[:, :, : self.coded]
+                self.codes[:, :, : self.coded] = codes[:, :, : self.coded]
+                if norms is not None:
+                    self.norms[:, :, : self.coded] = norms[:, :, : self.coded]
+            codes, norms = self.codes, self.norms
         if self.coded < length:
             new = slice(self.coded, length)
             hata.encode(
                 self.keys[:, :, new].detach(),
-                self.placed.projection,
-                self.placed.bias,
-                out=self.codes[:, :, new],
-                norms=None if self.norms is None else self.norms[:, :, new],
+                placed.projection,
+                placed.bias,
+                out=codes[:, :, new],
+                norms=None if norms is None else norms[:, :, new],
             )
             self.coded = length
 
@@ -185,12 +186,13 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     ) -> torch.Tensor:
         """Hash attention of one query per row, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
         length = self.keys.shape[SLOTS]
+        self.coded = min(self.coded, length - 1)
         self._encode_up_to(length - 1)
         out = self._attend(
             query,
             self.codes[:, :, :length],
             None if self.norms is None else self.norms[:, :, :length],
-            length - self.coded,
+            1,
             None,
             starts,
             scale,
@@ -252,7 +254,7 @@ class HashStaticLayer(_Coded, StaticLayer):
 
     def __init__(self, plan: LayerPlan, filled: StaticLayer) -> None:
         super().__init__(filled.max_cache_len)
-        self.__dict__.update(filled.__dict__)
+        vars(self).update(vars(filled))
         self.plan = plan
         self.placed = self.codes = self.norms = None
         self.pending = False
@@ -277,13 +279,13 @@ class HashStaticLayer(_Coded, StaticLayer):
     def _write(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         """Encode `keys` into `slots`."""
         keys = keys.detach()
-        norms = None
-        if self.norms is not None:
+        if self.norms is None:
+            codes = hata.encode(keys, self.placed.projection, self.placed.bias)
+        else:
             norms = torch.empty(keys.shape[:3], dtype=torch.float16, device=keys.device)
-        codes = hata.encode(keys, self.placed.projection, self.placed.bias, norms=norms)
-        self.codes.index_copy_(SLOTS, slots, codes)
-        if norms is not None:
+            codes = hata.encode(keys, self.placed.projection, self.placed.bias, norms=norms)
             self.norms.index_copy_(SLOTS, slots, norms)
+        self.codes.index_copy_(SLOTS, slots, codes)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -80,7 +80,7 @@ class TorchFaults(Properties):
 
         for op in ("encode", "sparse_attend", "hash_attend"):
             tensors, options = self.tensors(torch_kit, SMALL, op)
-            expected = getattr(hata, op)(**tensors, **options)
+            expected = self.run(op, **tensors, **options)
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_floating_point():
                     continue
@@ -89,7 +89,7 @@ class TorchFaults(Properties):
                     getattr(hata, op)(**wanted, **options)
                 for mode in (torch.no_grad, torch.inference_mode):
                     with mode():
-                        got = getattr(hata, op)(**wanted, **options)
+                        got = self.run(op, **wanted, **options)
                     assert torch.equal(got, expected)
 
     def test_fault_43_meta_and_fake_tensors(self, torch_kit: TorchKit) -> None:
@@ -100,7 +100,7 @@ class TorchFaults(Properties):
             tensors, options = self.tensors(torch_kit, case, op)
             if op.endswith("attend"):
                 options["return_lse"] = True
-            expected = getattr(hata, op)(**tensors, **options)
+            expected = self.run(op, **tensors, **options)
             meta = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
             with FakeTensorMode() as mode:
                 fake = {
@@ -123,11 +123,11 @@ class TorchFaults(Properties):
 
         for op in OPS:
             tensors, options = self.tensors(torch_kit, SMALL, op)
-            expected = getattr(hata, op)(**tensors, **options)
+            expected = self.run(op, **tensors, **options)
             for name, tensor in tensors.items():
                 if tensor is not None:
                     named = {**tensors, name: tensor.as_subclass(Named)}
-                    got = getattr(hata, op)(**named, **options)
+                    got = self.run(op, **named, **options)
                     assert torch.equal(got.as_subclass(torch.Tensor), expected)
 
     def test_tensors_without_strides(self, torch_kit: TorchKit) -> None:
@@ -219,7 +219,7 @@ class TorchFaults(Properties):
         import torch
 
         tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
-        expected = hata.hash_attend(**tensors, **options)
+        expected = self.run("hash_attend", **tensors, **options)
         tensors["projection"] = torch.nn.Parameter(tensors["projection"])
         compiled = torch.compile(
             lambda: hata.hash_attend(**tensors, **options), backend="aot_eager", fullgraph=True
@@ -233,7 +233,7 @@ class TorchFaults(Properties):
         import torch
 
         tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
-        expected = hata.hash_attend(**tensors, **options, return_lse=True)
+        expected = self.run("hash_attend", **tensors, **options, return_lse=True)
         torch.set_default_dtype(torch.float64)
         try:
             with torch.device("meta"):

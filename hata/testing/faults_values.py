@@ -239,10 +239,11 @@ class ValueFaults(Properties):
         q = rng.standard_normal((1, 8, 1, 128)).astype(np.float16)
         projection = rng.standard_normal((8, 128, 128)).astype(np.float32)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        out, lse = hata.hash_attend(
-            kit.put(q), keys, values, key_codes, kit.put(projection), 8, fresh=20,
-            starts=kit.put(np.array(first)), return_lse=True,
-        )  # fmt: skip
+        wide = self.put(kit, q=q, projection=projection)
+        given = {name: placed.array for name, placed in wide.items()}
+        given |= {"keys": keys, "values": values, "key_codes": key_codes}
+        starts = kit.put(np.array(first))
+        out, lse = self.run("hash_attend", **given, k=8, fresh=20, starts=starts, return_lse=True)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < 2**20, f"{grown} KiB were touched: something was copied"
 
@@ -255,7 +256,6 @@ class ValueFaults(Properties):
         np.testing.assert_array_equal(kit.get(key_codes[:, :, first:]), kit.get(codes))
 
         q_codes = hata.encode(kit.put(q), kit.put(projection))
-        starts = kit.put(np.array(first))
         far = hata.hamming_topk(q_codes, key_codes, 8, starts=starts)
         close = kit.get(hata.hamming_topk(q_codes, codes, 8))
         np.testing.assert_array_equal(kit.get(far), close + first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from hata.backend import use_config
 from hata.problem import OPS, Problem
 from hata.testing import precision
 from hata.testing.harness import Harness, given_values, oracle, visible
-from hata.testing.kits import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit
+from hata.testing.kits import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit, numpy_dtype
 from hata.testing.strategies import Case, cases, make_values
 
 ENCODE = ("x", "projection", "bias")
@@ -85,6 +86,41 @@ class Properties(Harness):
             np.testing.assert_array_equal(code[0, 0, 0], codes[b, h, t])
 
         self.for_cases(self.drawn(dtype), check)
+
+    def test_codes_in_doubt_are_the_same_everywhere(self, kit: Kit, dtype: str) -> None:
+        """Where rounding alone decides the bits, they still depend on the vector alone.
+
+        Whatever the number of vectors, their layout and the route: `encode` or fresh keys.
+        """
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal(96).astype(numpy_dtype(dtype))
+        projection = rng.standard_normal((1, 96, 128)).astype(np.float32)
+        # The last weight of each column makes its sum zero but for rounding.
+        sums = precision.wide(x[:-1]) @ precision.wide(projection[0, :-1])
+        projection[0, -1] = -sums / precision.wide(x[-1])
+        doubtful = precision.doubtful_bits(x[None, None, None], projection)
+        assert doubtful.mean() > 0.9, "the test is blunt"
+
+        def same(*shape: int) -> np.ndarray:
+            return np.broadcast_to(x, (*shape, 96)).copy()
+
+        codes = []
+        sizes = ((1, 1, 1), (1, 1, 7), (1, 5, 1), (2, 3, 50), (1, 1, 300))
+        for size, layout in itertools.product(sizes, LAYOUTS):
+            placed = {"x": kit.place(same(*size), layout), **self.put(kit, projection=projection)}
+            codes.append(kit.get(self.call(kit, "encode", placed)).reshape(-1, 16))
+        for fresh in (1, 2, 40):
+            placed = self.put(
+                kit,
+                q=same(1, 1, 1),
+                keys=same(1, 1, 40),
+                values=same(1, 1, 40),
+                key_codes=np.zeros((1, 1, 40, 16), np.uint8),
+                projection=projection,
+            )
+            self.call(kit, "hash_attend", placed, k=3, fresh=fresh)
+            codes.append(kit.get(placed["key_codes"].array)[0, 0, -fresh:])
+        assert len(np.unique(np.concatenate(codes), axis=0)) == 1
 
     def test_rows_do_not_see_one_another(self, kit: Kit, dtype: str) -> None:
         """A batch row's output bits are the same whatever the other rows hold."""

@@ -118,7 +118,7 @@ def fresh():
 
 @pytest.fixture
 def prompts():
-    """`prompts(rows, tokens)` of random tokens; `padded(rows)` with left padding of every length."""
+    """`of(rows, tokens)` of random tokens, and `padded(rows)` with more padding in every row."""
 
     def of(rows, tokens):
         generator = torch.Generator().manual_seed(rows * 1000 + tokens)

@@ -120,7 +120,7 @@ def test_fault_63_unsupported_model(fresh):
 
 
 def test_unsupported_head_size_is_refused_at_attach(fresh):
-    with pytest.raises(hata.AttachError, match="head size 20.*multiples of 16"):
+    with pytest.raises(hata.AttachError, match=r"head size 20.*multiples of 16"):
         hata.hf.attach(fresh("llama", head_dim=20))
 
 
@@ -172,7 +172,7 @@ def test_fault_66_nothing_is_attached_when_the_encoder_does_not_fit(
 
 def test_fault_67_pickle_is_refused(tiny, tmp_path):
     torch.save({}, tmp_path / "hash.pt")
-    with pytest.raises(hata.EncoderError, match="pickle.*hata convert"):
+    with pytest.raises(hata.EncoderError, match=r"pickle.*hata convert"):
         hata.hf.attach(tiny("llama"), tmp_path / "hash.pt")
 
 
@@ -183,7 +183,7 @@ def test_fault_68_padded_batches_equal_one_by_one(side, kind, tiny, prompts):
     model = tiny("llama")
     inputs = prompts.padded(side=side)
     steps = prompts.of(3, 4).split(1, 1)
-    # Dense where the mask has holes, so one by one is dense there as well.
+    # Where the mask has holes decoding is dense, so one by one is made dense there as well.
     policy = FEW if side == "left" else hata.Selection(bits=64, k=200, dense_layers=1)
 
     def run(ids, mask):
@@ -195,19 +195,18 @@ def test_fault_68_padded_batches_equal_one_by_one(side, kind, tiny, prompts):
             if tokens is not ids:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            out = model(
-                tokens, attention_mask=mask, position_ids=positions, past_key_values=cache
-            )
+            out = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
             logits.append(out.logits[:, -1])
         return torch.stack(logits[1:], 1)
 
-    with torch.no_grad(), hata.hf.attach(model, selection=FEW if side == "left" else policy):
+    with torch.no_grad(), hata.hf.attach(model, selection=policy):
         steps_of = steps
         together = run(inputs["input_ids"], inputs["attention_mask"])
         for row in range(3):
             seen = inputs["attention_mask"][row].bool()
             steps_of = [token[row : row + 1] for token in steps]
-            alone = run(inputs["input_ids"][row, seen][None], inputs["attention_mask"][row, seen][None])
+            ids, mask = (inputs[name][row, seen][None] for name in ("input_ids", "attention_mask"))
+            alone = run(ids, mask)
             torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-3)
 
 
@@ -224,9 +223,7 @@ def test_masks_with_holes_stay_dense(kind, tiny, prompts, calls):
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
             longer = torch.cat([mask, mask[:, :1]], 1)
-            return model(
-                prompts.of(2, 1), attention_mask=longer, past_key_values=cache
-            ).logits
+            return model(prompts.of(2, 1), attention_mask=longer, past_key_values=cache).logits
 
     own = run()
     with hata.hf.attach(model, selection=FEW):
@@ -261,7 +258,7 @@ def test_detach_undoes_everything(tiny, remembered, prompts):
     before = remembered(model)
     handle = hata.hf.attach(model, selection=FEW)
     assert model.config._attn_implementation == "hata"
-    assert "attached" in repr(handle) and "2 of 3 layers" in repr(handle)
+    assert "attached LlamaForCausalLM: 2 of 3 layers" in repr(handle)
     handle.detach()
     handle.detach()
     assert "detached" in repr(handle)
@@ -291,7 +288,7 @@ def test_attaching_twice_is_refused(tiny):
 
 def test_two_models_with_two_encoders_do_not_interfere(fresh, prompts, answer):
     models = [fresh("llama"), fresh("llama")]
-    encoders = [hata.Encoder.random(models[0].config, bits, seed) for bits, seed in ((64, 1), (128, 2))]
+    encoders = [hata.Encoder.random(models[0].config, bits, seed=bits) for bits in (64, 128)]
     policies = [hata.Selection(bits=bits, k=5, dense_layers=0) for bits in (64, 128)]
     ids = prompts.of(1, 23)
     alone = []

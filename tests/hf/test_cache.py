@@ -128,9 +128,7 @@ def test_another_encoder_makes_its_own_codes(tiny, prompts):
         with hata.hf.attach(model, selection=FEW):
             cache = filled(model, prompts)
         other = hata.Encoder.random(model.config, 128, seed=7)
-        with hata.hf.attach(
-            model, other, selection=hata.Selection(bits=128, k=4, dense_layers=0)
-        ):
+        with hata.hf.attach(model, other, selection=hata.Selection(bits=128, k=4, dense_layers=0)):
             model(prompts.of(2, 1), past_key_values=cache)
     assert all(layer.codes.shape[-1] == 16 for layer in cache.layers)
     assert all(map(in_step, cache.layers))

@@ -82,9 +82,8 @@ def test_profile_of_a_model_of_equal_sizes_warns(tiny):
 
 
 def test_synthetic_selections_warn(tiny):
-    synthetic = profile_with(
-        hata.Selection(bits=128, k=4, dense_layers=1), name="synthetic", source="synthetic", heads=32
-    )
+    policy = hata.Selection(bits=128, k=4, dense_layers=1)
+    synthetic = profile_with(policy, name="synthetic", source="synthetic", heads=32)
     with pytest.warns(UserWarning, match=r"synthetic.*python -m tune --model PATH --text FILE"):
         handle = attached(tiny("llama"), profile=synthetic)
     assert [chosen and chosen.bits for chosen in handle.selections] == [None, 128, 128]

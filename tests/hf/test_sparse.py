@@ -68,7 +68,8 @@ def test_key_norms_weight_the_scores(cache, tiny, prompts, answer, calls):
     encoder = hata.Encoder.random(model.config, 64, key_norms=True)
     with hata.hf.attach(model, encoder, selection=POLICIES["k"]):
         got = answer(model, ids, **kwargs)
-    assert calls and all(call["key_norms"] is not None for call in calls)
+    assert calls
+    assert all(call["key_norms"] is not None for call in calls)
     layer = got.cache.layers[1]
     length = 23 + 10 - 1
     norms = layer.keys[:, :, :length].norm(dim=-1)
