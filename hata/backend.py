@@ -27,7 +27,8 @@ from hata.arrays import Framework
 from hata.errors import BackendUnavailable, HataDeviceError, HataDTypeError
 from hata.problem import Problem
 
-Config = Mapping[str, int | str | bool]
+# Values are int, str or bool; what each knob is, its backend knows.
+Config = Mapping[str, Any]
 
 _override: ContextVar[tuple[str, str, Config] | None] = ContextVar("hata_config", default=None)
 

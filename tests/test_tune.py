@@ -10,7 +10,6 @@ import textwrap
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +17,9 @@ import pytest
 pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
 from hata import registry
-from hata.errors import ProfileError
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import cost, plan, quality, search, session, space
+from tune import capture, cost, search, session, space, verdict
 from tune.__main__ import main
 from tune.space import Space
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
@@ -88,11 +86,11 @@ def test_numbers_and_configurations_are_one_to_one():
 
 
 def test_the_best_configuration_is_found(storage):
-    verdict = tune(storage, Simulated(bowl))
-    assert verdict.config == {"threads": "all", "block": 32, "split": 4}
-    assert verdict.us.median == 100
-    assert verdict.default_us.median == pytest.approx(bowl(DEFAULT))
-    assert verdict.stopped == "every configuration was measured"
+    found = tune(storage, Simulated(bowl))
+    assert found.config == {"threads": "all", "block": 32, "split": 4}
+    assert found.us.median == 100
+    assert found.default_us.median == pytest.approx(bowl(DEFAULT))
+    assert found.stopped == "every configuration was measured"
 
 
 def test_the_default_is_tried_first_and_nothing_twice(storage):
@@ -105,14 +103,14 @@ def test_the_default_is_tried_first_and_nothing_twice(storage):
 def test_the_search_ends_after_its_trials(storage):
     evaluator = Simulated(bowl)
     limits = search.Limits(trials=9, seconds=60, sample_seconds=0)
-    verdict = tune(storage, evaluator, limits=limits)
-    assert verdict.trials == len(set(evaluator.checked)) == 9
+    found = tune(storage, evaluator, limits=limits)
+    assert found.trials == len(set(evaluator.checked)) == 9
 
 
 def test_the_search_ends_near_the_floor(storage):
-    verdict = tune(storage, Simulated(bowl), suggestions=[17], floor_us=97.0)
-    assert verdict.stopped == "within 5% of the floor"
-    assert verdict.trials == search.LEAST_TRIALS
+    found = tune(storage, Simulated(bowl), suggestions=[17], floor_us=97.0)
+    assert found.stopped == "within 5% of the floor"
+    assert found.trials == search.LEAST_TRIALS
 
 
 def test_a_gain_within_the_noise_is_hardly_ever_believed():
@@ -120,14 +118,14 @@ def test_a_gain_within_the_noise_is_hardly_ever_believed():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         default, again, *others = 100 * (1 + 0.03 * rng.standard_normal((5, 21)))
-        wrong += search.decide(default, again, dict(enumerate(others)), 9)[0] != 9
+        wrong += verdict.decide(default, again, dict(enumerate(others)), 9)[0] != 9
     assert wrong <= 4
 
 
 def test_a_search_without_a_gain_keeps_the_default(storage):
-    verdict = tune(storage, Simulated(lambda config: 100.0))
-    assert verdict.config == DEFAULT
-    assert verdict.us == verdict.default_us
+    found = tune(storage, Simulated(lambda config: 100.0))
+    assert found.config == DEFAULT
+    assert found.us == found.default_us
 
 
 def test_of_equals_the_lowest_number_wins():
@@ -137,16 +135,16 @@ def test_of_equals_the_lowest_number_wins():
         return us * (1 + 0.01 * rng.standard_normal(31))
 
     others = {9: samples(80.0), 4: samples(80.3), 2: samples(95.0)}
-    winner, noise = search.decide(samples(100), samples(100), others, 7)
+    winner, noise = verdict.decide(samples(100), samples(100), others, 7)
     assert winner == 4
     assert 0.01 <= noise < 0.05
-    assert search.decide(samples(100), samples(100), {2: samples(120.0)}, 7)[0] == 7
-    assert search.decide(samples(100), samples(100), {}, 7)[0] == 7
+    assert verdict.decide(samples(100), samples(100), {2: samples(120.0)}, 7)[0] == 7
+    assert verdict.decide(samples(100), samples(100), {}, 7)[0] == 7
 
 
 def test_a_default_unlike_itself_makes_noise():
     base = [100.0] * 15
-    winner, noise = search.decide(base, [120.0] * 15, {1: [90.0] * 15}, 0)
+    winner, noise = verdict.decide(base, [120.0] * 15, {1: [90.0] * 15}, 0)
     assert winner == 0
     assert noise == pytest.approx(0.2)
 
@@ -159,11 +157,11 @@ def test_fault_58_failures_are_typed_recorded_and_never_chosen(storage):
         return Failure(kind, "planted") if kind else None
 
     seen = []
-    verdict = tune(
+    found = tune(
         storage, Simulated(bowl, bad), on_trial=lambda n, best, failure: seen.append(failure)
     )
-    assert {number: failure.kind for number, failure in verdict.failures.items()} == kinds
-    assert SPACE.number(verdict.config) not in kinds
+    assert {number: failure.kind for number, failure in found.failures.items()} == kinds
+    assert SPACE.number(found.config) not in kinds
     assert len([failure for failure in seen if failure]) == 4
     study = search.open_study(storage, "s", resume=True)
     recorded = [trial.user_attrs["result"]["failure"] for trial in study.trials]
@@ -190,9 +188,9 @@ def test_fault_58_one_that_fails_in_the_last_race_is_dropped(storage):
             late = self.failing and SPACE.number(config) == 17
             return Failure(CRASH, "late") if late else None
 
-    verdict = tune(storage, Late(bowl))
-    assert verdict.failures[17].kind == CRASH
-    assert verdict.config == SPACE.config(16)
+    found = tune(storage, Late(bowl))
+    assert found.failures[17].kind == CRASH
+    assert found.config == SPACE.config(16)
 
 
 def test_fault_57_an_interrupted_search_goes_on(storage):
@@ -206,12 +204,12 @@ def test_fault_57_an_interrupted_search_goes_on(storage):
     with pytest.raises(KeyboardInterrupt):
         tune(storage, first)
     second = Simulated(bowl)
-    verdict = tune(storage, second, resume=True)
+    found = tune(storage, second, resume=True)
     assert not set(first.checked) & set(second.checked)
     assert sorted(first.checked + second.checked) == list(SPACE.numbers())
-    assert verdict.config == SPACE.config(17)
+    assert found.config == SPACE.config(17)
     third = Simulated(bowl)
-    assert tune(storage, third, resume=True) == verdict
+    assert tune(storage, third, resume=True) == found
     assert not third.checked
     # Without --resume a new run begins beside the old one.
     fourth = Simulated(bowl)
@@ -241,11 +239,11 @@ def test_fault_57_a_killed_trial_is_run_again_but_not_for_ever(tmp_path, storage
         done = subprocess.run([sys.executable, "-c", script, url, here], check=False)
         assert done.returncode == -signal.SIGKILL
     evaluator = Simulated(bowl)
-    verdict = tune(storage, evaluator, resume=True)
+    found = tune(storage, evaluator, resume=True)
     # The others were measured before, by the second process.
     assert not evaluator.checked
-    assert verdict.failures[17].kind == CRASH
-    assert verdict.config == SPACE.config(16)
+    assert found.failures[17].kind == CRASH
+    assert found.config == SPACE.config(16)
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbage", "page"])
@@ -490,7 +488,7 @@ def small(monkeypatch):
     problem = space.hash_problem(layout, "cpu", "float32", 64, 512, 32)
     monkeypatch.setattr(space, "COMMON", layout)
     monkeypatch.setattr(space, "problems", lambda *args, **kwargs: [problem])
-    monkeypatch.setattr(quality, "TOKENS", 1024)
+    monkeypatch.setattr(capture, "TOKENS", 1024)
     return problem
 
 
@@ -563,13 +561,13 @@ def test_sigkill_and_resume_measure_nothing_twice(tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        from tune import quality, search, space, session
+        from tune import capture, space
         from tune.__main__ import main
         layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "float32", 4096)
         problem = space.hash_problem(layout, "cpu", "float32", 64, 512, 32)
         space.COMMON = layout
         space.problems = lambda *args, **kwargs: [problem]
-        quality.TOKENS = 1024
+        capture.TOKENS = 1024
         if __name__ == "__main__":
             raise SystemExit(main(sys.argv[1:]))
         """
@@ -616,9 +614,3 @@ def results(database):
     except sqlite3.OperationalError:
         return []
     return [json.loads(text) for (text,) in rows]
-
-
-def test_the_profile_error_names_the_flag(tmp_path):
-    options = SimpleNamespace(out="../x.yaml")
-    with pytest.raises(ProfileError, match="output"):
-        plan.safe_output(options.out)

@@ -18,7 +18,7 @@ from hata.encoder import Encoder
 from hata.errors import BackendUnavailable, HataError
 from hata.problem import Problem
 from hata.profile import EncoderKey, cache_root, default_output, safe_output
-from tune import quality, search, space
+from tune import capture, database, space
 from tune.space import Layout
 
 RANDOM_BITS, RANDOM_SEED = 256, 0
@@ -91,10 +91,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     layout = space.COMMON
     text = ""
     if options.model is not None:
-        layout = quality.load_layout(options.model)
-        text = quality.read_text(options.text)
+        layout = capture.load_layout(options.model)
+        text = capture.read_text(options.text)
         # Said now rather than after minutes.
-        quality.token_sequences(options.model, text, 1, layout.context)
+        capture.token_sequences(options.model, text, 1, layout.context)
     encoder, encoder_key = _choose_encoder(options.encoder, layout)
     base = devices.fingerprint(device)
     problems = {}
@@ -129,7 +129,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         model=options.model,
         problems=problems,
         out=given or default_output(fingerprint),
-        storage=search.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
+        storage=database.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
         notes=notes,
     )
 

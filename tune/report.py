@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from hata.selection import Selection
-from tune.search import Verdict
+from tune.quality import Point
+from tune.verdict import Verdict
 from tune.worker import Failure
 
 WIDTH = 110
@@ -152,25 +153,20 @@ LAYER_HEADER = ("layer", "bits", "k", "sink", "recent", "µs", "kept", "exact", 
 
 
 def layer_row(
-    layer: str,
-    selection: Selection | None,
-    us: float,
-    kept: float,
-    exact: float,
-    quality: float,
-    why: str = "",
+    layer: str, selection: Selection | None, point: Point | None, us: float, quality: float | None
 ) -> list[str]:
     """A row of the table of selections; see `LAYER_HEADER`."""
-    if selection is None:
-        return [layer, "dense", why, "", "", "", "", "", f"{quality:.3f}" if quality else ""]
+    if selection is None or point is None:
+        best = "" if quality is None else f"{quality:.3f}"
+        return [layer, "dense", "", "", "", "", "", "", best]
     return [
         layer,
-        str(selection.bits),
-        str(selection.k_min),
-        str(selection.sink),
-        str(selection.recent),
+        str(point.bits),
+        str(point.k),
+        str(point.sink),
+        str(point.recent),
         f"{us:.1f}",
-        f"{kept:.3f}",
-        f"{exact:.3f}",
-        f"{quality:.3f}",
+        f"{point.kept:.3f}",
+        f"{point.exact:.3f}",
+        f"{point.quality:.3f}",
     ]

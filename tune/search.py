@@ -9,9 +9,7 @@ speaks to), named after the device, the kernel sources and the problem, so that 
 - one that fails is a finished trial with a violated constraint and a typed failure, never chosen;
 - trials of a process that is gone (no heartbeat, or no such process) are queued again, a few times.
 
-The winner is settled by a last race of the best few against the default, which runs twice in it:
-how far the default is from itself is the noise. Who does not beat the default by more than that
-loses to it, and of those equal within it the lowest number wins.
+The winner is settled by a last race of the best few against the default (`tune.verdict`).
 """
 
 from __future__ import annotations
@@ -20,12 +18,11 @@ import contextlib
 import hashlib
 import os
 import socket
-import sqlite3
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,15 +35,15 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from hata.backend import Config
-from hata.errors import HataError
+from tune.database import StorageError, damage, move_aside, sqlite_path
 from tune.measure import Timing
 from tune.space import Space
+from tune.verdict import Verdict, decide, from_json, to_json
 from tune.worker import CRASH, CandidateFailed, Failure
 
 SEED = 0
-# How near the floor is near enough, and the least difference that is believed.
+# How near the floor is near enough.
 NEAR_FLOOR = 1.05
-LEAST_NOISE = 0.01
 FINALISTS = 3
 # A few candidates are always tried: time may be short, or a floor measured on a busy machine high.
 LEAST_TRIALS = 6
@@ -55,10 +52,6 @@ RETRIES = 2
 HEARTBEAT_SECONDS = 5
 # Value of a trial that failed; its constraint says so, the value only has to be a bad one.
 _FAILED = 1e3
-
-
-class StorageError(HataError, RuntimeError):
-    """The database of the studies cannot be used."""
 
 
 class DefaultFailed(Exception):
@@ -95,31 +88,6 @@ class Limits:
     sample_seconds: float = 0.08
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Outcome of the search of one problem.
-
-    Attributes:
-        config: The configuration to use.
-        us: Its time.
-        default_us: Time of the default in the same race.
-        noise: Relative difference that was not believed.
-        rounds: Samples behind the times.
-        trials: Configurations that were measured.
-        failures: Number of a configuration -> why it cannot be chosen.
-        stopped: Why the search ended.
-    """
-
-    config: dict[str, int | str | bool]
-    us: Timing
-    default_us: Timing
-    noise: float
-    rounds: int
-    trials: int
-    failures: dict[int, Failure] = field(default_factory=dict)
-    stopped: str = ""
-
-
 @contextlib.contextmanager
 def _experimental() -> Iterator[None]:
     """Heartbeats and their callback are marked experimental; everything else may still warn."""
@@ -135,15 +103,6 @@ def _retry() -> RetryHeartbeatStaleTrialCallback:
         return RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
 
 
-def storage_url(given: str | None, default: Path) -> str:
-    """The database URL that `--storage` means: a URL, or the path of an SQLite file."""
-    if given is None:
-        return f"sqlite:///{default}"
-    if "://" in given:
-        return given
-    return f"sqlite:///{Path(given).expanduser().absolute()}"
-
-
 def open_storage(url: str) -> tuple[RDBStorage, str]:
     """Open a database; a broken SQLite file is moved aside.
 
@@ -155,7 +114,7 @@ def open_storage(url: str) -> tuple[RDBStorage, str]:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     message = ""
-    path = _sqlite_path(url)
+    path = sqlite_path(url)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +123,9 @@ def open_storage(url: str) -> tuple[RDBStorage, str]:
                 f"storage: {path.parent} cannot be made ({error.strerror}); name another with "
                 "--storage"
             ) from None
-        broken = _broken(path)
+        broken = damage(path)
         if broken:
-            moved = _move_aside(path)
+            moved = move_aside(path)
             message = f"{path} is damaged ({broken}); it was moved to {moved}, a new one begins"
     try:
         with _experimental():
@@ -189,43 +148,6 @@ def open_storage(url: str) -> tuple[RDBStorage, str]:
 
 def _do_not_sync(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA synchronous = OFF")
-
-
-def _sqlite_path(url: str) -> Path | None:
-    head, _, rest = url.partition(":///")
-    if not head.startswith("sqlite") or not rest or rest.startswith(":memory:"):
-        return None
-    return Path(rest.partition("?")[0])
-
-
-def _broken(path: Path) -> str:
-    """What is wrong with an SQLite file; `""` if nothing is, or there is none."""
-    if not path.exists() or not path.stat().st_size:
-        return ""
-    try:
-        with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        return "" if found == "ok" else str(found).splitlines()[0]
-    except sqlite3.OperationalError:
-        # Locked or not readable: not damaged, and whoever opens it next says it better.
-        return ""
-    except sqlite3.DatabaseError as error:
-        return str(error)
-
-
-def _move_aside(path: Path) -> Path:
-    bad = path.with_name(path.name + ".bad")
-    number = 1
-    while bad.exists():
-        number += 1
-        bad = path.with_name(f"{path.name}.bad{number}")
-    path.rename(bad)
-    for suffix in ("-journal", "-wal", "-shm"):
-        # A journal belongs to the file it was written for.
-        beside = path.with_name(path.name + suffix)
-        if beside.exists():
-            beside.rename(bad.with_name(bad.name + suffix))
-    return bad
 
 
 def digest(*parts: object) -> str:
@@ -467,46 +389,6 @@ class _Search:
         )
 
 
-def decide(
-    default: Sequence[float],
-    again: Sequence[float],
-    others: Mapping[int, Sequence[float]],
-    default_number: int,
-) -> tuple[int, float]:
-    """Who wins a race, by the rules of the module.
-
-    Args:
-        default: Samples of the default, one a round.
-        again: Samples of the default as if it were another.
-        others: Number -> samples, of the other configurations.
-        default_number: Number of the default.
-
-    Returns:
-        `(number, noise)`: the winner, and the relative difference that was not believed.
-    """
-    base = np.asarray(default, float)
-
-    def ratio(samples: Sequence[float]) -> tuple[float, float]:
-        ratios = np.asarray(samples, float) / base
-        low, middle, high = np.percentile(ratios, (25, 50, 75))
-        # 0.93 is the standard error of a median for normal noise; 2.7 of them leave a false gain
-        # a chance of 1 in 100 among three finalists.
-        return float(middle), float(2.7 * 0.93 * (high - low) / np.sqrt(len(ratios)))
-
-    middle, spread = ratio(again)
-    noise = max(LEAST_NOISE, abs(middle - 1) + spread)
-    faster: dict[int, float] = {}
-    for number, samples in others.items():
-        middle, spread = ratio(samples)
-        # Both ways to compare must agree: pairs within rounds, and the medians that are reported.
-        if middle < 1 - max(noise, spread) and np.median(samples) < np.median(base):
-            faster[number] = middle
-    if not faster:
-        return default_number, noise
-    best = min(faster.values())
-    return min(n for n, middle in faster.items() if middle <= best + noise), noise
-
-
 def tune(
     study: optuna.Study,
     space: Space,
@@ -538,7 +420,7 @@ def tune(
     limits = limits or Limits()
     told = study.user_attrs.get("verdict")
     if told is not None:
-        return _from_json(told)
+        return from_json(told)
     search = _Search(study, space, default, evaluator, limits, floor_us, on_trial)
     first = [search.default, *suggestions]
     if space.size <= limits.trials:
@@ -548,34 +430,8 @@ def tune(
     if search.default in search.failures:
         raise DefaultFailed(search.failures[search.default])
     verdict = search.settle()
-    study.set_user_attr("verdict", _to_json(verdict))
+    study.set_user_attr("verdict", to_json(verdict))
     return verdict
-
-
-def _to_json(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "config": verdict.config,
-        "us": list(verdict.us),
-        "default_us": list(verdict.default_us),
-        "noise": verdict.noise,
-        "rounds": verdict.rounds,
-        "trials": verdict.trials,
-        "failures": [[number, *failure] for number, failure in verdict.failures.items()],
-        "stopped": verdict.stopped,
-    }
-
-
-def _from_json(told: Mapping[str, Any]) -> Verdict:
-    return Verdict(
-        config=dict(told["config"]),
-        us=Timing(*told["us"]),
-        default_us=Timing(*told["default_us"]),
-        noise=told["noise"],
-        rounds=told["rounds"],
-        trials=told["trials"],
-        failures={number: Failure(kind, detail) for number, kind, detail in told["failures"]},
-        stopped=told["stopped"],
-    )
 
 
 def sweep(

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date
-from typing import Any
 
 from hata.backend import Backend, Config
-from hata.encoder import Encoder
 from hata.problem import Problem
 from hata.profile import (
     Entry,
     Measured,
-    ModelKey,
     Profile,
-    Quality,
     SelectionSet,
     Timing,
     default_output,
 )
-from hata.selection import Selection
-from tune import cost, quality, search, space
+from tune import capture, cost, search, space
 from tune.plan import Plan, check_folder, check_numbers, make_plan
-from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row, layer_row
+from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
+from tune.selections import Chooser
 from tune.space import BUDGET, QUICK_BUDGET, QUICK_TRIALS, TRIALS, Space
+from tune.verdict import Verdict
 from tune.worker import CandidateFailed, Failure, Worker
 
 SUGGESTIONS = 4
@@ -67,7 +63,7 @@ def _check_output(plan: Plan) -> None:
 def _profile(
     plan: Plan,
     entries: Sequence[Entry],
-    verdicts: Sequence[search.Verdict],
+    verdicts: Sequence[Verdict],
     selections: Sequence[SelectionSet],
 ) -> Profile:
     noise = statistics.median([v.noise for v in verdicts]) if verdicts else 0.0
@@ -154,7 +150,7 @@ class _Session:
     def __init__(self, plan: Plan, options: argparse.Namespace, report: Report) -> None:
         self.plan, self.options, self.report = plan, options, report
         self.entries: list[Entry] = []
-        self.verdicts: list[search.Verdict] = []
+        self.verdicts: list[Verdict] = []
         self.selections: list[SelectionSet] = []
         self.rows: list[list[str]] = []
         self.layer_rows: list[list[str]] = []
@@ -297,168 +293,26 @@ class _Session:
     def _save(self) -> None:
         _profile(self.plan, self.entries, self.verdicts, self.selections).save(self.plan.out)
 
-    # Selections.
-
     def _choose_selections(self) -> None:
-        plan, options = self.plan, self.options
         able = {entry.backend for entry in self.entries if entry.op == "hash_attend"}
-        backend = next((b for b in plan.backends if b.name in able), None)
+        backend = next((b for b in self.plan.backends if b.name in able), None)
         if backend is None:
-            self.report.note("no selection is chosen: no backend here runs hash_attend")
+            if self.entries:
+                self.report.note("no selection is chosen: no backend here runs hash_attend")
             return
-        tokens = min(quality.TOKENS, plan.layout.context) if plan.model else quality.TOKENS
-        all_bits = [b for b in space.BITS if b <= plan.encoder.bits] or [plan.encoder.bits]
-        us = self._step_times(backend, tokens, all_bits)
-        # Nothing can be learned about positions from a set that has none.
-        guards = quality.GUARDS if plan.model else quality.GUARDS[:1]
-        sequences = 1 if options.quick else 2
-        layers = (
-            [i for i in range(plan.layout.layers) if i not in plan.encoder.dense_layers]
-            if plan.model
-            else [0]
-        )
-        gauges = _Gauges(self, backend, sequences)
-        study = search.open_study(
-            self.storage,
-            "/".join(
-                (
-                    "hata",
-                    "selection",
-                    plan.layout.name[:64],
-                    search.digest(
-                        plan.layout,
-                        plan.encoder_key,
-                        _projection_digest(plan.encoder),
-                        search.digest(plan.text),
-                        (sequences, quality.TOKENS, quality.QUERIES, quality.SHARES, guards),
-                        backend.name,
-                        backend.kernel_hash("hamming_topk"),
-                    ),
-                )
-            ),
-            resume=options.resume,
-            notes=f"retained attention mass of {plan.layout.name}",
-        )
-
-        def evaluate(point: Mapping[str, int]) -> dict[str, Any]:
-            gauge, length = gauges.of(point["layer"])
-            if gauge is None:
-                return {"value": 0.0, "constraints": {"quality": 1.0}, "tokens": 0, "table": []}
-            table = quality.grid(gauge, point["bits"], length, guards)
-            best = max(p.quality for p in table)
-            able = [us.get((p.bits, p.k), 0.0) for p in table if p.quality >= options.quality]
-            return {
-                "value": min(able, default=max(us.values())),
-                "constraints": {"quality": options.quality - best},
-                "tokens": length,
-                "table": [dataclasses.astuple(p) for p in table],
-            }
-
-        points = [{"layer": layer, "bits": bits} for layer in layers for bits in all_bits]
-        with self.report.watching(len(points), "selections"):
-            self.report.begin("reading text" if plan.model else "synthetic set")
-            found = search.sweep(study, points, evaluate, lambda _: self.report.advance())
-        tables: dict[int, list[quality.Point]] = {layer: [] for layer in layers}
-        length = tokens
-        for point, result in zip(points, found, strict=True):
-            tables[point["layer"]] += [quality.Point(*row) for row in result["table"]]
-            length = result["tokens"] or length
-        if length != tokens:
-            us = self._step_times(backend, length, all_bits)
-        self._settle_selections(tables, us, length, gauges.reasons)
-
-    def _settle_selections(
-        self,
-        tables: Mapping[int, list[quality.Point]],
-        us: Mapping[tuple[int, int], float],
-        tokens: int,
-        reasons: Mapping[int, str],
-    ) -> None:
-        plan, required = self.plan, self.options.quality
-        noise = max(statistics.median([v.noise for v in self.verdicts]), search.LEAST_NOISE)
-        chosen: list[Selection | None] = []
-        achieved = []
-        for layer in range(plan.layout.layers) if plan.model else [0]:
-            points = tables.get(layer, [])
-            point = quality.choose(points, us, required, noise) if points else None
-            if point is None:
-                best = max((p.quality for p in points), default=0.0)
-                why = reasons.get(layer, "") or ("below the bound" if points else "by the encoder")
-                chosen.append(None)
-                self.layer_rows.append(layer_row(str(layer), None, 0, 0, 0, best, why))
-                continue
-            dense_layers = 0 if plan.model else 2
-            selection = quality.selection_of(point, tokens, plan.layout.context, dense_layers)
-            chosen.append(selection)
-            achieved.append(point.quality)
-            name = str(layer) if plan.model else "any"
-            self.layer_rows.append(
-                layer_row(
-                    name,
-                    selection,
-                    us[point.bits, point.k],
-                    point.kept,
-                    point.exact,
-                    point.quality,
-                )
-            )
-        layers = tuple(chosen) if plan.model else chosen[0]
-        if layers is None:
-            self.report.note("no selection keeps enough of the synthetic set; none is written")
-            return
-        layout = plan.layout
-        self.selections = [
-            SelectionSet(
-                model=ModelKey(
-                    layout.name if plan.model else "synthetic",
-                    layout.model_type,
-                    layout.layers,
-                    layout.heads,
-                    layout.kv_heads,
-                    layout.head_dim,
-                ),
-                encoder=plan.encoder_key,
-                source="measured" if plan.model else "synthetic",
-                quality=Quality(required, min(1.0, round(min(achieved, default=1.0), 4))),
-                layers=layers,
-            )
-        ]
-        self._save()
-
-    def _step_times(
-        self, backend: Backend, tokens: int, all_bits: Sequence[int]
-    ) -> dict[tuple[int, int], float]:
-        """Microseconds of a decode step for every number of bits and budget of the grid."""
-        plan = self.plan
-        dtypes = space.dtypes_of(plan.layout, plan.device, backend.dtypes)
-        dtype = (dtypes or sorted(backend.dtypes))[0]
-        points, entries = [], []
-        for bits in all_bits:
-            for k in quality.budgets(tokens):
-                problem = space.hash_problem(
-                    plan.layout, plan.device, dtype, bits, tokens, k, plan.encoder.key_norms
-                )
-                default = backend.default(problem)
-                tuned = self.tuned[backend.name]
-                entries.append((problem, space.nearest_config(problem, tuned, default)[0]))
-                points.append((bits, k))
-        try:
-            # One block of inputs a point: small ones, so that all fit into memory together.
-            with Worker(backend.name, pool=24 << 20, keep=len(points)) as worker:
-                samples = worker.race(entries, 1.0 if self.options.quick else 2.0, least=15)
-            return {
-                point: statistics.median(sample)
-                for point, sample in zip(points, samples, strict=True)
-            }
-        except CandidateFailed as error:
-            self.report.note(f"  steps could not be timed ({error.failure}); times are predicted")
-            machine = self.machines[backend.name]
-            return {
-                point: cost.predict_us(problem, config, machine)
-                for point, (problem, config) in zip(points, entries, strict=True)
-            }
-
-    # The end.
+        chosen = Chooser(
+            self.plan,
+            self.report,
+            backend,
+            self.tuned[backend.name],
+            self.machines[backend.name],
+            statistics.median([verdict.noise for verdict in self.verdicts]),
+            self.options.quick,
+        ).run(self.storage, self.options.quality, self.options.resume)
+        self.layer_rows = chosen.rows
+        if chosen.selections is not None:
+            self.selections = [chosen.selections]
+            self._save()
 
     def _close(self) -> None:
         report, plan = self.report, self.plan
@@ -469,7 +323,7 @@ class _Session:
             report.say()
             report.table(
                 f"Selections at quality {self.options.quality:g} ({source}); k is the budget at "
-                f"{quality.TOKENS} tokens and grows with the context",
+                f"{capture.TOKENS} tokens and grows with the context",
                 LAYER_HEADER,
                 self.layer_rows,
             )
@@ -485,37 +339,3 @@ class _Session:
             report.say(f"Use it with HATA_PROFILE={plan.out}, or")
         report.say(f'  hata.use_profile("{plan.out}")')
         report.say(str(plan.out))
-
-
-class _Gauges:
-    """The gauge of one layer at a time; text is read when the first one is needed."""
-
-    def __init__(self, session: _Session, backend: Backend, sequences: int) -> None:
-        self._session, self._backend, self._sequences = session, backend, sequences
-        self._captured: quality.Captured | None = None
-        self._gauge: tuple[int, quality.Gauge] | None = None
-        self.reasons: dict[int, str] = {}
-
-    def of(self, layer: int) -> tuple[quality.Gauge | None, int]:
-        plan = self._session.plan
-        if self._captured is None:
-            if plan.model is None:
-                self._captured = quality.synthetic(plan.layout, sequences=1)
-            else:
-                self._captured = quality.capture(
-                    plan.model, plan.text, device=plan.device, sequences=self._sequences
-                )
-            self.reasons = self._captured.dense
-            self._session.report.begin("retained mass")
-        probe = self._captured.probes.get(layer)
-        if probe is None:
-            return None, self._captured.tokens
-        if self._gauge is None or self._gauge[0] != layer:
-            gauge = quality.Gauge(self._backend, plan.device, probe, plan.encoder, layer)
-            self._gauge = (layer, gauge)
-        return self._gauge[1], self._captured.tokens
-
-
-def _projection_digest(encoder: Encoder) -> str:
-    parts = [hashlib.sha256(p.tobytes()).hexdigest() for p in encoder.projections if p is not None]
-    return search.digest(*parts, encoder.key_norms)

@@ -256,21 +256,28 @@ def problems(
             _attend_problem(layout, device, dtypes[0], first),
         ]
         return found
-    found = []
-    for s in slots:
-        for dtype in dtypes:
-            # Half the bytes of a head change little about how long contexts scale.
-            if s == first or dtype == dtypes[0] or of_model:
-                found += [
-                    hash_problem(layout, device, dtype, b, s, budget_for(s), norms)
-                    for b in sorted(bits, key=lambda b: b != main)
-                ]
-        if s == first:
-            for dtype in dtypes:
-                found += [_encode_problem(layout, device, dtype, b, 4096, norms) for b in bits]
-                found.append(_attend_problem(layout, device, dtype, s))
-            found += [_topk_problem(layout, device, b, s, norms) for b in bits]
-    return found
+    found = [
+        hash_problem(layout, device, dtype, b, s, budget_for(s), norms)
+        for s in slots
+        for dtype in dtypes
+        for b in bits
+        # How a dtype scales with the context is much like how another does.
+        if of_model or s == first or dtype == dtypes[0]
+    ]
+    found += [_topk_problem(layout, device, b, first, norms) for b in bits]
+    for dtype in dtypes:
+        found += [_encode_problem(layout, device, dtype, b, 4096, norms) for b in bits]
+        found.append(_attend_problem(layout, device, dtype, first))
+
+    def unlike(problem: Problem) -> int:
+        """In how many ways a problem differs from the one in the middle."""
+        return (
+            (problem.bits not in (main, 0))
+            + (problem.dtype not in (dtypes[0], "uint8"))
+            + (problem.slots not in (pow2(first), 0))
+        )
+
+    return sorted(found, key=unlike)
 
 
 def shape_text(problem: Problem) -> str:

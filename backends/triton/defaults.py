@@ -7,7 +7,7 @@ Knobs, in the order in which a decode step meets them:
     parts                 shares a row's visible keys are scanned in (fixed, so a share is L / parts)
     tile, scan_*          keys a step of the scan, warps, depth of its pipeline
     histogram             counters: by warp ballots, or by atomics in shared memory
-    select                programs a row of a launch of its own that finds positions (0: none)
+    select                whether a launch of its own finds the selected positions
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
@@ -27,16 +27,16 @@ SCAN = {
     "scan_warps": (1, 2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
     "histogram": ("ballot", "shared"),
-    "select_tile": (256, 512, 1024, 2048, 4096),
+    "select_tile": (1024, 2048, 4096, 8192),
 }
-SELECT = {"splits": (1, 2, 4, 8, 16, 32, 64), "select_warps": (4, 8)}
+SELECT = {"select_warps": (1, 2, 4, 8)}
 ATTEND = {
     "keys": (16, 32, 64, 128),
     "splits": (1, 2, 4, 8, 16, 32, 64),
     "warps": (2, 4, 8),
     "stages": (1, 2, 3, 4),
 }
-FUSE = {"select": (0, 8, 16, 32, 64), "select_warps": (4, 8), "merge": (False, True)}
+FUSE = {"select": (False, True), "select_warps": (1, 2, 4, 8), "merge": (False, True)}
 STEP = {"columns": (32, 64, 128), "encode_warps": (4, 8)}
 
 KNOBS = {
@@ -69,7 +69,7 @@ def of(problem: Problem) -> Config:
         "select_tile": 2048,
     }
     if problem.op == "hamming_topk":
-        return {**scan, "splits": share(1024 // rows, 32), "select_warps": 4}
+        return {**scan, "select_warps": 4}
     keys = 32 if problem.dtype == "float32" or problem.value_dim > 256 else 64
     attend = {
         "keys": keys,
@@ -84,7 +84,7 @@ def of(problem: Problem) -> Config:
         "encode_warps": 4,
         **scan,
         **attend,
-        "select": 0,
+        "select": False,
         "select_warps": 4,
         "merge": False,
         "overlap": False,

@@ -64,6 +64,8 @@ from .pieces import (
 # Counters of one histogram at most; more values than this are counted digit by digit.
 MOST_BINS = 4096
 DIGIT = 11
+# Largest tile of stored keys; rows of them are read up to a tile beyond their end.
+MOST_TILE = 8192
 
 
 class Counting(NamedTuple):
@@ -255,7 +257,9 @@ def _refine_kernel(
             position = first + tl.arange(0, TILE)
             counted = (position < high) & (position >= start)
             counted &= ~is_forced(position, start, stop, sink, recent)
-            key = tl.load(scores + row * scores_row * ALIGN + position, mask=position < high, other=0)
+            key = tl.load(
+                scores + row * scores_row * ALIGN + position, mask=position < high, other=0
+            )
             key = key.to(tl.uint32, bitcast=True) >> DROP
             smaller += (counted & ((key >> DIGIT) < matched)).to(tl.int32)
             counted &= (key >> DIGIT) == matched
@@ -273,15 +277,16 @@ def _refine_kernel(
 
 
 @triton.jit
-def find_positions(
-    out, first_rank, end_rank, scores, counters, cumulated, state, below,
-    start, stop, budget, sink, recent, parts,
+def locate(
+    counters, cumulated, state, below, start, stop, budget, sink, recent, parts,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr,
+    PART_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the positions of one row's selected keys of ranks [first_rank, end_rank) to `out`.
+    """Threshold of a row and what its parts hold; pointers are the row's own.
 
-    Ranks count selected keys in ascending order of position. Pointers are the row's own.
+    Returns:
+        `threshold`, `ties` (how many keys at the threshold win) and [PARTS] packed counts of keys
+        up to each part's end: below the threshold in the low half, at it in the high half.
     """
     prefix = tl.zeros([], tl.int32)
     need = budget - sink - recent
@@ -290,8 +295,6 @@ def find_positions(
         need = tl.load(state + (ROUNDS - 1) * 2 + 1)
     digit, ties = find_bin(counters + (ROUNDS - 1) * BINS, need, BINS)
     threshold = ((prefix << DIGIT) | digit).to(tl.uint32, bitcast=True)
-
-    # How many keys lie below (low half) and at (high half) the threshold up to each part's end.
     part = tl.arange(0, PARTS)
     low, high = part_of(start, stop, part, parts, PART_TILE)
     active = (part < parts) & (low < high)
@@ -306,77 +309,150 @@ def find_positions(
     if ROUNDS > 1:
         smaller += tl.load(below + part, mask=active, other=0)
     both = tl.cumsum(tl.where(active, both + smaller + forced, 0), axis=0)
-    taken = (both & 0xFFFFFFFF).to(tl.int32) + tl.minimum((both >> 32).to(tl.int32), ties)
-    # Parts before the first rank: how many, and their counts.
-    done = active & (taken <= first_rank)
-    current = tl.sum(done.to(tl.int32))
-    before = tl.max(tl.where(done, both, 0))
-    first, _ = part_of(start, stop, current, parts, PART_TILE)
-    while first < stop:
-        position = tl.multiple_of(first, ALIGN) + tl.arange(0, TILE)
-        key = tl.load(scores + position, mask=position < stop, other=0)
+    return threshold, ties, both
+
+
+@triton.jit
+def ranks_of(both, ties):
+    """How many keys are selected where `both` packs the counts below and at the threshold."""
+    return (both & 0xFFFFFFFF).to(tl.int32) + tl.minimum((both >> 32).to(tl.int32), ties)
+
+
+@triton.jit
+def bits_below(count):
+    """Words with the lowest `count` bits set; none below 0, all above 31."""
+    some = tl.minimum(tl.maximum(count, 0), 31).to(tl.uint32)
+    mask = (tl.full(count.shape, 1, tl.uint32) << some) - 1
+    return tl.where(count > 31, tl.full(count.shape, 0xFFFFFFFF, tl.uint32), mask)
+
+
+@triton.jit
+def keep_lowest(words, count):
+    """The lowest `count` set bits of each word."""
+    end = tl.zeros_like(count)
+    for i in tl.static_range(5):
+        longer = end + (16 >> i)
+        end = tl.where(popcount(words & bits_below(longer)) <= count, longer, end)
+    return tl.where(count >= popcount(words), words, words & bits_below(end))
+
+
+@triton.jit
+def write_positions(
+    out, first_rank, end_rank, scores, low, high, before, threshold, ties, start, stop, sink,
+    recent, ROUNDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the positions in [low, high) of selected keys with ranks in [first_rank, end_rank).
+
+    Ranks count selected keys in ascending order of position; `before` packs the counts before
+    `low`. A tile becomes bit masks, one word for 32 keys, so that all but two comparisons a key
+    is work on words; then each word gives up its bits one by one, and few words have many.
+    """
+    # Counted in units of aligned positions, so that keys are loaded in whole vectors.
+    unit = low // ALIGN
+    word = tl.arange(0, TILE // 32)
+    bit = tl.arange(0, 32)
+    weight = (1 << bit).to(tl.uint32, bitcast=True)[None, :]
+    while unit * ALIGN < high:
+        origin = unit * ALIGN + word * 32
+        # Scores are padded by a tile, so that no key needs a mask of its own.
+        key = tl.load(scores + origin[:, None] + bit[None, :])
         if ROUNDS > 1:
             key = key.to(tl.uint32, bitcast=True)
         else:
             key = key.to(tl.int32).to(tl.uint32, bitcast=True)
-        seen = (position >= start) & (position < stop)
-        wins = is_forced(position, start, stop, sink, recent)
-        ties_here = seen & ~wins & (key == threshold)
-        wins = seen & (wins | (key < threshold))
+        smaller = tl.sum(tl.where(key < threshold, weight, 0), axis=1)
+        equals = tl.sum(tl.where(key == threshold, weight, 0), axis=1)
+        seen = bits_below(high - origin) & (bits_below(start - origin) ^ 0xFFFFFFFF)
+        forced = bits_below(start + sink - origin)
+        forced |= bits_below(stop - recent - origin) ^ 0xFFFFFFFF
+        winners = (smaller | forced) & seen
+        equals &= seen & (forced ^ 0xFFFFFFFF)
         # Both counts in one scan: they stay below 2^15 within a tile.
-        counts = wins.to(tl.int32) | (ties_here.to(tl.int32) << 16)
+        counts = popcount(winners) | (popcount(equals) << 16)
         scanned = tl.cumsum(counts, axis=0)
         earlier = scanned - counts
         equal_rank = (before >> 32).to(tl.int32) + (earlier >> 16)
         rank = (before & 0xFFFFFFFF).to(tl.int32) + (earlier & 0xFFFF)
         rank += tl.minimum(equal_rank, ties)
-        chosen = wins | (ties_here & (equal_rank < ties))
-        tl.store(out + rank, position, mask=chosen & (rank >= first_rank) & (rank < end_rank))
-        first += TILE
-        if first < stop:
-            total = tl.max(scanned & 0xFFFF).to(tl.int64)
-            before += total | (tl.max(scanned >> 16).to(tl.int64) << 32)
-            reached = (before & 0xFFFFFFFF).to(tl.int32)
-            reached += tl.minimum((before >> 32).to(tl.int32), ties)
-            if reached >= end_rank:
-                first = stop
+        left = winners | keep_lowest(equals, tl.maximum(ties - equal_rank, 0))
+        for _ in range(0, tl.max(popcount(left))):
+            lowest = popcount((left & ((left ^ 0xFFFFFFFF) + 1)) - 1)
+            tl.store(
+                out + rank,
+                unit * ALIGN + word * 32 + lowest,
+                mask=(left != 0) & (rank >= first_rank) & (rank < end_rank),
+            )
+            left = left & (left - 1)
+            rank += 1
+        unit += TILE // ALIGN
+        if unit * ALIGN < high:
+            total = tl.max(scanned)
+            before += (total & 0xFFFF).to(tl.int64) | ((total >> 16).to(tl.int64) << 32)
+            if ranks_of(before, ties) >= end_rank:
+                unit = tl.cdiv(high, ALIGN)
+
+
+@triton.jit
+def find_positions(
+    out, first_rank, end_rank, scores, counters, cumulated, state, below,
+    start, stop, budget, sink, recent, parts,
+    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
+    PART_TILE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the positions of a row's selected keys of ranks [first_rank, end_rank) to `out`."""
+    threshold, ties, both = locate(
+        counters, cumulated, state, below, start, stop, budget, sink, recent, parts,
+        ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
+    )  # fmt: skip
+    # Parts that end before the first rank: how many, and their counts.
+    done = (tl.arange(0, PARTS) < parts) & (ranks_of(both, ties) <= first_rank)
+    current = tl.sum(done.to(tl.int32))
+    before = tl.max(tl.where(done, both, 0))
+    low, _ = part_of(start, stop, current, parts, PART_TILE)
+    write_positions(
+        out, first_rank, end_rank, scores, low, stop, before, threshold, ties, start, stop, sink,
+        recent, ROUNDS, TILE,
+    )  # fmt: skip
 
 
 @triton.jit
 def _select_kernel(
     out, scores, counters, cumulated, state, below, lengths, starts,
-    heads, tokens, slots, parts, splits, length_step, start_step,
+    heads, tokens, slots, parts, length_step, start_step,
     k, ratio, least, sink, recent, scores_row, counters_row,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
     PART_TILE: tl.constexpr, TILE: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Positions of one row, ascending, then -1; one program a share of the ranks."""
+    """Positions of one row, ascending, then -1; one program a part."""
     wait_for_previous(OVERLAPPED)
     program = tl.program_id(0)
-    split = program % splits
-    row = (program // splits).to(tl.int64)
+    part = program % parts
+    row = (program // parts).to(tl.int64)
     token = (row % tokens).to(tl.int32)
     batch = row // tokens // heads
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     seen = stop - start
     budget = budget_of(seen, k, ratio, least)
-    share = tl.cdiv(k, splits)
-    first = split * share
-    end = tl.minimum(first + share, k)
     everything = seen <= budget
     taken = tl.minimum(seen, budget)
     # Ranks that hold no key, and all ranks where every visible key is selected.
-    plain = first if everything else tl.maximum(first, tl.minimum(taken, end))
-    for at in range(plain, end, TILE):
+    first = 0 if everything else taken
+    share = tl.cdiv(k - first, parts)
+    for at in range(first + part * share, tl.minimum(first + part * share + share, k), TILE):
         rank = at + tl.arange(0, TILE)
-        tl.store(out + row * k + rank, tl.where(rank < taken, start + rank, -1), mask=rank < end)
-    if (first < taken) & (seen > budget):
-        find_positions(
-            out + row * k, first, tl.minimum(end, taken),
-            scores + row * scores_row * ALIGN, counters + row * counters_row,
-            cumulated + row * parts * BINS, state + row * 6, below + row * parts,
-            start, stop, budget, sink, recent, parts,
-            ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
+        mask = rank < tl.minimum(first + part * share + share, k)
+        tl.store(out + row * k + rank, tl.where(rank < taken, start + rank, -1), mask=mask)
+    low, high = part_of(start, stop, part, parts, PART_TILE)
+    if (low < high) & (everything == 0):
+        threshold, ties, both = locate(
+            counters + row * counters_row, cumulated + row * parts * BINS, state + row * 6,
+            below + row * parts, start, stop, budget, sink, recent, parts,
+            ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
+        )  # fmt: skip
+        before = tl.sum(tl.where(tl.arange(0, PARTS) == part - 1, both, 0))
+        write_positions(
+            out + row * k, 0, taken, scores + row * scores_row * ALIGN, low, high, before,
+            threshold, ties, start, stop, sink, recent, ROUNDS, TILE,
         )  # fmt: skip
 
 
@@ -402,7 +478,7 @@ def lay_out(
     return Rows(
         planes=scratch.piece(rows * how.planes * bits // 32),
         counters=scratch.piece(rows * counters_row),
-        scores=scratch.piece(rows * scores_row * 128, how.itemsize),
+        scores=scratch.piece(rows * scores_row * 128 + MOST_TILE, how.itemsize),
         cumulated=scratch.piece(rows * parts * how.bins),
         state=scratch.piece(rows * 6),
         below=scratch.piece(rows * parts),
@@ -476,7 +552,7 @@ def bind_select(config: Config, how: Counting, parts: int, overlapped: bool) -> 
         _select_kernel,
         (
             "*i32", how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 8, "i64", *["i32"] * 5,
+            *["i32"] * 7, "i64", *["i32"] * 5,
         ),
         {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
          "PART_TILE": config["tile"], "TILE": config["select_tile"], "OVERLAPPED": overlapped},
@@ -514,7 +590,6 @@ def launch(
     bits, group = width * 8, q_heads // heads
     how = counting(group, bits, key_norms is not None)
     parts = min(config["parts"], pow2(-(-slots // config["tile"])))
-    splits = config["splits"]
     scratch = Scratch()
     at = lay_out(scratch, how, rows, slots, bits, parts, 0)
     memory = fw.empty((scratch.size,), "uint8", q_codes)
@@ -552,8 +627,8 @@ def launch(
                 heads, tokens, slots, parts, *span_steps, *limits, 0, *sizes,
             )  # fmt: skip
         select(
-            rows * splits, device, stream, address(indices, "*i32"), scores, counters, cumulated,
-            state, below, *spans, heads, tokens, slots, parts, splits, *span_steps, *limits,
+            rows * parts, device, stream, address(indices, "*i32"), scores, counters, cumulated,
+            state, below, *spans, heads, tokens, slots, parts, *span_steps, *limits,
             *sizes,
         )  # fmt: skip
     return indices

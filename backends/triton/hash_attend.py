@@ -244,9 +244,9 @@ def launch(
             )  # fmt: skip
         if config["select"]:
             bind_select(config, how, parts, overlapped)(
-                rows * config["select"], device, stream, address(memory, "*i32", positions_at),
+                rows * parts, device, stream, address(memory, "*i32", positions_at),
                 scores, counters, cumulated, state, below, *spans,
-                kv_heads, tokens, slots, parts, config["select"], *span_steps, *limits, *row_sizes,
+                kv_heads, tokens, slots, parts, *span_steps, *limits, *row_sizes,
             )  # fmt: skip
         attend(
             rows * blocks * columns * splits, device, stream,

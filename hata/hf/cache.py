@@ -160,7 +160,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         norms: Any = self.norms
         if codes is None or codes.shape[SLOTS] < total or _sealed(codes):
             self._buffers(self.keys, _capacity(total))
-            if self.coded:
+            if codes is not None:
                 self.codes[:, :, : self.coded] = codes[:, :, : self.coded]
                 if norms is not None:
                     self.norms[:, :, : self.coded] = norms[:, :, : self.coded]

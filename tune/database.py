@@ -1,0 +1,61 @@
+"""The file that studies lie in: where it is, and what to do when it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+from hata.errors import HataError
+
+
+class StorageError(HataError, RuntimeError):
+    """The database of the studies cannot be used."""
+
+
+def storage_url(given: str | None, default: Path) -> str:
+    """The database URL that `--storage` means: a URL, or the path of an SQLite file."""
+    if given is None:
+        return f"sqlite:///{default}"
+    if "://" in given:
+        return given
+    return f"sqlite:///{Path(given).expanduser().absolute()}"
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file behind a URL, if it is one."""
+    head, _, rest = url.partition(":///")
+    if not head.startswith("sqlite") or not rest or rest.startswith(":memory:"):
+        return None
+    return Path(rest.partition("?")[0])
+
+
+def damage(path: Path) -> str:
+    """What is wrong with an SQLite file; `""` if nothing is, or there is none."""
+    if not path.exists() or not path.stat().st_size:
+        return ""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        return "" if found == "ok" else str(found).splitlines()[0]
+    except sqlite3.OperationalError:
+        # Locked or not readable: not damaged, and whoever opens it next says it better.
+        return ""
+    except sqlite3.DatabaseError as error:
+        return str(error)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a database to `.bad`, with what belongs to it; returns its new name."""
+    bad = path.with_name(path.name + ".bad")
+    number = 1
+    while bad.exists():
+        number += 1
+        bad = path.with_name(f"{path.name}.bad{number}")
+    path.rename(bad)
+    for suffix in ("-journal", "-wal", "-shm"):
+        # A journal belongs to the file it was written for.
+        beside = path.with_name(path.name + suffix)
+        if beside.exists():
+            beside.rename(bad.with_name(bad.name + suffix))
+    return bad
