@@ -225,6 +225,11 @@ def capture(
         for number, row in enumerate(ids):
             body(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False)
             on_sequence(number + 1)
+    if not seen.q and seen.refused:
+        raise CaptureError(
+            f"--model: no layer of {type(language_model).__name__} can be hashed: "
+            f"{next(iter(seen.refused.values()))}"
+        )
     if not seen.q:
         raise CaptureError(
             f"--model: {type(language_model).__name__} does not use the attention interface of "

@@ -45,6 +45,31 @@ IEEE_ROWS = 16
 
 
 @triton.jit
+def _add_products(
+    values, squares, x, rows, mask, projection, projection_d, columns, first,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Add what `BLOCK_D` elements of each vector, from `first` on, give to both sums."""
+    depth = first + tl.arange(0, BLOCK_D)
+    inside = depth < D
+    vectors = tl.load(
+        x + rows[:, None] + depth[None, :], mask=mask[:, None] & inside[None, :], other=0.0
+    )
+    weights = tl.load(
+        projection + depth[:, None] * projection_d + columns[None, :],
+        mask=inside[:, None],
+        other=0.0,
+    )
+    wide = vectors.to(tl.float32)
+    squares += tl.sum(wide * wide, axis=1)
+    if IEEE:
+        values = tl.dot(wide, weights.to(tl.float32), values, input_precision="ieee")
+    else:
+        values = tl.dot(vectors, weights, values)
+    return values, squares
+
+
+@triton.jit
 def _project(
     x, rows, mask, projection, projection_d, bias_x, bias_f, has_bias, column,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
@@ -53,23 +78,19 @@ def _project(
     columns = column + tl.arange(0, N)
     values = tl.zeros([M, N], tl.float32)
     squares = tl.zeros([M], tl.float32)
-    for i in tl.range(0, D, BLOCK_D, num_stages=1):
-        depth = i + tl.arange(0, BLOCK_D)
-        inside = depth < D
-        vectors = tl.load(
-            x + rows[:, None] + depth[None, :], mask=mask[:, None] & inside[None, :], other=0.0
-        )
-        weights = tl.load(
-            projection + depth[:, None] * projection_d + columns[None, :],
-            mask=inside[:, None],
-            other=0.0,
-        )
-        wide = vectors.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=1)
-        if IEEE:
-            values = tl.dot(wide, weights.to(tl.float32), values, input_precision="ieee")
-        else:
-            values = tl.dot(vectors, weights, values)
+    if IEEE:
+        for first in range(0, D, BLOCK_D):
+            values, squares = _add_products(
+                values, squares, x, rows, mask, projection, projection_d, columns, first,
+                D, BLOCK_D, IEEE,
+            )  # fmt: skip
+    else:
+        # Unrolled: few steps, and Triton 3.6 and 3.7 fail on two such loops in one kernel.
+        for first in tl.static_range(0, D, BLOCK_D):
+            values, squares = _add_products(
+                values, squares, x, rows, mask, projection, projection_d, columns, first,
+                D, BLOCK_D, IEEE,
+            )  # fmt: skip
     # A bias comes in the dtype of x (1) or in float32 (2); the one that is not there is not read.
     bias = tl.load(bias_x + columns, mask=(columns >= 0) & (has_bias == 1), other=0.0)
     bias_wide = tl.load(bias_f + columns, mask=(columns >= 0) & (has_bias == 2), other=0.0)

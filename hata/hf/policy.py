@@ -18,8 +18,8 @@ from hata.errors import AttachError, EncoderError
 from hata.profile import ModelKey, Profile, SelectionSet
 from hata.selection import Selection
 
-# A sixteenth of the context, of which an eighth of the published budgets' length is always the most
-# recent text. 256 bits are what random projections need; a trained encoder brings its own.
+# 256 bits are for random projections; an encoder file brings its own number. A sixteenth of the
+# context, up to the 2048 keys that the paper attends to at 128K tokens (arXiv 2506.02572, RULER).
 DEFAULT_SELECTION = Selection(bits=256, k=2048, ratio=1 / 16, k_min=128, sink=4, recent=16)
 
 
