@@ -142,10 +142,20 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
     """The device to tune for, and the backends that run on it."""
     here = devices.has_cuda()
     infos = registry.list_backends()
-    usable = [registry.load(info.name) for info in infos if info.available]
-    if name is not None:
-        # Unknown and unavailable names say so themselves.
-        usable = [registry.load(name)]
+    usable = []
+    # Unknown and unavailable names say so themselves.
+    for candidate in [i.name for i in infos if i.available] if name is None else [name]:
+        try:
+            usable.append(registry.load(candidate))
+        except HataError:
+            raise
+        # A plug-in is somebody else's code, and must not stop the others.
+        except Exception as error:
+            if name is not None:
+                raise BackendUnavailable(
+                    f"--backend: {name} fails to start: {type(error).__name__}: {error}"
+                ) from None
+            notes.append(f"backend {candidate} fails to start: {type(error).__name__}: {error}")
 
     def on(kind: str) -> list[Backend]:
         return [backend for backend in usable if kind in backend.devices]

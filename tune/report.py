@@ -16,8 +16,6 @@ from tune.quality import Point
 from tune.verdict import Verdict
 from tune.worker import Failure
 
-WIDTH = 110
-
 
 class Report:
     """Tells people what happens."""
@@ -105,15 +103,24 @@ class Report:
         )
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of results; numbers stand right."""
+        """A table of results; numbers stand right, and a column that says nothing is left out."""
+        kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
         right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
         if self.rich and sys.stdout.isatty():
+            from rich import box
             from rich.console import Console
             from rich.table import Table
 
-            table = Table(title=title, title_justify="left")
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             for name, is_right in zip(header, right, strict=True):
-                table.add_column(name, justify="right" if is_right else "left")
+                # Where a terminal is narrow, shapes fold and nothing else.
+                table.add_column(
+                    name,
+                    justify="right" if is_right else "left",
+                    no_wrap=name != "shape",
+                    min_width=20 if name == "shape" else None,
+                )
             for row in rows:
                 table.add_row(*row)
             Console().print(table)

@@ -287,7 +287,8 @@ class _Session:
                 default_us=verdict.default_us.median,
             )
         )
-        self.rows.append(kernel_row(problem.op, space.shape_text(problem), backend.name, verdict))
+        name = backend.name if len(self.plan.backends) > 1 else ""
+        self.rows.append(kernel_row(problem.op, space.shape_text(problem), name, verdict))
         self._save()
 
     def _save(self) -> None:
@@ -317,7 +318,9 @@ class _Session:
     def _close(self) -> None:
         report, plan = self.report, self.plan
         report.say()
-        report.table(f"Kernels on {plan.fingerprint.describe()}", KERNEL_HEADER, self.rows)
+        names = ", ".join(backend.name for backend in plan.backends)
+        title = f"Kernels of {names} on {plan.fingerprint.describe()}"
+        report.table(title, KERNEL_HEADER, self.rows)
         if self.layer_rows:
             source = plan.layout.name if plan.model else "the synthetic set, attach will warn"
             report.say()

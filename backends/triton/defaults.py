@@ -6,6 +6,7 @@ Knobs, in the order in which a decode step meets them:
     columns               bits a program of the decode encode makes
     parts                 shares a row's visible keys are scanned in (fixed, so a share is L / parts)
     tile, scan_*          keys a step of the scan, warps, depth of its pipeline
+    ahead                 whether the scan loads a tile while it works on the one before
     histogram             counters: by warp ballots, or by atomics in shared memory
     select                whether a launch of its own finds the selected positions
     select_tile, select_warps  stored keys a step of the search for positions
@@ -26,22 +27,23 @@ SCAN = {
     "tile": (128, 256, 512, 1024, 2048),
     "scan_warps": (1, 2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
+    "ahead": (False, True),
     "histogram": ("ballot", "shared"),
     "select_tile": (1024, 2048, 4096, 8192),
+    "select_warps": (1, 2, 4, 8),
 }
-SELECT = {"select_warps": (1, 2, 4, 8)}
 ATTEND = {
     "keys": (16, 32, 64, 128),
     "splits": (1, 2, 4, 8, 16, 32, 64),
-    "warps": (2, 4, 8),
+    "warps": (1, 2, 4, 8),
     "stages": (1, 2, 3, 4),
 }
-FUSE = {"select": (False, True), "select_warps": (1, 2, 4, 8), "merge": (False, True)}
+FUSE = {"select": (False, True), "merge": (False, True)}
 STEP = {"columns": (32, 64, 128), "encode_warps": (4, 8)}
 
 KNOBS = {
     "encode": ENCODE,
-    "hamming_topk": {**SCAN, **SELECT},
+    "hamming_topk": SCAN,
     "sparse_attend": ATTEND,
     "hash_attend": {**STEP, **SCAN, **FUSE, **ATTEND, "overlap": (False, True)},
 }
@@ -53,39 +55,34 @@ def share(total: int, most: int) -> int:
 
 
 def of(problem: Problem) -> Config:
-    """The default configuration: shares for about 2,000 scanning and 500 attending programs."""
-    ieee = "float32" in (problem.dtype, problem.projection_dtype)
+    """The default configuration: enough programs to fill a large GPU, and no more."""
     if problem.op == "encode":
-        return {"rows": 128, "encode_warps": 8 if not ieee else 4}
+        return {"rows": 128, "encode_warps": 8}
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = max(problem.batch * heads * problem.tokens, 1)
-    wide = max(problem.bits // 32, 4)
+    few = rows < 32
+    # A part is about 2,048 keys where there are few rows, more where parts would be too many.
+    parts = min(share(2048 // rows, 256), share(problem.slots // 2048, 256) if few else 256)
     scan = {
-        "parts": max(share(2048 // rows, 256), 4),
-        "tile": max(4096 // pow2(wide), 128),
+        "parts": max(parts, 32 if few else 4),
+        "tile": max(4096 // pow2(max(problem.bits // 32, 4)), 128),
         "scan_warps": 4,
         "scan_stages": 1,
+        "ahead": few,
         "histogram": "shared",
-        "select_tile": 2048,
+        "select_tile": 2048 if few else 1024,
+        "select_warps": 2 if few else 1,
     }
     if problem.op == "hamming_topk":
-        return {**scan, "select_warps": 4}
-    keys = 32 if problem.dtype == "float32" or problem.value_dim > 256 else 64
+        return scan
+    heavy = problem.dtype == "float32" or max(problem.head_dim, problem.value_dim) > 128
     attend = {
-        "keys": keys,
-        "splits": share(1024 // rows, 32),
-        "warps": 4,
-        "stages": 2,
+        "keys": 32 if heavy else 64,
+        "splits": max(share(512 // rows, 32), 2),
+        "warps": 4 if heavy or few else 2,
+        "stages": 1 if few else 2,
     }
     if problem.op == "sparse_attend":
         return attend
-    return {
-        "columns": 32,
-        "encode_warps": 4,
-        **scan,
-        **attend,
-        "select": False,
-        "select_warps": 4,
-        "merge": False,
-        "overlap": False,
-    }
+    fuse = {"select": True, "merge": True, "overlap": True}
+    return {"columns": 32, "encode_warps": 4, **scan, **attend, **fuse}

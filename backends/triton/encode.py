@@ -38,7 +38,7 @@ from .launch import (
     vector,
     words,
 )
-from .pieces import pack, store_planes, store_words, visible
+from .pieces import let_next_start, pack, store_planes, store_words, visible
 
 # Data that are multiplied in fp32 go through ordinary arithmetic, in small blocks.
 IEEE_ROWS = 16
@@ -157,12 +157,13 @@ def _step_kernel(
     D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_D: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
     QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr, IEEE: tl.constexpr,
-    VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    VECTOR: tl.constexpr, UNIT: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """`N` bits of one head: of the queries of some groups, or of some fresh keys.
 
     Vectors of all batch rows share a tile, so a projection is read once for all of them.
     """
+    let_next_start(OVERLAPPED)
     program = tl.program_id(0)
     block = program % (R // N)
     jobs = query_tiles + key_tiles
@@ -326,6 +327,7 @@ def launch_step(
     span_steps: tuple[int, int],
     plane_count: int,
     encode_queries: bool,
+    overlapped: bool,
     fresh: int,
     slots: int,
     counters_row: int,
@@ -354,7 +356,7 @@ def launch_step(
         {"R": bits, "M": rows, "N": block, "MEMBERS": members, "PLANES": plane_count,
          "COUNTERS": max(4096 // rows * members, 64),
          "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
-         "VECTOR": wide, "UNIT": unit, **constants},
+         "VECTOR": wide, "UNIT": unit, "OVERLAPPED": overlapped, **constants},
         config["encode_warps"],
     )  # fmt: skip
     groups = batch * tokens

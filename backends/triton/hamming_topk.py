@@ -50,6 +50,7 @@ from .pieces import (
     find_bin,
     float_key,
     is_forced,
+    let_next_start,
     load_words,
     part_of,
     popcount,
@@ -140,17 +141,31 @@ def _planes_kernel(
 
 
 @triton.jit
+def _load_codes(
+    base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr
+):
+    """`CHUNK` words of each key in [first, first + TILE), from the one that `base` points to."""
+    position = first + tl.arange(0, TILE)
+    word = tl.arange(0, CHUNK) * (4 // UNIT)
+    return load_words(
+        base + position.to(tl.int64)[:, None] * codes_s + word[None, :],
+        (position < high)[:, None],
+        UNIT,
+    )
+
+
+@triton.jit
 def _scan_kernel(
     codes, planes, norms, scores, counters, cumulated, lengths, starts,
-    heads, share, tokens, slots, parts, length_step, start_step,
+    heads, share, tokens, slots, fresh, parts, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
     R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr,
     NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(OVERLAPPED)
+    CHUNKS: tl.constexpr = R // 32 // CHUNK
     program = tl.program_id(0)
     token = program % tokens
     part = program // tokens % parts
@@ -161,11 +176,18 @@ def _scan_kernel(
     low, high = part_of(start, stop, part, parts, TILE)
     seen = stop - start
     if (low < high) & (seen > tl.maximum(budget_of(seen, k, ratio, least), dense_below)):
-        word = tl.arange(0, CHUNK)
         base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
+        if AHEAD:
+            # The first tile is on its way while the launch before still makes the planes.
+            following = _load_codes(base, low, high, codes_s * VECTOR, TILE, CHUNK, UNIT)
+        wait_for_previous(OVERLAPPED)
+        if AHEAD & OVERLAPPED:
+            # Codes of fresh keys are made by that launch: read such a tile again.
+            if low + TILE > stop + (tokens - 1 - token) - fresh:
+                following = _load_codes(base, low, high, codes_s * VECTOR, TILE, CHUNK, UNIT)
         weighted = ()
-        for i in tl.static_range(PLANES * (R // 32 // CHUNK)):
-            bits = tl.load(planes + row * (PLANES * R // 32) + i * CHUNK + word)
+        for i in tl.static_range(PLANES * CHUNKS):
+            bits = tl.load(planes + row * (PLANES * R // 32) + i * CHUNK + tl.arange(0, CHUNK))
             weighted = weighted + (bits.to(tl.uint32, bitcast=True)[None, :],)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
@@ -174,15 +196,21 @@ def _scan_kernel(
         for first in tl.range(low, high, TILE, num_stages=STAGES):
             position = first + tl.arange(0, TILE)
             within = position < high
-            rows = base + position.to(tl.int64)[:, None] * (codes_s * VECTOR)
             distance = tl.zeros([TILE, CHUNK], tl.int32)
-            for c in tl.static_range(R // 32 // CHUNK):
-                at_word = (c * CHUNK + word)[None, :] * (4 // UNIT)
-                words = load_words(rows + at_word, within[:, None], UNIT)
+            for c in tl.static_range(CHUNKS):
+                if AHEAD:
+                    words = following
+                    following = _load_codes(
+                        base, first + TILE, high, codes_s * VECTOR, TILE, CHUNK, UNIT
+                    )
+                else:
+                    words = _load_codes(
+                        base + c * CHUNK * (4 // UNIT), first, high, codes_s * VECTOR,
+                        TILE, CHUNK, UNIT,
+                    )  # fmt: skip
                 for i in tl.static_range(PLANES):
                     weight = (1 << i) if i < PLANES - 1 else GROUP - (1 << (PLANES - 1)) + 1
-                    bits_apart = words ^ weighted[i * (R // 32 // CHUNK) + c]
-                    distance += popcount(bits_apart) * weight
+                    distance += popcount(words ^ weighted[i * CHUNKS + c]) * weight
             # A thread holds whole keys, so the sum leaves no copies that would be counted twice.
             key = tl.sum(distance, axis=1)
             if NORMS:
@@ -210,9 +238,13 @@ def _scan_kernel(
                 count_shared(bins, digit, counted)
         if SHARED is not None:
             bins = read_shared(bins, BINS)
+        let_next_start(OVERLAPPED)
         at = tl.arange(0, BINS)
         tl.store(cumulated + (row * parts + part) * BINS + at, tl.cumsum(bins, axis=0))
         tl.atomic_add(counters + row * counters_row + at, bins, mask=bins > 0, sem="relaxed")
+    else:
+        # Launches wait for one another in a chain, so no program may leave it.
+        wait_for_previous(OVERLAPPED)
 
 
 @triton.jit
@@ -320,20 +352,8 @@ def ranks_of(both, ties):
 
 @triton.jit
 def bits_below(count):
-    """Words with the lowest `count` bits set; none below 0, all above 31."""
-    some = tl.minimum(tl.maximum(count, 0), 31).to(tl.uint32)
-    mask = (tl.full(count.shape, 1, tl.uint32) << some) - 1
-    return tl.where(count > 31, tl.full(count.shape, 0xFFFFFFFF, tl.uint32), mask)
-
-
-@triton.jit
-def keep_lowest(words, count):
-    """The lowest `count` set bits of each word."""
-    end = tl.zeros_like(count)
-    for i in tl.static_range(5):
-        longer = end + (16 >> i)
-        end = tl.where(popcount(words & bits_below(longer)) <= count, longer, end)
-    return tl.where(count >= popcount(words), words, words & bits_below(end))
+    """Masks of 8 bits with the lowest `count` set; none below 0, all above 7."""
+    return (1 << tl.minimum(tl.maximum(count, 0), 8)) - 1
 
 
 @triton.jit
@@ -344,46 +364,50 @@ def write_positions(
     """Write the positions in [low, high) of selected keys with ranks in [first_rank, end_rank).
 
     Ranks count selected keys in ascending order of position; `before` packs the counts before
-    `low`. A tile becomes bit masks, one word for 32 keys, so that all but two comparisons a key
-    is work on words; then each word gives up its bits one by one, and few words have many.
+    `low`. A thread compares the 8 keys of one vector and makes masks of them; all else is work on
+    masks, which give up their few bits one by one.
     """
     # Counted in units of aligned positions, so that keys are loaded in whole vectors.
     unit = low // ALIGN
-    word = tl.arange(0, TILE // 32)
-    bit = tl.arange(0, 32)
-    weight = (1 << bit).to(tl.uint32, bitcast=True)[None, :]
+    vector = tl.arange(0, TILE // 8)
+    bit = tl.arange(0, 8)
+    weight = (1 << bit)[None, :]
     while unit * ALIGN < high:
-        origin = unit * ALIGN + word * 32
+        origin = unit * ALIGN + vector * 8
         # Scores are padded by a tile, so that no key needs a mask of its own.
         key = tl.load(scores + origin[:, None] + bit[None, :])
         if ROUNDS > 1:
             key = key.to(tl.uint32, bitcast=True)
         else:
             key = key.to(tl.int32).to(tl.uint32, bitcast=True)
-        smaller = tl.sum(tl.where(key < threshold, weight, 0), axis=1)
+        winners = tl.sum(tl.where(key < threshold, weight, 0), axis=1)
         equals = tl.sum(tl.where(key == threshold, weight, 0), axis=1)
-        seen = bits_below(high - origin) & (bits_below(start - origin) ^ 0xFFFFFFFF)
-        forced = bits_below(start + sink - origin)
-        forced |= bits_below(stop - recent - origin) ^ 0xFFFFFFFF
-        winners = (smaller | forced) & seen
-        equals &= seen & (forced ^ 0xFFFFFFFF)
+        if (unit * ALIGN < start + sink) | (unit * ALIGN + TILE > tl.minimum(stop - recent, high)):
+            # Only tiles at the ends hold keys that are not seen or win unscored.
+            seen = bits_below(high - origin) & (255 - bits_below(start - origin))
+            forced = bits_below(start + sink - origin) | (255 - bits_below(stop - recent - origin))
+            winners = (winners | forced) & seen
+            equals = equals & seen & (255 - forced)
         # Both counts in one scan: they stay below 2^15 within a tile.
-        counts = popcount(winners) | (popcount(equals) << 16)
+        counts = popcount(winners.to(tl.uint32)) | (popcount(equals.to(tl.uint32)) << 16)
         scanned = tl.cumsum(counts, axis=0)
         earlier = scanned - counts
         equal_rank = (before >> 32).to(tl.int32) + (earlier >> 16)
         rank = (before & 0xFFFFFFFF).to(tl.int32) + (earlier & 0xFFFF)
         rank += tl.minimum(equal_rank, ties)
-        left = winners | keep_lowest(equals, tl.maximum(ties - equal_rank, 0))
-        for _ in range(0, tl.max(popcount(left))):
-            lowest = popcount((left & ((left ^ 0xFFFFFFFF) + 1)) - 1)
+        left = winners | tl.where(equal_rank < ties, equals, 0)
+        for _ in range(0, tl.max(popcount(left.to(tl.uint32)))):
+            lowest = left & -left
+            is_equal = ((equals & lowest) != 0).to(tl.int32)
+            chosen = (left != 0) & ((is_equal == 0) | (equal_rank < ties))
             tl.store(
                 out + rank,
-                unit * ALIGN + word * 32 + lowest,
-                mask=(left != 0) & (rank >= first_rank) & (rank < end_rank),
+                origin + popcount((lowest - 1).to(tl.uint32)),
+                mask=chosen & (rank >= first_rank) & (rank < end_rank),
             )
+            rank += chosen.to(tl.int32)
+            equal_rank += is_equal
             left = left & (left - 1)
-            rank += 1
         unit += TILE // ALIGN
         if unit * ALIGN < high:
             total = tl.max(scanned)
@@ -518,11 +542,12 @@ def bind_scan(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
-            "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6, *["i64"] * 6,
+            "*i32", "*i32", *["i32"] * 9, "i64", *["i32"] * 6, *["i64"] * 6,
         ),
         {"R": bits, "GROUP": group, "PLANES": how.planes, "CHUNK": chunk,
          "TILE": config["tile"], "BINS": how.bins, "DROP": how.drop, "HALVE": how.halve,
          "NORMS": norms, "VECTOR": together, "UNIT": unit, "SHARED": shared,
+         "AHEAD": bool(config["ahead"]) and chunk == count,
          "STAGES": config["scan_stages"], "OVERLAPPED": overlapped},
         warps,
         config["scan_stages"],
@@ -618,7 +643,7 @@ def launch(
             rows * parts, device, stream,
             address(k_codes, code_pointer(unit, together)), planes,
             address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-            heads, heads // kv_heads, tokens, slots, parts, *span_steps, *limits, 0, *sizes,
+            heads, heads // kv_heads, tokens, slots, 0, parts, *span_steps, *limits, 0, *sizes,
             *steps(fw, k_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
         )  # fmt: skip
         for refine in rounds:

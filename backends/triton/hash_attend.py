@@ -45,12 +45,13 @@ from .launch import (
     data_pointer,
     norm_steps,
     optional,
+    overlaps,
     row_step,
     steps,
     vector,
     words,
 )
-from .pieces import ALIGN, budget_of, visible, wait_for_previous
+from .pieces import ALIGN, budget_of, let_next_start, visible, wait_for_previous
 from .sparse_attend import attend_positions, bind_merge, finish_split, merging, tiling
 
 
@@ -112,6 +113,7 @@ def _hash_attend_kernel(
             members - block * M, q_h, keys_s, values_s, column,
             D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
         )  # fmt: skip
+        let_next_start(OVERLAPPED)
         # Without a merge in this launch, every share is stored and another launch merges them.
         used = tl.maximum(tl.cdiv(taken, size), 1) if MERGE else splits
         finish_split(
@@ -162,7 +164,7 @@ def launch(
     members = heads // kv_heads
     group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
     fresh, dense_below = min(fresh, slots), min(dense_below, slots)
-    overlapped = bool(config["overlap"])
+    overlapped = overlaps(bool(config["overlap"]), q)
 
     how = counting(group, bits, key_norms is not None)
     sizes = tiling(dtype, depth, lanes, members, config["keys"])
@@ -228,13 +230,13 @@ def launch(
             encode.launch_step(
                 problem, config, fw, place, q, keys, projection, bias, query_projection,
                 query_bias, key_codes, key_norms, planes, counters, spans, span_steps,
-                how.planes, q_codes is None, fresh, slots, at.counters_row,
+                how.planes, q_codes is None, overlapped, fresh, slots, at.counters_row,
             )  # fmt: skip
         scan(
             rows * parts, device, stream,
             address(key_codes, code_pointer(unit, together)), planes,
             address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-            kv_heads, 1, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+            kv_heads, 1, tokens, slots, fresh, parts, *span_steps, *limits, dense_below, *row_sizes,
             *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
         )  # fmt: skip
         for refine in rounds:

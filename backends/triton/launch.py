@@ -10,6 +10,7 @@ Under `TRITON_INTERPRET=1` the same calls run on CPU tensors in Triton's interpr
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -175,6 +176,21 @@ def bind(
         kind = _Interpreted if INTERPRETED else Bound
         found = _bound[key] = kind(fn, types, constants, options)
     return found
+
+
+@functools.lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def overlaps(wanted: bool, x: Any) -> bool:
+    """Whether launches may overlap: asked for, and the device of `x` (sm_90 or newer) can."""
+    if INTERPRETED or not wanted:
+        return False
+    if x.is_cuda:
+        return _capability(x.device.index) >= (9, 0)
+    # Arrays without data stand for those of the current device, or of none.
+    return not torch.cuda.is_available() or _capability(torch.cuda.current_device()) >= (9, 0)
 
 
 class Scratch:

@@ -193,7 +193,13 @@ def find_bin(histogram, need, BINS: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(OVERLAPPED: tl.constexpr):
-    """Where launches overlap: let the next one start, and wait for the one before to finish."""
+    """Where launches overlap: wait until the launch before has finished and its writes are seen."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAPPED: tl.constexpr):
+    """Where launches overlap: the next one may take what this program leaves free."""
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()

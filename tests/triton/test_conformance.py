@@ -1,0 +1,35 @@
+"""The Triton backend against the conformance suite: on a GPU, or in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hata.testing import BackendSuite
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TestTriton(BackendSuite):
+    backend = "triton"
+    device = "cpu" if INTERPRETED else "cuda"
+    if INTERPRETED:
+        # A program takes milliseconds there.
+        max_slots = 40
+        max_head_dim = 48
+        max_examples = 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_interpreter(repo_root):
+    """The suite on small shapes in the interpreter, which needs a process of its own."""
+    pytest.importorskip("triton", reason="the Triton backend needs it")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        cwd=repo_root,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
