@@ -14,7 +14,7 @@ class ReferenceBackend(Backend):
     """CPU kernels for float32, float16 and bfloat16, right for every stride and alignment.
 
     Kernels are compiled at their first use and kept in numba's cache on disk (`NUMBA_CACHE_DIR`).
-    They use the threads of numba (`NUMBA_NUM_THREADS`, `numba.set_num_threads`).
+    They use as many threads as numba would (`NUMBA_NUM_THREADS`), their own.
     """
 
     name: ClassVar[str] = "reference"
@@ -32,8 +32,9 @@ class ReferenceBackend(Backend):
     def __init__(self) -> None:
         super().__init__()
         # numba is imported when the backend is used, not when it is listed
-        from . import encode, hamming_topk, hash_attend, sparse_attend
+        from . import encode, hamming_topk, hash_attend, schedule, sparse_attend
 
+        self._workers = schedule.workers
         self._ops = {
             "encode": encode,
             "hamming_topk": hamming_topk,
@@ -50,10 +51,16 @@ class ReferenceBackend(Backend):
         return dict(self._ops[op].TUNABLES)
 
     def default(self, problem: Problem) -> Config:
-        """Threads where there is work for them; the cuts that were best in most measurements."""
+        """Threads where there is work for them, and a few items for each of them."""
         config = dict(self._ops[problem.op].DEFAULTS)
         if _work(problem) < _WORTH_THREADS:
             config["threads"] = "one"
+        chunks = self.tunables(problem.op, problem).get("chunk")
+        if chunks:
+            wanted = _ITEMS_EACH * self._workers(config["threads"])
+            groups = problem.batch * problem.kv_heads
+            enough = [c for c in chunks if groups * -(-problem.slots // c) >= wanted]
+            config["chunk"] = enough[-1] if enough else chunks[0]
         return config
 
     def prepare(self, problem: Problem) -> None:
@@ -101,6 +108,9 @@ class ReferenceBackend(Backend):
         )  # fmt: skip
 
 
+# Items of work for each thread, so that one that starts late or is held up costs little. Fewer and
+# larger ones are faster where all goes well.
+_ITEMS_EACH = 4
 # Starting the other threads costs about as much as this many operations of 32 lanes.
 _WORTH_THREADS = 20_000
 
