@@ -1,4 +1,4 @@
-"""The `hata` command: `hata info`, `hata tune`, `hata profile show|validate|diff`.
+"""The `hata` command: `hata info`, `hata tune`, `hata convert`, `hata profile ...`.
 
 `hata tune` is the program `python -m tune`; the library knows it by name only. `hata profile`
 imports no array framework.
@@ -19,7 +19,7 @@ from typing import Any
 
 import hata
 from hata import device, registry
-from hata.errors import HataDeviceError, ProfileError
+from hata.errors import HataDeviceError, HataError, ProfileError
 from hata.problem import Problem
 from hata.profile import Profile, SelectionSet, default_output, find, soft_differences
 from hata.selection import Selection
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except ProfileError as error:
+    except HataError as error:
         print(f"hata: error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     commands.add_parser("tune", help="tune for this machine and write a profile", add_help=False)
+
+    convert = commands.add_parser(
+        "convert", help="make an encoder file of weights that HATA's own trainer wrote"
+    )
+    convert.add_argument("source", help="folder with one hash_weight_layer_N.pt per hashed layer")
+    convert.add_argument("--config", required=True, help="the model's config.json, or its folder")
+    convert.add_argument("--out", required=True, help="encoder to write, *.safetensors")
+    convert.set_defaults(run=_convert)
 
     profile = commands.add_parser("profile", help="show, validate or compare profiles")
     verbs = profile.add_subparsers(metavar="VERB", required=True)
@@ -103,6 +111,15 @@ def _tune(arguments: list[str]) -> int:
         runpy.run_module(_TUNER, run_name="__main__", alter_sys=True)
     finally:
         sys.argv = before
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from hata.convert import convert
+
+    encoder = convert(options.source, options.config)
+    encoder.save(options.out)
+    print(f"{options.out}: {encoder!r}")
     return 0
 
 

@@ -209,7 +209,8 @@ class Encoder:
         if path.suffix.lower() in _PICKLES:
             raise EncoderError(
                 f"encoder: got {path}, a pickle, which can run code when it is read; expected a "
-                f"safetensors file; convert it first: hata convert {path}"
+                f"safetensors file; HATA's weights are converted with: hata convert {path.parent} "
+                "--config MODEL --out encoder.safetensors"
             )
         if not path.is_file():
             raise EncoderError(

@@ -5,7 +5,7 @@ Knobs, in the order in which a decode step meets them:
     rows, encode_warps    vectors a program of the prefill encode takes, and its warps
     columns               bits a program of the decode encode makes
     parts                 shares a row's visible keys are scanned in (fixed, so a share is L / parts)
-    tile, scan_*          keys a step of the scan, warps, depth of its pipeline
+    tile, scan_warps      keys a step of the scan, and its warps
     ahead                 whether the scan loads a tile while it works on the one before
     histogram             counters: by warp ballots, or by atomics in shared memory
     select                whether a launch of its own finds the selected positions
@@ -26,7 +26,6 @@ SCAN = {
     "parts": (4, 8, 16, 32, 64, 128, 256),
     "tile": (128, 256, 512, 1024, 2048),
     "scan_warps": (1, 2, 4, 8),
-    "scan_stages": (1, 2, 3, 4),
     "ahead": (False, True),
     "histogram": ("ballot", "shared"),
     "select_tile": (1024, 2048, 4096, 8192),
@@ -67,7 +66,6 @@ def of(problem: Problem) -> Config:
         "parts": max(parts, 32 if few else 4),
         "tile": max(4096 // pow2(max(problem.bits // 32, 4)), 128),
         "scan_warps": 4,
-        "scan_stages": 1,
         "ahead": few,
         "histogram": "shared",
         "select_tile": 2048 if few else 1024,

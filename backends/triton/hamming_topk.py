@@ -163,7 +163,7 @@ def _scan_kernel(
     R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr,
     NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = R // 32 // CHUNK
     program = tl.program_id(0)
@@ -193,7 +193,7 @@ def _scan_kernel(
             bins = tl.zeros([BINS], tl.int32)
         else:
             bins = shared_bins(SHARED, BINS)
-        for first in tl.range(low, high, TILE, num_stages=STAGES):
+        for first in range(low, high, TILE):
             position = first + tl.arange(0, TILE)
             within = position < high
             distance = tl.zeros([TILE, CHUNK], tl.int32)
@@ -548,10 +548,9 @@ def bind_scan(
          "TILE": config["tile"], "BINS": how.bins, "DROP": how.drop, "HALVE": how.halve,
          "NORMS": norms, "VECTOR": together, "UNIT": unit, "SHARED": shared,
          "AHEAD": bool(config["ahead"]) and chunk == count,
-         "STAGES": config["scan_stages"], "OVERLAPPED": overlapped},
+         "OVERLAPPED": overlapped},
         warps,
-        config["scan_stages"],
-        overlapped,
+        overlapped=overlapped,
     )  # fmt: skip
     rounds = [
         bind(
@@ -563,8 +562,7 @@ def bind_scan(
             {"ROUND": i, "DROP": (2 - i) * DIGIT, "DIGIT": DIGIT, "TILE": config["tile"],
              "BINS": how.bins, "SHARED": shared, "OVERLAPPED": overlapped},
             warps,
-            2,
-            overlapped,
+            overlapped=overlapped,
         )
         for i in range(1, how.rounds)
     ]  # fmt: skip

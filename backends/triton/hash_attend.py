@@ -164,6 +164,8 @@ def launch(
     members = heads // kv_heads
     group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
     fresh, dense_below = min(fresh, slots), min(dense_below, slots)
+    # A budget of more keys than there are slots is one of all of them, and costs no more.
+    budget = budget._replace(k=max(min(budget.k, slots), 1))
     overlapped = overlaps(bool(config["overlap"]), q)
 
     how = counting(group, bits, key_norms is not None)

@@ -16,13 +16,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 
 from hata.arrays import Framework
+from hata.backend import Config
 from hata.errors import BackendUnavailable, HataCaptureError
+from hata.problem import Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -50,7 +53,7 @@ def source(fn: Any, types: tuple[str, ...], constants: dict[str, Any]) -> Any:
         signature[name], _, promise = kind.partition(":")
         if promise:
             aligned[(i,)] = [["tt.divisibility", int(promise)]]
-    signature |= {name: "constexpr" for name in names[len(types) :]}
+    signature |= dict.fromkeys(names[len(types) :], "constexpr")
     return triton.compiler.ASTSource(
         fn, signature, {name: constants[name] for name in names[len(types) :]}, aligned
     )
@@ -76,6 +79,9 @@ class Bound:
             )
         try:
             kernel = self._compile()
+        except CompilationError:
+            # Not the cache's fault.
+            raise
         # Whatever a damaged or read-only cache folder makes Triton raise.
         except Exception as error:
             previous = os.environ.get("TRITON_CACHE_DIR")
@@ -111,10 +117,6 @@ class Bound:
 
     def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
         """Launch on `grid` programs; `args` are addresses (0 for none) and numbers."""
-        met = _met.get()
-        if met is not None:
-            met.append(self)
-            return
         run, function, metadata = self._loaded.get(device) or self.load(device)
         run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *self._placeholders)
 
@@ -126,10 +128,6 @@ class _Interpreted(Bound):
         return None
 
     def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
-        met = _met.get()
-        if met is not None:
-            met.append(self)
-            return
         self.fn[(grid,)](*args, **self.constants)
 
 
@@ -265,56 +263,122 @@ def data_pointer(dtype: str, vector: int) -> str:
     return POINTERS[dtype] + (":16" if vector > 1 else "")
 
 
-if INTERPRETED:
+class Plan:
+    """The launches of a call, made once per signature and run again with other arrays.
 
-    def address(x: Any, pointer: str, offset: int = 0) -> Any:
-        """An array as a kernel argument of type `pointer`, `offset` bytes in."""
-        dtype = _TORCH[pointer.partition(":")[0]]
-        if x is None or x.numel() == 0:
-            return torch.zeros(1, dtype=dtype)
-        x = x[offset:] if offset else x
-        return x if x.dtype == dtype else x.view(dtype)
-
-else:
-
-    def address(x: Any, pointer: str, offset: int = 0) -> Any:
-        """An array as a kernel argument of type `pointer`, `offset` bytes in."""
-        return 0 if x is None else x.data_ptr() + offset
-
-
-def optional(fw: Framework, x: Any, dtype: str) -> tuple[Any, Any, int]:
-    """A bias or sink logits as two arguments and a flag.
-
-    The array comes in `dtype` (flag 1) or, beside data of another dtype, in float32 (flag 2);
-    0: there is none. The argument that is not used is empty.
+    A launcher writes its call into a plan: the arrays it allocates, and the kernels with their
+    arguments, in which addresses stand as references. Whatever a plan depends on is in its key.
     """
-    flag = 0 if x is None else 1 if fw.dtype(x) == dtype else 2
-    return (
-        address(x if flag == 1 else None, POINTERS[dtype]),
-        address(x if flag == 2 else None, "*fp32"),
-        flag,
-    )
+
+    def __init__(self, arrays: tuple[Any, ...]) -> None:
+        self._slots = {id(x): i for i, x in enumerate(arrays) if x is not None}
+        self._given = len(arrays)
+        self._made: list[tuple[tuple[int, ...], str]] = []
+        self._keep: list[object] = []
+        self.launches: list[tuple[Bound, int, tuple[_Reference, ...], tuple[Any, ...]]] = []
+
+    def output(self, shape: tuple[int, ...], dtype: str) -> object:
+        """An array that every run allocates; runs return them in order (scratch comes last)."""
+        token = object()
+        self._keep.append(token)
+        self._slots[id(token)] = self._given + len(self._made)
+        self._made.append((shape, dtype))
+        return token
+
+    def address(self, x: Any, pointer: str, offset: int = 0) -> _Reference:
+        """An array as a kernel argument of type `pointer`, `offset` bytes in; `None` for none."""
+        return _Reference(-1 if x is None else self._slots[id(x)], pointer, offset)
+
+    def optional(self, fw: Framework, x: Any, dtype: str) -> tuple[_Reference, _Reference, int]:
+        """A bias or sink logits as two arguments and a flag.
+
+        The array comes in `dtype` (flag 1) or, beside data of another dtype, in float32 (flag 2);
+        0: there is none. The argument that is not used is empty.
+        """
+        flag = 0 if x is None else 1 if fw.dtype(x) == dtype else 2
+        return (
+            self.address(x if flag == 1 else None, POINTERS[dtype]),
+            self.address(x if flag == 2 else None, "*fp32"),
+            flag,
+        )
+
+    def launch(self, kernel: Bound, grid: int, *args: Any) -> None:
+        """Launch a kernel on `grid` programs; references come first in `args`."""
+        count = sum(isinstance(arg, _Reference) for arg in args)
+        self.launches.append((kernel, grid, args[:count], args[count:]))
+
+    def run(self, fw: Framework, arrays: tuple[Any, ...]) -> list[Any]:
+        """Allocate and launch; `arrays` are those of this call. Returns what was allocated."""
+        like = arrays[0]
+        made = [fw.empty(shape, dtype, like) for shape, dtype in self._made]
+        met = _met.get()
+        if met is not None:
+            met.extend(launch[0] for launch in self.launches)
+            return made
+        arrays = (*arrays, *made, None)
+        if INTERPRETED:
+            for kernel, grid, references, numbers in self.launches:
+                views = (_view(arrays[slot], pointer, offset) for slot, pointer, offset in references)
+                kernel(grid, 0, 0, *views, *numbers)
+            return made
+        device = like.device.index
+        if torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                return self._run(device, arrays, made)
+        return self._run(device, arrays, made)
+
+    def _run(self, device: int, arrays: tuple[Any, ...], made: list[Any]) -> list[Any]:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        addresses = [0 if x is None else x.data_ptr() for x in arrays]
+        for kernel, grid, references, numbers in self.launches:
+            pointers = [addresses[slot] + offset for slot, _, offset in references]
+            kernel(grid, device, stream, *pointers, *numbers)
+        return made
 
 
-class Place:
-    """A device and torch's current stream on it, made current for the launches of a call."""
+class _Reference(NamedTuple):
+    slot: int
+    pointer: str
+    offset: int
 
-    __slots__ = ("_guard", "_idle", "device", "stream")
 
-    def __init__(self, x: Any) -> None:
-        self._idle = INTERPRETED or _met.get() is not None
-        self.device = 0 if self._idle else x.device.index
-        self.stream = 0
-        self._guard = None
+def _view(x: Any, pointer: str, offset: int) -> torch.Tensor:
+    """A tensor as the interpreter takes it: with elements of the pointer's type."""
+    dtype = _TORCH[pointer.partition(":")[0]]
+    if x is None or x.numel() == 0:
+        return torch.zeros(1, dtype=dtype)
+    x = x[offset:] if offset else x
+    return x if x.dtype == dtype else x.view(dtype)
 
-    def __enter__(self) -> Place:
-        if not self._idle:
-            if torch.cuda.current_device() != self.device:
-                self._guard = torch.cuda.device(self.device)
-                self._guard.__enter__()
-            self.stream = torch._C._cuda_getCurrentRawStream(self.device)
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._guard is not None:
-            self._guard.__exit__(*error)
+# A growing cache makes a new signature at every step; the memo is emptied when it is full.
+_PLAN_LIMIT = 1024
+_plans: dict[tuple, tuple[Plan, object]] = {}
+
+
+def planned(
+    build: Callable[..., None],
+    problem: Problem,
+    config: Config,
+    fw: Framework,
+    arrays: tuple[Any, ...],
+    *options: Any,
+) -> list[Any]:
+    """Run the plan that `build(plan, problem, config, fw, *arrays, *options)` writes.
+
+    Returns:
+        What the plan's `output`s became, in order.
+    """
+    signatures = [None if x is None else fw.signature(x) for x in arrays]
+    key = (problem, id(config), options, *signatures)
+    found = _plans.get(key)
+    if found is None:
+        # Aliases, so that one array in two roles is not taken for the other in a later call.
+        aliases = tuple(None if x is None else x.detach() for x in arrays)
+        plan = Plan(aliases)
+        build(plan, problem, config, fw, *aliases, *options)
+        if len(_plans) >= _PLAN_LIMIT:
+            _plans.clear()
+        # Kept with its configuration, whose identity is in the key.
+        found = _plans[key] = (plan, config)
+    return found[0].run(fw, arrays)

@@ -17,7 +17,7 @@ class TestTriton(BackendSuite):
     backend = "triton"
     device = "cpu" if INTERPRETED else "cuda"
     if INTERPRETED:
-        # A program takes milliseconds there.
+        dtypes = ("float32", "bfloat16")
         max_slots = 40
         max_head_dim = 48
         max_examples = 2
@@ -26,12 +26,26 @@ class TestTriton(BackendSuite):
         max_examples = 5
 
 
+# A program takes milliseconds in the interpreter, so its process runs what sees most.
+OF_INTEREST = "(test_encode or hamming_topk or sparse_attend or hash_attend) and not (depends or every or fault or prepare or jax)"  # noqa: E501
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_interpreter(repo_root):
     """The suite on small shapes in the interpreter, which needs a process of its own."""
     pytest.importorskip("triton", reason="the Triton backend needs it")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            OF_INTEREST,
+            __file__,
+        ],
         cwd=repo_root,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -1,0 +1,111 @@
+"""Every kernel compiles for every architecture, without a GPU; what it takes is recorded."""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hata.backend import use_config
+from hata.problem import Problem
+
+triton = pytest.importorskip("triton", reason="the Triton backend needs it")
+torch = pytest.importorskip("torch", reason="the Triton backend needs it")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+LLAMA = {
+    "device": "cuda", "heads": 32, "kv_heads": 8, "head_dim": 128, "bits": 128, "k": 2048,
+    "slots": 131072,
+}  # fmt: skip
+
+
+def attention(dtype, projection_dtype=None, **sizes):
+    """A decode step; `sizes` differ from those of Llama 3.1 8B."""
+    sizes = {**LLAMA, "value_dim": 128, **sizes}
+    return Problem("hash_attend", dtype=dtype, projection_dtype=projection_dtype or dtype, **sizes)
+
+
+DECODE = attention("bfloat16")
+ENCODE = Problem(
+    "encode", "cuda", "bfloat16", "bfloat16", heads=8, kv_heads=8, head_dim=128, bits=128,
+    tokens=131072, norms=True,
+)  # fmt: skip
+NORMS = Problem(
+    "hamming_topk", "cuda", "uint8", heads=32, kv_heads=8, bits=128, k=2048, slots=131072,
+    norms=True,
+)  # fmt: skip
+SPARSE = Problem(
+    "sparse_attend", "cuda", "float16", heads=32, kv_heads=8, head_dim=64, value_dim=64, k=512,
+    slots=32768, per_head=True,
+)  # fmt: skip
+MLA = attention("bfloat16", heads=16, kv_heads=1, head_dim=576, value_dim=512, bits=256)
+ODD = attention(
+    "float16", "float32", heads=7, kv_heads=1, head_dim=80, value_dim=96, bits=96, aligned=False
+)  # fmt: skip
+WIDE = attention("float32", heads=16, kv_heads=2, head_dim=64, value_dim=64, tokens=2, norms=True)
+
+CASES = {
+    "decode-sm80": (DECODE, 80, {}),
+    "decode-sm90": (DECODE, 90, {}),
+    "decode-sm100": (DECODE, 100, {}),
+    "decode-sm120": (DECODE, 120, {}),
+    "fused-sm90": (DECODE, 90, {"select": False, "merge": False, "histogram": "ballot"}),
+    "encode-sm80": (ENCODE, 80, {}),
+    "encode-sm90": (ENCODE, 90, {}),
+    "encode-sm100": (ENCODE, 100, {}),
+    "norms-sm80": (NORMS, 80, {}),
+    "per-head-sm90": (SPARSE, 90, {}),
+    "mla-sm90": (MLA, 90, {}),
+    "odd-sm120": (ODD, 120, {}),
+    "float32-sm80": (WIDE, 80, {}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def resources(cubin, folder):
+    """Registers, stack bytes (spills) and shared bytes of a cubin."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return {}
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+    return dict(re.findall(r"(REG|STACK|SHARED):(\d+)", usage))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile(case, record_property, tmp_path):
+    problem, architecture, options = CASES[case]
+    backend = importlib.import_module("hata.backends.triton").TritonBackend()
+    rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
+    config = {**backend.default(problem), **options}
+    if architecture < 90 and "overlap" in config:
+        config["overlap"] = False
+    with use_config("triton", problem.op, config):
+        kernels = rehearsal.kernels(backend, problem)
+    assert kernels
+    for kernel in kernels:
+        compiled = kernel.compile_for(GPUTarget("cuda", architecture, 32))
+        usage = resources(compiled.asm["cubin"], tmp_path)
+        record_property(f"{kernel.fn.__name__}-{architecture}", usage)
+        # A block has 227 KB on the architectures with most, 99 KB on those with least.
+        assert compiled.metadata.shared <= {80: 163, 120: 99}.get(architecture, 227) * 1024
+
+
+def test_rehearsals_agree():
+    """A rehearsal lists the same kernels, each once, whenever it is held."""
+    triton_backend = importlib.import_module("hata.backends.triton")
+    rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
+    backend = triton_backend.TritonBackend()
+    for problem in (DECODE, ENCODE, NORMS, SPARSE):
+        first = rehearsal.kernels(backend, problem)
+        assert rehearsal.kernels(backend, problem) == first
+        assert len(first) == len(set(first))
