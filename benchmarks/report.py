@@ -198,7 +198,7 @@ def closing_tables(rows: Sequence[Row], device: str) -> list[Table]:
     tables = [summary(rows)]
     answered = bars(rows, device)
     if answered:
-        table = Table(title="bars", title_justify="left")
+        table = Table(title="targets", title_justify="left")
         for column in ("bar", "wanted", "measured", ""):
             table.add_column(column, justify="left" if column in ("bar", "") else "right")
         for name, wanted, measured, met in answered:

@@ -113,6 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except HataError as error:
         return _refuse(str(error))
+    except BrokenPipeError:
+        # `hata tune --dry-run | head` closes early; what is left has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     # People get one line; who repairs the tuner sets HATA_DEBUG.
     except Exception as error:
         if os.environ.get("HATA_DEBUG"):
