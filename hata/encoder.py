@@ -212,7 +212,11 @@ class Encoder:
                 f"safetensors file; HATA's weights are converted with: hata convert {path.parent} "
                 "--config MODEL --out encoder.safetensors"
             )
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):
+            found = False
+        if not found:
             raise EncoderError(
                 f"encoder: got {path}, which is not a file; expected a safetensors file, or "
                 '"random" for the untrained encoder'
@@ -339,6 +343,10 @@ def _check_bits(bits: int) -> None:
 def _check_array(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
     if array.shape != expected:
         raise EncoderError(f"{name}: got shape {array.shape}, expected {expected}")
+    if array.dtype.name in _DTYPES and not np.isfinite(array.astype(np.float32)).all():
+        raise EncoderError(
+            f"{name}: got NaN or infinite numbers, with which all codes are alike; train it again"
+        )
     if array.dtype.name not in _DTYPES:
         raise EncoderError(
             f"{name}: got dtype {array.dtype.name}, expected one of {', '.join(sorted(_DTYPES))}"
@@ -356,7 +364,12 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
         key_norms = {"true": True, "false": False}[header["key_norms"]]
         dense = json.loads(header["dense_layers"])
         made = json.loads(header["made"])
-    except (KeyError, ValueError) as error:
+        if not isinstance(made, dict) or not isinstance(dense, list):
+            raise ValueError("made is no object, or dense_layers no list")
+        # Before anything is as long as the number of layers: each is either here or in the list.
+        if not 0 < shape.num_layers <= len(tensors) + len(dense):
+            raise ValueError(f"num_layers {shape.num_layers} for {len(tensors)} tensors")
+    except (KeyError, ValueError, RecursionError) as error:
         raise EncoderError(
             f"encoder: got {path} with metadata that is absent or malformed ({error!r}), expected "
             "that of " + FORMAT + "; write it again with Encoder.save"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from hata.errors import HataDTypeError, HataShapeError
 
@@ -52,8 +53,10 @@ class Selection:
             )
         if self.k < 1:
             raise HataShapeError(f"Selection.k: got {self.k}, k must be ≥ 1")
+        if self.k >= 2**31:
+            raise HataShapeError(f"Selection.k: got {self.k}, expected less than 2**31")
         if self.ratio is not None:
-            if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
                 raise HataDTypeError(
                     f"Selection.ratio: got {self.ratio!r}, expected a float in (0, 1] or None"
                 )

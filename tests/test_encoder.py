@@ -259,3 +259,39 @@ def test_no_framework_is_imported(path):
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": "999999999999"},
+        {"num_layers": "0"},
+        {"made": "null"},
+        {"made": "[[1, 2]]"},
+        {"made": "[" * 100000},
+        {"dense_layers": "7"},
+    ],
+    ids=["many", "none", "null", "list", "deep", "number"],
+)
+def test_hostile_metadata(tmp_path, change):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "encoder.safetensors"
+    config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    hata.Encoder.random(config, bits=32).save(path)
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {**file.metadata(), **change}
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(hata.EncoderError, match="malformed"):
+        hata.Encoder.load(path)
+
+
+def test_numbers_that_are_none():
+    shape = hata.encoder.ModelShape("", 1, 1, 1, 16)
+    bad = np.full((1, 16, 32), np.nan, np.float32)
+    with pytest.raises(hata.EncoderError, match="NaN"):
+        hata.Encoder(shape, 32, (bad,))
+    with pytest.raises(hata.EncoderError, match="is not a file"):
+        hata.Encoder.load("a" * 5000)

@@ -669,3 +669,9 @@ def test_a_look_up_without_faults_is_silent():
         warnings.simplefilter("error")
         assert look_up(profile(entry())).config == CONFIG
         assert look_up(profile()).config is None
+
+
+@pytest.mark.parametrize("given", ["~no-such-user/p.yaml", "a\0b.yaml", 3, b"x", {}])
+def test_what_is_no_path(given):
+    with pytest.raises(ProfileError, match="path: got"):
+        Profile.load(given)

@@ -23,6 +23,7 @@ import numpy as np
 
 from hata.encoder import Encoder
 from hata.errors import HataError
+from hata.profile import user_path
 from tune.space import Layout
 
 TOKENS = 4096
@@ -76,7 +77,7 @@ def read_text(paths: Sequence[str]) -> str:
     """
     files: list[Path] = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.is_dir():
             suffixes = {".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".cpp", ".html", ".tex"}
             found = [p for p in sorted(path.rglob("*")) if p.suffix in suffixes and p.is_file()]
@@ -90,7 +91,7 @@ def read_text(paths: Sequence[str]) -> str:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            if path in [Path(name).expanduser() for name in paths]:
+            if path in [user_path(name) for name in paths]:
                 raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
         except OSError as error:
             raise CaptureError(
@@ -105,7 +106,7 @@ def load_layout(model: str) -> Layout:
     Raises:
         CaptureError: it is no folder of a decoder model.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if not (path / "config.json").is_file():
         raise CaptureError(
             f"--model: got {model}, expected a folder with config.json; give the path of a model "
@@ -146,7 +147,7 @@ def token_sequences(model: str, text: str, count: int, longest: int) -> np.ndarr
     Raises:
         CaptureError: the text is too short, or there is no tokenizer.
     """
-    encode = _tokenizer(Path(model).expanduser())
+    encode = _tokenizer(user_path(model))
     tokens = min(TOKENS, longest)
     window = tokens * _CHARACTERS
     starts = np.linspace(0, max(len(text) - window, 0), count).astype(int)
@@ -211,7 +212,7 @@ def capture(
     _register(seen)
     try:
         language_model = AutoModelForCausalLM.from_pretrained(
-            Path(model).expanduser(),
+            user_path(model),
             dtype=torch.float32 if device == "cpu" else "auto",
             attn_implementation=_CAPTURE,
             local_files_only=True,

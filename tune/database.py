@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from hata.errors import HataError
+from hata.profile import user_path
 
 
 class StorageError(HataError, RuntimeError):
@@ -19,7 +20,7 @@ def storage_url(given: str | None, default: Path) -> str:
         return f"sqlite:///{default}"
     if "://" in given:
         return given
-    return f"sqlite:///{Path(given).expanduser().absolute()}"
+    return f"sqlite:///{user_path(given).absolute()}"
 
 
 def sqlite_path(url: str) -> Path | None:

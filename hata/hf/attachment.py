@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -26,6 +27,7 @@ from hata.hf.attention import (
     eager_function,
     hash_attention_forward,
     hash_mask,
+    shares_config,
     watch_masks,
 )
 from hata.hf.cache import HashDynamicLayer, HashStaticLayer
@@ -36,6 +38,7 @@ from hata.profile import Profile
 from hata.selection import Selection
 
 TESTED = ((5, 17), (5, 23))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _version_known = False
 
 
@@ -88,6 +91,16 @@ def attach(
             "supported are the multiples of 16"
         )
 
+    if model.dtype not in _DTYPES:
+        raise AttachError(
+            f"model: got {type(model).__name__} in {model.dtype}, supported are "
+            f"{', '.join(map(str, _DTYPES))}; convert it with model.to(dtype)"
+        )
+    if config._attn_implementation == NAME and shares_config(decoder.config):
+        raise AttachError(
+            f"model: this {type(model).__name__} shares its configuration with a model that is "
+            "attached already; load it with a configuration of its own"
+        )
     original = config._attn_implementation
     # A model loaded under our name has none of its own; SDPA is what it would have got.
     original = "sdpa" if original in (None, NAME) else original

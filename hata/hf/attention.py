@@ -10,6 +10,7 @@ dense, so codes are never matched with keys they were not made of.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -101,6 +102,11 @@ def watch_masks(config: Any, step: Step) -> None:
     _steps[id(config)] = step
 
 
+def shares_config(config: Any) -> bool:
+    """Whether masks of this configuration are watched already."""
+    return id(config) in _steps
+
+
 def eager_function(module: nn.Module) -> Callable[..., Any] | None:
     """The eager attention function beside a module's class, or beside a class it derives from."""
     for cls in type(module).__mro__:
@@ -123,10 +129,14 @@ def hash_attention_forward(
     """transformers' attention signature: `query [B, H, T, D]` -> `([B, T, H, Dv], None)`."""
     state = getattr(module, "_hata", None)
     if state is None:
-        raise AttachError(
-            f'attn_implementation: got "{NAME}" on a {type(module).__name__} that nothing is '
-            "attached to, expected an attached model; call hata.hf.attach(model)"
+        # A model that shares its configuration with an attached one, or was loaded under our name.
+        warnings.warn(
+            f'attn_implementation: "{NAME}" on a {type(module).__name__} that nothing is attached '
+            "to; it runs dense attention; call hata.hf.attach(model), or give the model a "
+            "configuration of its own",
+            stacklevel=2,
         )
+        state = LayerState(Step(), 0, None, eager_function(module), False)
     layer = _hashed_layer(state, query, key, attention_mask, dropout, kwargs)
     if layer is None:
         return _dense(state, module, query, key, value, attention_mask, scaling, dropout, kwargs)

@@ -128,7 +128,9 @@ def _per_layer(
 ) -> tuple[Selection | None, ...]:
     """One selection per layer; one for all leaves its first layers and the encoder's dense."""
     if isinstance(policy, Selection):
-        dense = set(range(policy.dense_layers)) | set(encoder.dense_layers if encoder else ())
+        dense = set(range(min(policy.dense_layers, shape.num_layers))) | set(
+            encoder.dense_layers if encoder else ()
+        )
         return tuple(None if i in dense else policy for i in range(shape.num_layers))
     layers = tuple(policy) if isinstance(policy, Sequence) else (policy,)
     for layer in layers:

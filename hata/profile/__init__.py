@@ -33,7 +33,7 @@ from hata.profile.records import (
     SelectionSet,
     Timing,
 )
-from hata.profile.store import cache_root, named_path, resolve, safe_output
+from hata.profile.store import cache_root, named_path, resolve, safe_output, user_path
 
 __all__ = [
     "SCHEMA",
@@ -56,6 +56,7 @@ __all__ = [
     "resolve",
     "safe_output",
     "soft_differences",
+    "user_path",
 ]
 
 

@@ -36,7 +36,7 @@ def cache_root() -> Path:
     """The user's cache folder: `$HATA_CACHE`, else `$XDG_CACHE_HOME/hata`, else `~/.cache/hata`."""
     chosen = os.environ.get("HATA_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return user_path(chosen).absolute()
     # A relative XDG_CACHE_HOME is to be ignored, says the XDG specification.
     shared = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -70,6 +70,21 @@ def named_path(name: str) -> Path:
     return path
 
 
+def user_path(given: str | os.PathLike[str]) -> Path:
+    """A path as a user writes it, `~` included.
+
+    Raises:
+        ProfileError: it is no path at all, or names a home that does not exist.
+    """
+    try:
+        path = Path(given).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise ProfileError(f"path: got {given!r} ({error}), expected the path of a file") from None
+    if not str(given) or "\0" in str(path):
+        raise ProfileError(f"path: got {str(given)!r}, expected the path of a file")
+    return path
+
+
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file that a name or a path given by a user means, for reading.
 
@@ -77,9 +92,9 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     of the working folder if it is in neither. Anything with a slash, and anything that ends in
     `.yaml` or `.yml`, is a path.
     """
-    given = os.fspath(name_or_path)
+    given = str(user_path(name_or_path))
     if not isinstance(name_or_path, str) or os.sep in given or given.endswith((".yaml", ".yml")):
-        return Path(given).expanduser()
+        return user_path(given)
     path = named_path(given)
     return next((file for file in (path, SHIPPED / path.name, Path(given)) if file.is_file()), path)
 
@@ -92,7 +107,7 @@ def safe_output(path: str | os.PathLike[str]) -> Path:
             working folder through a link, or something that is not a plain file. Nothing is
             written or created.
     """
-    given = Path(path).expanduser()
+    given = user_path(path)
     if not given.name or ".." in given.parts:
         raise ProfileError(
             f"output: got {str(path)!r}, expected a file path without '..'; write the path out"

@@ -320,7 +320,7 @@ def test_a_copied_model_is_attached_on_its_own(fresh, prompts, answer):
 def test_the_name_without_an_attachment(fresh, prompts):
     model = fresh("llama")
     model.set_attn_implementation("hata")
-    with pytest.raises(hata.AttachError, match=r"call hata\.hf\.attach"):
+    with pytest.warns(UserWarning, match=r"call hata\.hf\.attach"), torch.no_grad():
         model(prompts.of(1, 3))
     with hata.hf.attach(model, selection=FEW), torch.no_grad():
         model(prompts.of(1, 3))
@@ -346,3 +346,21 @@ def test_default_selection_and_encoder(tiny, monkeypatch):
     encoder = hata.Encoder.random(tiny("llama").config, 64)
     with hata.hf.attach(tiny("llama"), encoder) as handle:
         assert handle.selections[2].bits == 64
+
+
+def test_two_models_of_one_configuration(fresh, prompts):
+    first = fresh("llama")
+    second = type(first)(first.config).eval()
+    prompt = prompts.of(1, 9)
+    with hata.hf.attach(first, selection=FEW):
+        with pytest.raises(hata.AttachError, match="shares its configuration"):
+            hata.hf.attach(second)
+        with pytest.warns(UserWarning, match="nothing is attached to"), torch.no_grad():
+            second(prompt)
+    with torch.no_grad():
+        second(prompt)
+
+
+def test_float64_is_refused(fresh):
+    with pytest.raises(hata.AttachError, match=r"float64.*supported"):
+        hata.hf.attach(fresh("llama").double())
