@@ -147,6 +147,8 @@ def test_command_exists(page, command, options):
                 assert f'"{option}"' in source, option
         case ["hata", "info", *_]:
             assert given <= {"--json"}
+        case ["hata", "convert", *_]:
+            assert given <= {"--config", "--out"}
         case ["hata", "profile", verb, *_]:
             assert verb in ("show", "validate", "diff")
         case ["hata", flag] if flag.startswith("--"):
