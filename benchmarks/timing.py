@@ -23,9 +23,9 @@ import numpy as np
 # Pause before a block; OpenMP threads spin for less.
 SETTLE_S = 0.03
 # A block is counted for about this long, and at most for this many calls.
-BLOCK_S = 0.03
+BLOCK_S = 0.06
 BLOCK_CALLS = 20
-WARM_S = 0.005
+WARM_S = 0.03
 
 Calls = Sequence[Callable[[], object]]
 Clock = Callable[[Calls, int, bool, Callable[[], None]], list["Timing"]]

@@ -2,9 +2,10 @@
 
 Knobs, in the order in which a decode step meets them:
 
-    rows, encode_warps    vectors a program of the prefill encode takes, and its warps
+    rows, loops           vectors a tile of the prefill encode, and tiles a program takes
+    encode_warps          warps of either encode
     columns               bits a program of the decode encode makes
-    parts                 shares a row's visible keys are scanned in (fixed, so a share is L / parts)
+    parts                 shares that a row's visible keys are scanned in, whatever their number
     tile, scan_warps      keys a step of the scan, and its warps
     ahead                 whether the scan loads a tile while it works on the one before
     histogram             counters: by warp ballots, or by atomics in shared memory
@@ -21,7 +22,12 @@ from __future__ import annotations
 from hata.backend import Config
 from hata.problem import Problem, pow2
 
-ENCODE = {"rows": (64, 128, 256), "encode_warps": (4, 8)}
+ENCODE = {
+    "rows": (64, 128, 256),
+    "loops": (1, 2, 4, 8),
+    "encode_warps": (4, 8),
+    "stages": (1, 2, 3),
+}
 SCAN = {
     "parts": (4, 8, 16, 32, 64, 128, 256),
     "tile": (128, 256, 512, 1024, 2048),
@@ -56,20 +62,23 @@ def share(total: int, most: int) -> int:
 def of(problem: Problem) -> Config:
     """The default configuration: enough programs to fill a large GPU, and no more."""
     if problem.op == "encode":
-        return {"rows": 128, "encode_warps": 8}
+        long = problem.batch * problem.heads * problem.tokens >= 65536
+        return {"rows": 64, "loops": 8 if long else 1, "encode_warps": 4, "stages": 3}
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = max(problem.batch * heads * problem.tokens, 1)
     few = rows < 32
-    # A part is about 2,048 keys where there are few rows, more where parts would be too many.
-    parts = min(share(2048 // rows, 256), share(problem.slots // 2048, 256) if few else 256)
+    # Where rows are few, parts are about 2,048 keys, so that they find room at the same time.
+    parts = share(2048 // rows, 256)
+    if few:
+        parts = min(parts, max(share(problem.slots // 2048, 64), share(problem.slots // 4096, 256)))
     scan = {
         "parts": max(parts, 32 if few else 4),
-        "tile": max(4096 // pow2(max(problem.bits // 32, 4)), 128),
+        "tile": min(max(4096 // max(pow2(problem.bits // 32), 1), 128), 2048),
         "scan_warps": 4,
-        "ahead": few,
+        "ahead": few or heads == problem.heads,
         "histogram": "shared",
-        "select_tile": 2048 if few else 1024,
-        "select_warps": 2 if few else 1,
+        "select_tile": 1024,
+        "select_warps": 1,
     }
     if problem.op == "hamming_topk":
         return scan

@@ -14,6 +14,8 @@ device, so one captured graph serves both.
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# ruff: noqa: SIM102 (jitted bodies: the compiler knows fewer forms than Python)
 
 from typing import Any
 
@@ -22,37 +24,38 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Budget, Config
-from hata.problem import Problem, pow2
+from hata.problem import Problem
 
-from . import encode, hamming_topk
-from .hamming_topk import (
-    DIGIT,
-    bind_planes,
-    bind_scan,
-    bind_select,
-    counting,
-    find_positions,
-    lay_out,
+from .attend import (
+    attend_positions,
+    bind_merge,
+    finish_split,
+    merging,
+    nothing,
+    result_types,
+    tiling,
 )
-from .launch import (
-    POINTERS,
-    Place,
+from .counting import DIGIT, budget_scalars, counting, lay_out, parts_of
+from .encode_step import write_step
+from .hamming_topk import bind_planes
+from .launch import bind, overlaps
+from .pieces import ALIGN, budget_of, let_next_start, visible, wait_for_previous
+from .plan import (
+    Plan,
     Scratch,
-    address,
-    bind,
     code_pointer,
     code_steps,
     data_pointer,
     norm_steps,
-    optional,
-    overlaps,
+    planned,
     row_step,
+    scanned_words,
     steps,
     vector,
     words,
 )
-from .pieces import ALIGN, budget_of, let_next_start, visible, wait_for_previous
-from .sparse_attend import attend_positions, bind_merge, finish_split, merging, tiling
+from .scan import bind_scan
+from .select import bind_select, find_positions
 
 
 @triton.jit
@@ -65,9 +68,9 @@ def _hash_attend_kernel(
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr,
-    VECTOR: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr, MERGE: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+    VECTOR: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
+    PARTS: tl.constexpr, PART_TILE: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr,
+    MERGE: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(OVERLAPPED)
     program = tl.program_id(0)
@@ -127,6 +130,153 @@ def _hash_attend_kernel(
         )  # fmt: skip
 
 
+def write_hash_attend(
+    plan: Plan,
+    problem: Problem,
+    config: Config,
+    fw: Framework,
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_codes: Any,
+    projection: Any,
+    bias: Any,
+    query_projection: Any,
+    query_bias: Any,
+    q_codes: Any,
+    lengths: Any,
+    starts: Any,
+    key_norms: Any,
+    sink_logits: Any,
+    fresh: int,
+    dense_below: int,
+    budget: Budget,
+    scale: float,
+    softcap: float | None,
+    return_lse: bool,
+) -> None:
+    """Write the launches of a decode step into a plan."""
+    batch, heads, tokens, depth = fw.shape(q)
+    _, kv_heads, slots, lanes = fw.shape(values)
+    bits = fw.shape(projection)[2]
+    dtype = problem.dtype
+    out = plan.output((batch, heads, tokens, lanes), dtype)
+    lse = plan.output((batch, heads, tokens), "float32") if return_lse else None
+    rows, members = batch * kv_heads * tokens, heads // kv_heads
+    group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
+    fresh, dense_below = min(fresh, slots), min(dense_below, slots)
+    # A budget of more keys than there are slots is one of all of them, and costs no more.
+    budget = budget._replace(k=max(min(budget.k, slots), 1))
+    overlapped = overlaps(bool(config["overlap"]), q)
+
+    how = counting(group, bits, key_norms is not None)
+    sizes = tiling(dtype, depth, lanes, members, config["keys"])
+    parts = parts_of(config, slots)
+    most = min(max(budget.k, dense_below), max(slots, 1))
+    splits = max(min(config["splits"], -(-most // config["keys"])), 1)
+    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
+    scratch = Scratch()
+    at = lay_out(scratch, how, rows, slots, bits, parts, blocks * columns)
+    positions_at = scratch.piece(rows * blocks * columns * budget.k)
+    partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
+    stats_at = scratch.piece(batch * heads * tokens * splits * 3)
+    memory = plan.output((scratch.size,), "uint8")
+
+    wide = vector(fw, q, keys, values)
+    unit, together, per_vector = scanned_words(fw, key_codes)
+    planes, counters, scores, cumulated, state, below = at.references(plan, memory, how)
+    positions = plan.address(memory, "*i32", positions_at)
+    spans = plan.address(lengths, "*i32"), plan.address(starts, "*i32")
+    span_steps = row_step(fw, lengths), row_step(fw, starts)
+    limits = budget_scalars(budget)
+    row_sizes = at.scores_row, at.counters_row
+    scan, rounds = bind_scan(
+        config,
+        how,
+        bits,
+        group,
+        key_norms is not None,
+        unit,
+        together,
+        per_vector,
+        overlapped,
+    )
+    data, result = data_pointer(dtype, wide), result_types(dtype)
+    attend = bind(
+        _hash_attend_kernel,
+        (
+            data, data, data, *result, "*i32",
+            how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
+            *["i32"] * 11, "i64", *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
+        ),
+        {**sizes, **merging(members, sizes["BLOCK_V"], splits), "VECTOR": wide,
+         "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
+         "PART_TILE": config["tile"], "TILE": config["select_tile"], "SELECT": not config["select"],
+         "MERGE": not config["merge"] and splits > 1, "STAGES": config["stages"],
+         "OVERLAPPED": overlapped},
+        config["warps"],
+        config["stages"],
+        overlapped,
+    )  # fmt: skip
+    narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, dtype)
+    results = (
+        plan.address(out, result[0]), plan.address(lse, "*fp32"), narrow_sinks, wide_sinks,
+        plan.address(memory, "*fp32", partial_at), plan.address(memory, "*fp32", stats_at),
+    )  # fmt: skip
+    if q_codes is not None:
+        q_unit, q_together = words(fw, q_codes)
+        plan.launch(
+            bind_planes(how, bits, group, q_unit, q_together),
+            rows * (bits // 32),
+            plan.address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
+            kv_heads, group, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
+        )  # fmt: skip
+    if q_codes is None or fresh:
+        write_step(
+            plan, problem, config, fw, q, keys, projection, bias, query_projection, query_bias,
+            key_codes, key_norms, planes, counters, (*spans, *span_steps), how.planes,
+            q_codes is None, overlapped, fresh, slots, at.counters_row,
+        )  # fmt: skip
+    plan.launch(
+        scan,
+        rows * parts,
+        plan.address(key_codes, code_pointer(unit, together)), planes,
+        plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
+        kv_heads, 1, tokens, slots, fresh, parts, *span_steps, *limits, dense_below, *row_sizes,
+        *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
+    )  # fmt: skip
+    for refine in rounds:
+        plan.launch(
+            refine,
+            rows * parts,
+            scores, counters, cumulated, state, below, *spans,
+            kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+        )  # fmt: skip
+    if config["select"]:
+        plan.launch(
+            bind_select(config, how, parts, overlapped),
+            rows * parts,
+            positions, scores, counters, cumulated, state, below, *spans,
+            kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+        )  # fmt: skip
+    plan.launch(
+        attend,
+        rows * blocks * columns * splits,
+        plan.address(q, data), plan.address(keys, data), plan.address(values, data), *results,
+        positions, scores, counters, cumulated, state, below, *spans,
+        kv_heads, members, tokens, slots, parts, splits, blocks, columns, *span_steps,
+        *limits, dense_below, *row_sizes, budget.k,
+        scale, softcap or 0.0, has_sinks, int(return_lse),
+        *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
+    )  # fmt: skip
+    if config["merge"] and splits > 1:
+        plan.launch(
+            bind_merge(dtype, lanes, sizes["BLOCK_V"], splits, overlapped),
+            batch * heads * tokens * columns,
+            *results, heads, tokens, splits, columns, has_sinks, int(return_lse),
+        )  # fmt: skip
+
+
 def launch(
     problem: Problem,
     config: Config,
@@ -152,119 +302,13 @@ def launch(
     return_lse: bool,
 ) -> tuple[Any, Any]:
     """Launch `hata.hash_attend`."""
-    batch, heads, tokens, depth = fw.shape(q)
-    _, kv_heads, slots, lanes = fw.shape(values)
-    bits = fw.shape(projection)[2]
-    dtype = problem.dtype
-    out = fw.empty((batch, heads, tokens, lanes), dtype, q)
-    lse = fw.empty((batch, heads, tokens), "float32", q) if return_lse else None
-    rows = batch * kv_heads * tokens
-    if rows == 0:
-        return out, lse
-    members = heads // kv_heads
-    group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
-    fresh, dense_below = min(fresh, slots), min(dense_below, slots)
-    # A budget of more keys than there are slots is one of all of them, and costs no more.
-    budget = budget._replace(k=max(min(budget.k, slots), 1))
-    overlapped = overlaps(bool(config["overlap"]), q)
-
-    how = counting(group, bits, key_norms is not None)
-    sizes = tiling(dtype, depth, lanes, members, config["keys"])
-    parts = min(config["parts"], pow2(-(-slots // config["tile"])))
-    most = min(max(budget.k, dense_below), max(slots, 1))
-    splits = max(min(config["splits"], -(-most // config["keys"])), 1)
-    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
-    scratch = Scratch()
-    at = lay_out(scratch, how, rows, slots, bits, parts, blocks * columns)
-    positions_at = scratch.piece(rows * blocks * columns * budget.k)
-    partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
-    stats_at = scratch.piece(batch * heads * tokens * splits * 3)
-    memory = fw.empty((scratch.size,), "uint8", q)
-
-    wide = vector(fw, q, keys, values)
-    unit, together = words(fw, key_codes)
-    planes = address(memory, "*i32", at.planes)
-    counters = address(memory, "*i32", at.counters)
-    scores = address(memory, how.pointer, at.scores)
-    cumulated = address(memory, "*i32", at.cumulated)
-    state = address(memory, "*i32", at.state)
-    below = address(memory, "*i32", at.below)
-    spans = address(lengths, "*i32"), address(starts, "*i32")
-    span_steps = row_step(fw, lengths), row_step(fw, starts)
-    limits = hamming_topk.budget_scalars(budget)
-    row_sizes = at.scores_row, at.counters_row
-    scan, rounds = bind_scan(
-        config, how, bits, group, key_norms is not None, unit, together, overlapped
-    )
-    data = data_pointer(dtype, wide)
-    result = POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32"
-    attend = bind(
-        _hash_attend_kernel,
-        (
-            data, data, data, *result, "*fp32:16", "*fp32", "*i32",
-            how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 11, "i64", *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
-        ),
-        {**sizes, **merging(members, sizes["BLOCK_V"]), "VECTOR": wide, "ROUNDS": how.rounds,
-         "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts, "PART_TILE": config["tile"],
-         "TILE": config["select_tile"], "SELECT": not config["select"],
-         "MERGE": not config["merge"] and splits > 1, "STAGES": config["stages"],
-         "OVERLAPPED": overlapped},
-        config["warps"],
-        config["stages"],
-        overlapped,
+    batch, _, tokens, _ = fw.shape(q)
+    if batch * tokens == 0:
+        return nothing(fw, q, problem, return_lse)
+    arrays = (
+        q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
+        lengths, starts, key_norms, sink_logits,
     )  # fmt: skip
-    narrow_sinks, wide_sinks, has_sinks = optional(fw, sink_logits, dtype)
-    results = (
-        address(out, result[0]), address(lse, "*fp32"), narrow_sinks, wide_sinks,
-        address(memory, "*fp32", partial_at), address(memory, "*fp32", stats_at),
-    )  # fmt: skip
-    with Place(q) as place:
-        device, stream = place.device, place.stream
-        if q_codes is not None:
-            q_unit, q_together = words(fw, q_codes)
-            bind_planes(how, bits, group, q_unit, q_together)(
-                rows * (bits // 32), device, stream,
-                address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
-                kv_heads, group, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
-            )  # fmt: skip
-        if q_codes is None or fresh:
-            encode.launch_step(
-                problem, config, fw, place, q, keys, projection, bias, query_projection,
-                query_bias, key_codes, key_norms, planes, counters, spans, span_steps,
-                how.planes, q_codes is None, overlapped, fresh, slots, at.counters_row,
-            )  # fmt: skip
-        scan(
-            rows * parts, device, stream,
-            address(key_codes, code_pointer(unit, together)), planes,
-            address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-            kv_heads, 1, tokens, slots, fresh, parts, *span_steps, *limits, dense_below, *row_sizes,
-            *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
-        )  # fmt: skip
-        for refine in rounds:
-            refine(
-                rows * parts, device, stream, scores, counters, cumulated, state, below, *spans,
-                kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
-            )  # fmt: skip
-        if config["select"]:
-            bind_select(config, how, parts, overlapped)(
-                rows * parts, device, stream, address(memory, "*i32", positions_at),
-                scores, counters, cumulated, state, below, *spans,
-                kv_heads, tokens, slots, parts, *span_steps, *limits, *row_sizes,
-            )  # fmt: skip
-        attend(
-            rows * blocks * columns * splits, device, stream,
-            address(q, data), address(keys, data), address(values, data), *results,
-            address(memory, "*i32", positions_at),
-            scores, counters, cumulated, state, below, *spans,
-            kv_heads, members, tokens, slots, parts, splits, blocks, columns, *span_steps,
-            *limits, dense_below, *row_sizes, budget.k,
-            scale, softcap or 0.0, has_sinks, int(return_lse),
-            *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
-        )  # fmt: skip
-        if config["merge"] and splits > 1:
-            bind_merge(dtype, lanes, sizes["BLOCK_V"], overlapped)(
-                batch * heads * tokens * columns, device, stream, *results,
-                heads, tokens, splits, columns, has_sinks, int(return_lse),
-            )  # fmt: skip
-    return out, lse
+    options = fresh, dense_below, budget, scale, softcap, return_lse
+    made = planned(write_hash_attend, problem, config, fw, arrays, *options)
+    return made[0], made[1] if return_lse else None

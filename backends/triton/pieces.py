@@ -6,6 +6,7 @@ the smallest win: summed distances, or reversed order-preserving bits of a float
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -33,7 +34,7 @@ def popcount(x):
 @triton.jit
 def pack(bits, M: tl.constexpr, N: tl.constexpr):
     """Pack `bits` [M, N] into words [M, N / 32], bit j at weight 2^j."""
-    weights = (1 << tl.arange(0, 32)).to(tl.uint32, bitcast=True)
+    weights = (tl.full([32], 1, tl.int32) << tl.arange(0, 32)).to(tl.uint32, bitcast=True)
     spread = tl.reshape(bits, [M, N // 32, 32]).to(tl.uint32)
     return tl.sum(spread * weights[None, None, :], axis=2)
 

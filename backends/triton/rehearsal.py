@@ -7,6 +7,7 @@ bias, sinks, ragged lengths) is an argument of the same kernels; given query cod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,19 @@ if TYPE_CHECKING:
 def kernels(backend: TritonBackend, problem: Problem) -> list[Bound]:
     """Every kernel that calls of this problem may launch."""
     layouts = (True,) if problem.aligned else (True, False)
+    # Codes shorter than a vector are scanned otherwise where rows are no whole vectors.
+    lengths = (problem.slots, problem.slots - 1) if problem.bits in (32, 64) else (problem.slots,)
     with rehearsal() as met:
-        for aligned in layouts:
-            for call, arguments in _calls(problem, aligned):
+        for aligned, slots in itertools.product(layouts, lengths):
+            for call, arguments in _calls(problem, aligned, max(slots, 1)):
                 fw = framework("x", arguments[0])
                 getattr(backend, call)(problem, fw, *arguments)
     return list(dict.fromkeys(met))
 
 
-def _calls(problem: Problem, aligned: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _calls(problem: Problem, aligned: bool, slots: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
     batch, tokens = max(problem.batch, 1), max(problem.tokens, 1)
-    heads, kv_heads, slots = problem.heads, problem.kv_heads, max(problem.slots, 1)
+    heads, kv_heads = problem.heads, problem.kv_heads
     depth, lanes, bits = problem.head_dim, problem.value_dim, problem.bits
     budget = Budget(problem.k)
 

@@ -1,0 +1,118 @@
+"""How keys are counted to find a threshold, and the scratch that it takes.
+
+Plain arithmetic on sizes: the kernels are in `scan` and `select`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hata.backend import Budget, Config
+from hata.problem import pow2
+
+from .launch import INTERPRETED
+from .plan import Plan, Scratch
+
+# Counters of one histogram at most; more values than this are counted digit by digit.
+MOST_BINS = 4096
+DIGIT = 11
+# Largest tile of stored keys; rows of them are read up to a tile beyond their end.
+MOST_TILE = 8192
+
+
+class Counting(NamedTuple):
+    """How the keys to select by are counted.
+
+    Attributes:
+        rounds: Histograms one after the other (1, or 3 digits).
+        bins: Counters of each; a single histogram may leave out the largest value.
+        halve: 1 where keys are halved distances, since all have one parity.
+        drop: Low bits of a key that the first histogram leaves out.
+        planes: Weighted planes of a group.
+    """
+
+    rounds: int
+    bins: int
+    halve: int
+    drop: int
+    planes: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored key."""
+        return 2 if self.rounds == 1 else 4
+
+    @property
+    def pointer(self) -> str:
+        """Type of a pointer to stored keys; their rows are aligned."""
+        return "*i16:16" if self.rounds == 1 else "*i32:16"
+
+
+def counting(group: int, bits: int, norms: bool) -> Counting:
+    """How to count keys for groups of `group` codes of `bits` bits."""
+    halve = int(group % 2 == 0 and not norms)
+    largest = group * bits >> halve
+    planes = group.bit_length()
+    if norms or largest > MOST_BINS:
+        return Counting(3, 1 << DIGIT, halve, 2 * DIGIT, planes)
+    return Counting(1, max(pow2(largest), 32), halve, 0, planes)
+
+
+def shared_declaration(config: Config, bins: int) -> str | None:
+    """PTX that declares counters in shared memory, or `None` to count by ballots."""
+    if INTERPRETED or config["histogram"] == "ballot":
+        return None
+    return f"{{ .shared .align 16 .b32 hata_bins[{bins}]; mov.u32 $0, hata_bins; }}"
+
+
+class Rows(NamedTuple):
+    """Where the scratch of a selection lies, in bytes from its start, and its row sizes."""
+
+    planes: int
+    counters: int
+    scores: int
+    cumulated: int
+    state: int
+    below: int
+    scores_row: int
+    counters_row: int
+
+    def references(self, plan: Plan, memory: Any, how: Counting) -> tuple[Any, ...]:
+        """The pieces as arguments of kernels, in the order of the fields."""
+        return (
+            plan.address(memory, "*i32", self.planes),
+            plan.address(memory, "*i32", self.counters),
+            plan.address(memory, how.pointer, self.scores),
+            plan.address(memory, "*i32", self.cumulated),
+            plan.address(memory, "*i32", self.state),
+            plan.address(memory, "*i32", self.below),
+        )
+
+
+def parts_of(config: Config, slots: int) -> int:
+    """Parts of a row: no more than a cache of `slots` keys has tiles."""
+    return max(min(config["parts"], pow2(-(-slots // config["tile"]))), 1)
+
+
+def lay_out(
+    scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, parts: int, tickets: int
+) -> Rows:
+    """Reserve the scratch of `rows` rows; `tickets` more counters a row are zeroed as well."""
+    scores_row = -(-slots // 128)
+    counters_row = how.rounds * how.bins + tickets
+    return Rows(
+        planes=scratch.piece(rows * how.planes * bits // 32),
+        counters=scratch.piece(rows * counters_row),
+        scores=scratch.piece(rows * scores_row * 128 + MOST_TILE, how.itemsize),
+        cumulated=scratch.piece(rows * parts * how.bins),
+        state=scratch.piece(rows * 6),
+        below=scratch.piece(rows * parts),
+        scores_row=scores_row,
+        counters_row=counters_row,
+    )
+
+
+def budget_scalars(budget: Budget) -> tuple[int, ...]:
+    """k, ratio, least, sink and recent as the kernels take them."""
+    least = max(1, budget.k_min, budget.sink + budget.recent)
+    return budget.k, budget.ratio, min(least, budget.k), budget.sink, budget.recent
