@@ -7,6 +7,7 @@ in a table.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -179,6 +180,10 @@ def sdpa_packed(case: Case) -> Contender:
 
 def read(name: str, size: int, device: str) -> Contender:
     """A read-only pass over `size` contiguous bytes: what memory allows at best."""
+    if device == "cuda":
+        return Contender(
+            name, "read", importlib.import_module("benchmarks.cuda").reader(size, device), size
+        )
     words = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
     return Contender(name, "read", words.sum, size)
 

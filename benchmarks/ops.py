@@ -10,6 +10,7 @@ docs/benchmarks.md for the method and for what the columns mean.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -107,6 +108,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
     kind = args.device.partition(":")[0]
+    if kind == "cuda":
+        # Adds the clock and the contenders of a GPU; needs Triton.
+        importlib.import_module("benchmarks.cuda")
     if kind not in timing.CLOCKS:
         parser.error(
             f"--device: got {args.device!r}, expected one of {', '.join(timing.CLOCKS)}; there is "

@@ -1,0 +1,147 @@
+"""What is different on a GPU: the clock, a read-only kernel, and the dense kernels to beat.
+
+The clock replays CUDA graphs, so launches cost what they cost in a server. The second-level cache
+is emptied before every call by reading a buffer larger than it, as a decode step finds it after the
+other layers. A graph holds many pairs of sweep and call, another one the sweeps alone; the
+difference of their times is that of the calls, and neither events nor launches are in it.
+"""
+
+# ruff: noqa: ANN001, ANN202 (arguments of a jitted kernel are the compiler's to type)
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from benchmarks import contenders, timing
+from benchmarks.contenders import Builder, Case, Contender
+
+# Pairs of sweep and call in a graph, and replays that one sample is the mean of.
+_PAIRS = 8
+_REPLAYS = 2
+_BLOCK = 4096
+_LOOPS = 2
+
+
+@triton.jit
+def _read_kernel(words, sums, count, BLOCK: tl.constexpr, LOOPS: tl.constexpr):
+    """Read `count` words; the sums keep the compiler from leaving the reads out."""
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.int32)
+    for i in range(LOOPS):
+        at = (program * LOOPS + i) * BLOCK + tl.arange(0, BLOCK)
+        total ^= tl.load(words + at, mask=at < count, other=0)
+    tl.store(sums + program, tl.sum(total))
+
+
+def reader(size: int, device: str) -> Callable[[], torch.Tensor]:
+    """A read-only pass over `size` bytes of memory, with 16-byte loads."""
+    words = torch.ones(max(size // 4, 1), dtype=torch.int32, device=device)
+    programs = triton.cdiv(words.numel(), _BLOCK * _LOOPS)
+    sums = torch.empty(programs, dtype=torch.int32, device=device)
+
+    def call() -> torch.Tensor:
+        _read_kernel[(programs,)](words, sums, words.numel(), _BLOCK, _LOOPS)
+        return sums
+
+    return call
+
+
+def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_PAIRS):
+            call()
+    graph.replay()
+    return graph
+
+
+def _microseconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3 / (_PAIRS * _REPLAYS)
+
+
+def clock(
+    calls: timing.Calls, rounds: int, cold: bool, tick: Callable[[], None]
+) -> list[timing.Timing]:
+    """Time calls on the current GPU; the cache is always cold, so `cold` changes nothing.
+
+    Args:
+        calls: What to time, warmed up by the caller (compiled, checked).
+        rounds: Samples that each of them gets, over all calls in turn.
+        cold: Ignored.
+        tick: Called after each sample.
+    """
+    del cold
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    sweep = reader(4 * cache, "cuda")
+    sweeps = _graph(sweep)
+
+    def pair(call: Callable[[], object]) -> Callable[[], object]:
+        def both() -> None:
+            sweep()
+            call()
+
+        return both
+
+    graphs = [_graph(pair(call)) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        empty = _microseconds(sweeps)
+        for graph, into in zip(graphs, samples, strict=True):
+            into.append(max(_microseconds(graph) - empty, 0.0))
+            tick()
+    return [timing.Timing.of(one) for one in samples]
+
+
+def _with_kernel(name: str, kernel: SDPBackend) -> Builder:
+    def build(case: Case) -> Contender:
+        q, (keys, values) = case.q, case.visible
+
+        def call() -> torch.Tensor:
+            with sdpa_kernel(kernel):
+                return sdpa(q, keys, values, enable_gqa=True)
+
+        return Contender(name, "dense", call, case.shape.dense_bytes)
+
+    return build
+
+
+def flashinfer(case: Case) -> Contender:
+    """FlashInfer's decode kernel, a row at a time (its plain entry point takes one)."""
+    import flashinfer
+
+    q, (keys, values) = case.q, case.visible
+
+    def call() -> torch.Tensor:
+        rows = [
+            flashinfer.single_decode_with_kv_cache(
+                q[b, :, 0], keys[b], values[b], kv_layout="HND", use_tensor_cores=True
+            )
+            for b in range(q.shape[0])
+        ]
+        return torch.stack(rows)[:, :, None]
+
+    return Contender("flashinfer", "dense", call, case.shape.dense_bytes)
+
+
+timing.CLOCKS["cuda"] = clock
+contenders.DENSE["cuda"] = {
+    "sdpa cudnn": _with_kernel("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
+    "sdpa flash": _with_kernel("sdpa flash", SDPBackend.FLASH_ATTENTION),
+}
+if importlib.util.find_spec("flashinfer") is not None:
+    contenders.DENSE["cuda"]["flashinfer"] = flashinfer
