@@ -21,8 +21,10 @@ from hata.errors import (
     HataDTypeError,
     HataError,
     HataShapeError,
+    KernelError,
     ProfileError,
     UnknownBackend,
+    UnsupportedProblem,
 )
 from hata.ops import encode, hamming_topk, hash_attend, prepare, sparse_attend
 from hata.registry import (
@@ -47,9 +49,11 @@ __all__ = [
     "HataDeviceError",
     "HataError",
     "HataShapeError",
+    "KernelError",
     "ProfileError",
     "Selection",
     "UnknownBackend",
+    "UnsupportedProblem",
     "encode",
     "get_backend",
     "hamming_topk",

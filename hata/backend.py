@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from hata.arrays import Framework
-from hata.errors import BackendUnavailable, HataDeviceError, HataDTypeError
+from hata.errors import HataDeviceError, HataDTypeError, UnsupportedProblem
 from hata.problem import Problem
 
 # Values are int, str or bool; what each knob is, its backend knows.
@@ -116,6 +116,33 @@ class Backend(ABC):
 
     def prepare(self, problem: Problem) -> None:
         """Compile and load all that a launch of this problem needs. May run kernels."""
+        return None
+
+    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
+        """Compile and load all that one call needs, and run nothing of it: `hata.prepare`.
+
+        The default prepares the problem. A backend overrides it whose kernels depend on more than
+        that, such as the alignment of an array or the heads of given query codes.
+
+        Args:
+            launcher: Name of the method that the call would go to.
+            problem: First argument of that method.
+            fw: Second argument.
+            *args: All others. Nothing may be written into them.
+        """
+        self.prepare(problem)
+
+    def compile(self, problem: Problem, sm: int) -> None:
+        """Compile what launches of this problem need into a cache on disk; needs no GPU.
+
+        The tuner calls it for configurations that it will try (`use_config`), in several processes
+        at a time, in which no GPU is visible and `missing` was not asked. Whatever it does not do,
+        the first launch does: the default does nothing.
+
+        Args:
+            problem: What will be launched.
+            sm: Compute capability of the GPU as one number (90 is 9.0).
+        """
         return None
 
     # What the author of a backend implements. Arguments are those of `hata.ops`, checked.
@@ -233,7 +260,7 @@ class Backend(ABC):
             )
         reasons = self.unsupported(problem)
         if reasons:
-            raise BackendUnavailable(
+            raise UnsupportedProblem(
                 f"backend {self.name!r} cannot run {problem.op}: {'; '.join(reasons)}; "
                 "use another backend, or hata.set_backend('auto')"
             )

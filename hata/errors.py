@@ -35,6 +35,14 @@ class BackendUnavailable(HataError, RuntimeError):
     """A backend cannot run here, or cannot run this problem; the message says why."""
 
 
+class UnsupportedProblem(BackendUnavailable):
+    """A backend declares that it cannot run this problem; the message gives its reasons."""
+
+
+class KernelError(HataError, RuntimeError):
+    """A kernel that should run here cannot be compiled or loaded; the message says why."""
+
+
 class UnknownBackend(HataError, ValueError):
     """No backend has this name; the message suggests the nearest one."""
 

@@ -117,6 +117,22 @@ def _missing(backend_class: type[Backend]) -> str | None:
     return reason
 
 
+def missing(name: str) -> str | None:
+    """Why a backend says that it cannot run on this machine; `None` if it can.
+
+    Raises:
+        BackendUnavailable: it does not even load, or fails to say; that is a fault of the backend
+            and not of the machine.
+    """
+    backend_class = _backend_class(name)
+    try:
+        return backend_class.missing()
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {name!r}: its missing() failed: {type(error).__name__}: {error}; repair it"
+        ) from error
+
+
 def load(name: str) -> Backend:
     """The instance of a backend, imported and checked at its first use.
 
@@ -304,14 +320,14 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
 
 
 class _Preparation:
-    """Stands in for a backend: a launch prepares the problem and runs nothing."""
+    """Stands in for a backend: a launch prepares itself and runs nothing."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def __getattr__(self, launcher: str) -> Callable[..., Any]:
-        def prepare(problem: Problem, *_: Any) -> tuple[None, None]:
-            self._backend.prepare(problem)
+        def prepare(problem: Problem, fw: Framework, *args: Any) -> tuple[None, None]:
+            self._backend.prepare_call(launcher, problem, fw, *args)
             return None, None
 
         return prepare
@@ -331,7 +347,8 @@ def resolve(problem: Problem, fw: Framework, device: str) -> Any:
     """The backend that runs this problem now.
 
     Raises:
-        BackendUnavailable, HataDeviceError, HataDTypeError: the backend in force cannot run it.
+        BackendUnavailable, HataDeviceError, HataDTypeError: the backend in force cannot run it
+            (`UnsupportedProblem` where it has reasons against this problem alone).
     """
     name = _local.get() or _state.default
     key = (name, problem, fw.name, device)

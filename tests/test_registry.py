@@ -313,3 +313,29 @@ def test_broken_profile_leaves_the_one_in_force(tmp_path):
     with pytest.raises(hata.ProfileError):
         hata.use_profile(tmp_path / "absent.yaml")
     assert registry.profile_in_force() is before
+
+
+def test_prepare_sees_the_call(monkeypatch):
+    """Kernels may depend on arguments that no problem holds, such as the heads of query codes."""
+    seen = []
+    backend = registry.load("reference")
+
+    def prepare_call(launcher, problem, fw, *args):
+        seen.append((launcher, problem.op, fw.name, args))
+
+    monkeypatch.setattr(backend, "prepare_call", prepare_call)
+    ones, codes = np.ones((1, 2, 5, 16), np.float32), np.zeros((1, 2, 5, 4), np.uint8)
+    q_codes = np.zeros((1, 14, 1, 4), np.uint8)
+    given = (ones[:, :, :1], ones, ones, codes, np.ones((2, 16, 32), np.float32))
+    hata.prepare("hash_attend", *given, 3, q_codes=q_codes, fresh=2)
+    ((launcher, op, framework, args),) = seen
+    assert (launcher, op, framework) == ("launch_hash_attend", "hash_attend", "numpy")
+    assert any(arg is q_codes for arg in args)
+    assert (codes == 0).all()
+
+
+def test_prepare_of_a_backend_that_knows_problems_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(registry.load("reference"), "prepare", seen.append)
+    hata.prepare("encode", X, PROJECTION)
+    assert [problem.op for problem in seen] == ["encode"]

@@ -63,17 +63,23 @@ class TritonBackend(Backend):
 
         return defaults.KNOBS[op]
 
-    def prepare(self, problem: Problem) -> None:
-        """Compile and load what launches of this problem need, on the current device."""
+    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
+        """Compile and load what this call launches, on the device of its arrays."""
         if INTERPRETED:
             return
         import torch
 
-        from . import rehearsal
+        from . import launch, rehearsal
 
-        device = torch.cuda.current_device()
-        for kernel in rehearsal.kernels(self, problem):
-            kernel.load(device)
+        kernels = rehearsal.of_call(self, launcher, problem, fw, args)
+        with torch.cuda.device(args[0].device):
+            launch.load_all(kernels, args[0].device.index)
+
+    def compile(self, problem: Problem, sm: int) -> None:
+        """Compile what launches of this problem need into Triton's cache, without a GPU."""
+        from . import launch, rehearsal
+
+        launch.compile_all(rehearsal.kernels(self, problem), sm)
 
     def launch_encode(
         self,

@@ -5,24 +5,34 @@ its arrays alone, never for the values of sizes or strides: a cache that grows b
 compiles again, and a prepared call can be captured. `bind` names such a variant; calling it
 hands addresses and numbers to the driver, without Triton's own argument inspection.
 
-Under `TRITON_INTERPRET=1` the same calls run on CPU tensors in Triton's interpreter.
+A damaged or unwritable cache folder of Triton's costs one more compilation, in a folder of this
+process, and a warning. Under `TRITON_INTERPRET=1` the same calls run on CPU tensors in Triton's
+interpreter.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
+import struct
 import tempfile
+import threading
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
-from triton.compiler.errors import CompilationError
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
 
-from hata.errors import BackendUnavailable, HataCaptureError
+from hata.errors import HataCaptureError, KernelError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -54,57 +64,133 @@ class Bound:
         self.fn, self.types, self.constants, self.options = fn, types, constants, options
         self._placeholders = (None,) * len(constants)
         self._loaded: dict[int, tuple[Callable[..., None], int, Any]] = {}
+        self._lock = threading.Lock()
 
     def load(self, device: int) -> tuple[Callable[..., None], int, Any]:
-        """Compile for and load on a device (the current one); a broken cache is retried once."""
+        """Compile for and load on a device, which must be the current one.
+
+        Raises:
+            HataCaptureError: a CUDA graph is being captured, and the kernel is not loaded yet.
+            KernelError: it cannot be compiled or loaded.
+        """
+        found = self._loaded.get(device)
+        if found is not None:
+            return found
         if torch.cuda.is_current_stream_capturing():
             raise HataCaptureError(
                 f"{self.fn.__name__}: this call is not prepared, and kernels cannot be loaded "
                 "while a CUDA graph is captured; call hata.prepare with the same arguments, or "
                 "make the call once, before the capture"
             )
-        try:
-            kernel = self._compile()
-        except CompilationError:
-            # Not the cache's fault.
-            raise
-        # Whatever a damaged or read-only cache folder makes Triton raise.
-        except Exception as error:
-            previous = os.environ.get("TRITON_CACHE_DIR")
-            os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="hata-triton-")
-            try:
-                kernel = self._compile()
-            except Exception as again:
-                raise BackendUnavailable(
-                    f"backend 'triton' failed to compile {self.fn.__name__}: {error}; in a fresh "
-                    f"cache folder: {type(again).__name__}: {again}; clear or change "
-                    "TRITON_CACHE_DIR"
-                ) from again
-            finally:
-                if previous is None:
-                    del os.environ["TRITON_CACHE_DIR"]
-                else:
-                    os.environ["TRITON_CACHE_DIR"] = previous
-        found = self._loaded[device] = (kernel.run, kernel.function, kernel.packed_metadata)
+        with self._lock:
+            found = self._loaded.get(device)
+            if found is None:
+                target = triton.runtime.driver.active.get_current_target()
+                kernel = self._compiled(target, lambda made: made._init_handles())
+                found = kernel.run, kernel.function, kernel.packed_metadata
+                self._loaded[device] = found
         return found
 
-    def _compile(self) -> Any:
-        kernel = triton.compile(
-            source(self.fn, self.types, self.constants), options=dict(self.options)
-        )
-        kernel._init_handles()
-        return kernel
+    def is_loaded(self, device: int) -> bool:
+        """Whether a launch on a device needs no loading."""
+        return device in self._loaded
 
     def compile_for(self, target: Any) -> Any:
-        """Compile for a `GPUTarget`; needs no GPU."""
-        return triton.compile(
+        """Compile for a `GPUTarget`, or take from Triton's cache; needs no GPU."""
+        return self._compiled(target, lambda made: None)
+
+    def _compiled(self, target: Any, use: Callable[[Any], None]) -> Any:
+        """The compiled kernel, on which `use` succeeded; a broken cache is passed over once."""
+        name = self.fn.__name__
+        try:
+            return self._attempt(target, use)
+        except TritonError as error:
+            # What the compiler or the device says of the kernel itself: not the cache's fault.
+            raise KernelError(
+                f"backend 'triton': {name} cannot be compiled or loaded with "
+                f"{self.constants | self.options}: {error}; choose another configuration"
+            ) from error
+        # Whatever a damaged or unwritable cache folder makes Triton raise.
+        except Exception as error:
+            first = error
+        with _redirected:
+            # Nobody else's second attempt is under way, so this is the folder that was asked for.
+            folder = knobs.cache.dir
+        try:
+            with _cache_of_this_process():
+                made = self._attempt(target, use)
+        except Exception as again:
+            raise KernelError(
+                f"backend 'triton': {name} cannot be compiled or loaded: "
+                f"{_text(first)}; nor in a fresh cache folder: {_text(again)}; clear {folder}, "
+                "or set TRITON_CACHE_DIR to a folder that can be written"
+            ) from again
+        warnings.warn(
+            f"Triton's cache folder {folder} cannot be used ({_text(first)}): kernels are compiled "
+            "anew for this process alone; clear it, or set TRITON_CACHE_DIR to a folder that can "
+            "be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return made
+
+    def _attempt(self, target: Any, use: Callable[[Any], None]) -> Any:
+        made = triton.compile(
             source(self.fn, self.types, self.constants), target, dict(self.options)
         )
+        # The driver takes a pointer without a size, and would read beyond what was cut off.
+        if not is_whole(made.asm["cubin"]):
+            raise ValueError(f"the cubin of {self.fn.__name__} is cut off")
+        use(made)
+        return made
 
     def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
         """Launch on `grid` programs; `args` are addresses (0 for none) and numbers."""
         run, function, metadata = self._loaded.get(device) or self.load(device)
         run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *self._placeholders)
+
+
+def _text(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_whole(cubin: bytes) -> bool:
+    """Whether an ELF file holds all that its header tables point at."""
+    try:
+        programs, sections = struct.unpack_from("<QQ", cubin, 32)
+        program_size, program_count, size, count = struct.unpack_from("<HHHH", cubin, 54)
+        ends = [programs + program_size * program_count, sections + size * count]
+        for at in range(sections, ends[1], size):
+            (kind,) = struct.unpack_from("<I", cubin, at + 4)
+            offset, length = struct.unpack_from("<QQ", cubin, at + 24)
+            # Sections of kind 8 take memory and no room in the file.
+            ends.append(0 if kind == 8 else offset + length)
+    except (struct.error, ValueError):
+        return False
+    return cubin[:4] == b"\x7fELF" and count > 0 and max(ends) <= len(cubin)
+
+
+@functools.cache
+def _folder_of_this_process() -> str:
+    folder = tempfile.mkdtemp(prefix="hata-triton-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+_redirected = threading.Lock()
+
+
+@contextmanager
+def _cache_of_this_process() -> Iterator[None]:
+    """Triton caches in a folder of this process instead of the one it is told to use.
+
+    That holds for all threads. What others compile meanwhile lands there too, and does no harm: the
+    folder stays as long as the process.
+    """
+    with _redirected, knobs.cache.scope():
+        knobs.cache.dir = _folder_of_this_process()
+        yield
 
 
 class _Interpreted(Bound):
@@ -115,6 +201,24 @@ class _Interpreted(Bound):
 
     def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
         self.fn[(grid,)](*args, **self.constants)
+
+
+def load_all(kernels: list[Bound], device: int) -> None:
+    """Load kernels on a device, which must be the current one; they compile side by side."""
+    target = triton.runtime.driver.active.get_current_target()
+    fresh = [kernel for kernel in kernels if not kernel.is_loaded(device)]
+    with ThreadPoolExecutor(max(len(fresh), 1)) as threads:
+        # What the compiler makes of them is in its cache afterwards; loading is a matter of
+        # milliseconds, and the current device one of this thread.
+        list(threads.map(lambda kernel: kernel.compile_for(target), fresh))
+    for kernel in fresh:
+        kernel.load(device)
+
+
+def compile_all(kernels: list[Bound], sm: int) -> None:
+    """Compile kernels for a compute capability (90 is 9.0), into Triton's cache."""
+    for kernel in kernels:
+        kernel.compile_for(GPUTarget("cuda", sm, 32))
 
 
 _bound: dict[tuple, Bound] = {}

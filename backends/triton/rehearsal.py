@@ -1,8 +1,10 @@
-"""Which kernels a problem needs, without data: what `prepare` loads and the tests compile.
+"""Which kernels a call or a problem needs: the launchers run, and what they would launch is listed.
 
-The launchers run on torch's meta tensors, whose shapes and alignment follow from the problem, and
-the launches they would make are listed. Whatever a call may add without changing the problem (a
-bias, sinks, ragged lengths) is an argument of the same kernels; given query codes add one kernel.
+`of_call` takes the arrays of a real call: what `hata.prepare` loads. `kernels` has a problem alone,
+and lends the launchers torch's meta tensors, whose shapes and alignment follow from it: what can be
+compiled ahead, without a GPU. Whatever a call may add without changing the problem (a bias, sinks,
+ragged lengths) is an argument of the same kernels; given query codes add one kernel, here for as
+many heads as q has.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hata.arrays import framework
+from hata.arrays import Framework, framework
 from hata.backend import Budget
 from hata.problem import Problem
 
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
     from . import TritonBackend
 
 
+def of_call(
+    backend: TritonBackend, launcher: str, problem: Problem, fw: Framework, args: tuple[Any, ...]
+) -> list[Bound]:
+    """Every kernel that one call launches."""
+    with rehearsal() as met:
+        getattr(backend, launcher)(problem, fw, *args)
+    return list(dict.fromkeys(met))
+
+
 def kernels(backend: TritonBackend, problem: Problem) -> list[Bound]:
     """Every kernel that calls of this problem may launch."""
     layouts = (True,) if problem.aligned else (True, False)
@@ -30,9 +41,9 @@ def kernels(backend: TritonBackend, problem: Problem) -> list[Bound]:
     lengths = (problem.slots, problem.slots - 1) if problem.bits in (32, 64) else (problem.slots,)
     with rehearsal() as met:
         for aligned, slots in itertools.product(layouts, lengths):
-            for call, arguments in _calls(problem, aligned, max(slots, 1)):
+            for launcher, arguments in _calls(problem, aligned, max(slots, 1)):
                 fw = framework("x", arguments[0])
-                getattr(backend, call)(problem, fw, *arguments)
+                getattr(backend, launcher)(problem, fw, *arguments)
     return list(dict.fromkeys(met))
 
 

@@ -15,7 +15,7 @@ import hata
 from hata import arrays as adapters
 from hata import registry
 from hata.backend import Backend
-from hata.errors import BackendUnavailable
+from hata.errors import UnsupportedProblem
 from hata.testing import precision
 from hata.testing.kits import KITS, Arrays, Kit
 from hata.testing.strategies import Case
@@ -62,13 +62,13 @@ class Harness:
         wanted = [name for name in ("kit", "dtype") if name in metafunc.fixturenames]
         if not wanted:
             return
-        try:
-            loaded = registry.load(self.backend)
-        except BackendUnavailable as error:
+        absent = registry.missing(self.backend)
+        if absent is not None:
             # The backend's absence is one skip per test, not one per framework and dtype.
-            skipped = pytest.param(*[None] * len(wanted), marks=pytest.mark.skip(str(error)))
+            skipped = pytest.param(*[None] * len(wanted), marks=pytest.mark.skip(absent))
             metafunc.parametrize(wanted, [skipped], ids=[self.backend])
             return
+        loaded = registry.load(self.backend)
         frameworks = self.frameworks or [
             name for name in _FRAMEWORKS[self.device] if name in loaded.frameworks
         ]
@@ -89,10 +89,11 @@ class Harness:
         """Use the backend, and hand it poisoned memory instead of undefined memory."""
         for framework in adapters.Framework.__subclasses__():
             monkeypatch.setattr(framework, "empty", _poisoned(framework.empty))
-        try:
-            registry.load(self.backend)
-        except BackendUnavailable as error:
-            pytest.skip(str(error))
+        # A backend that this machine is no match for is no failure. One that cannot be imported, or
+        # compiled, is.
+        absent = registry.missing(self.backend)
+        if absent is not None:
+            pytest.skip(f"backend {self.backend!r}: {absent}")
         with hata.use_backend(self.backend):
             yield
 
@@ -134,7 +135,7 @@ class Harness:
         """Call an op; what the backend declares that it cannot run is skipped."""
         try:
             return getattr(hata, op)(**arguments)
-        except BackendUnavailable as error:
+        except UnsupportedProblem as error:
             pytest.skip(str(error))
 
     def call(self, kit: Kit, op: str, placed: Arrays, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hata
-from hata.backend import use_config
+from hata.backend import Backend, use_config
 from hata.problem import OPS, Problem
 from hata.testing import precision
 from hata.testing.harness import Harness, given_values, oracle, visible
@@ -334,8 +334,12 @@ class Properties(Harness):
     def problem_of(self, kit: Kit, case: Case, op: str) -> Problem:
         """The problem that a case's call of an op is looked up by."""
         found: list[Problem] = []
+
+        def note(_: Backend, launcher: str, problem: Problem, *args: Any) -> None:
+            found.append(problem)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(self.loaded), "prepare", lambda _, problem: found.append(problem))
+            patch.setattr(type(self.loaded), "prepare_call", note)
             arrays, options = self.arguments(kit, case, op)
             hata.prepare(op, **{name: p and p.array for name, p in arrays.items()}, **options)
         return found[0]

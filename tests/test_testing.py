@@ -1,0 +1,89 @@
+"""The conformance suite itself: what it skips, and what it must not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# NumPy's own arithmetic, so that all of it is right but for what a test plants.
+BACKEND = """
+import numpy as np
+from hata.backend import Backend
+from hata.errors import BackendUnavailable, KernelError
+
+class Mine(Backend):
+    name = "mine"
+    frameworks = frozenset({"numpy"})
+    dtypes = frozenset({"float32"})
+
+    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
+        PLANTED
+        group = x.shape[1] // projection.shape[0]
+        value = x.astype("f8") @ projection.astype("f8").repeat(group, axis=0)
+        if bias is not None:
+            value = value + bias.astype("f8").repeat(group, axis=0)[:, None]
+        codes = np.packbits(value > 0, axis=-1, bitorder="little")
+        result = fw.empty(codes.shape, "uint8", x) if out is None else out
+        result[...] = codes
+        if norms is not None:
+            norms[...] = np.sqrt((x.astype("f8") ** 2).sum(-1))
+        return result
+
+    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+"""
+TEST = """
+from hata.testing import BackendSuite
+
+class TestMine(BackendSuite):
+    backend = "mine"
+    max_examples = 3
+"""
+METHOD = "    @classmethod\n    def missing(cls): "
+CASES = {
+    "sound": ("pass", "", 0, "passed"),
+    "absent": ("pass", METHOD + "return 'no such machine'\n", 0, "no such machine"),
+    "unsupported": (
+        "pass",
+        "    def unsupported(self, problem): return ['not here']\n",
+        0,
+        "cannot run encode: not here",
+    ),
+    # These once were skips, and hid that nothing compiled.
+    "kernel": ("raise KernelError('ptxas says no')", "", 1, "KernelError: ptxas says no"),
+    "unavailable": ("raise BackendUnavailable('no cubin')", "", 1, "BackendUnavailable: no cubin"),
+    "missing fails": ("pass", METHOD + "raise OSError('driver')\n", 2, "missing() failed"),
+    "no constructor": (
+        "pass",
+        "    def __init__(self): raise OSError('no node')\n",
+        2,
+        "no node",
+    ),
+    "no import": ("pass", "raise ImportError('libcuda.so.1')\n", 2, "libcuda.so.1"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_is_declared_skips(case, tmp_path):
+    planted, more, code, expected = CASES[case]
+    site = tmp_path / "site"
+    info = site / "mine-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "mine.py").write_text(BACKEND.replace("PLANTED", planted) + more)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hata.backends]\nmine = mine:Mine\n")
+    (tmp_path / "test_mine.py").write_text(TEST)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
+            "--import-mode=importlib", "-c", os.devnull, "--rootdir", str(tmp_path),
+            "-k", "test_encode and not depends", "test_mine.py",
+        ],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert expected in done.stdout
+    if case in ("absent", "unsupported"):
+        assert "passed" not in done.stdout.splitlines()[-1]

@@ -1,0 +1,82 @@
+"""What `prepare` loads is what a call launches, whatever heads its query codes have."""
+
+import importlib
+
+import pytest
+
+import hata
+from hata.testing.faults_values import SMALL, changed
+from hata.testing.kits import TorchKit
+from hata.testing.properties import Properties
+
+torch = pytest.importorskip("torch", reason="the Triton backend needs it")
+pytest.importorskip("triton", reason="the Triton backend needs it")
+
+launch = importlib.import_module("hata.backends.triton.launch")
+rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
+triton_backend = importlib.import_module("hata.backends.triton").TritonBackend
+
+CASES = {
+    "encode": ("encode", {"norms": True}),
+    "topk": ("hamming_topk", {"code_group": 3, "lengths": (40, 9)}),
+    "topk per head": ("hamming_topk", {"code_group": 5, "per_head": True, "norms": True}),
+    "attend": ("sparse_attend", {"per_head": True, "sinks": True}),
+    "step": ("hash_attend", {"fresh": 1, "norms": True}),
+    "one code a head": ("hash_attend", {"given_codes": True, "code_group": 1, "fresh": 1}),
+    "codes of q's heads": ("hash_attend", {"given_codes": True, "code_group": 2}),
+    "codes of more heads": ("hash_attend", {"given_codes": True, "code_group": 7, "fresh": 2}),
+    "odd rows": ("hash_attend", {"layouts": ("padded", "offset"), "bits": 32, "slots": 39}),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Kernels that calls on CPU tensors would have launched."""
+    found = []
+    monkeypatch.setattr(launch.Bound, "__call__", lambda self, *_: found.append(self))
+    # What a launch asks the current GPU for.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(triton_backend, "missing", classmethod(lambda cls: None))
+    monkeypatch.setattr(triton_backend, "devices", frozenset({"cpu"}))
+    yield found
+    hata.registry.reset()
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="nothing is loaded in the interpreter")
+@pytest.mark.parametrize("case", CASES)
+def test_prepare_loads_what_the_call_launches(launched, monkeypatch, case):
+    prepared = []
+
+    def prepare_call(self, launcher, problem, fw, *args):
+        prepared.extend(rehearsal.of_call(self, launcher, problem, fw, args))
+
+    monkeypatch.setattr(triton_backend, "prepare_call", prepare_call)
+    op, changes = CASES[case]
+    kit = TorchKit()
+    placed, options = Properties().arguments(kit, changed(SMALL, **changes), op)
+    arrays = {name: p and p.array for name, p in placed.items()}
+    before = {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p}
+    with hata.use_backend("triton"):
+        hata.prepare(op, **arrays, **options)
+        assert not launched
+        getattr(hata, op)(**arrays, **options)
+    assert launched
+    assert set(launched) == set(prepared)
+    assert before == {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p}
+
+
+def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch):
+    """The tuner's way: for a problem and a compute capability, into the cache, without a GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(
+        launch.Bound, "compile_for", lambda self, target: compiled.append((self, target.arch))
+    )
+    backend = triton_backend()
+    problem = hata.problem.Problem(
+        "hamming_topk", "cuda", "uint8", heads=8, kv_heads=2, bits=128, k=64, slots=4096
+    )
+    backend.compile(problem, 90)
+    assert {kernel for kernel, _ in compiled} == set(rehearsal.kernels(backend, problem))
+    assert {arch for _, arch in compiled} == {90}
