@@ -1,0 +1,322 @@
+// Attention over gathered keys, by all blocks of a row; the heads of a group share every key.
+//
+// Each block takes an equal share of the row's ranks, each warp tiles of 16 keys of it. On the tensor
+// cores keys are the rows and heads the 8 columns of two products, S' = K q' and out' = V' P', so a
+// gathered row goes from memory straight into the operands, in 16-byte loads. Warps, then parts,
+// leave a maximum, a sum and an unnormalised output, which are merged in a fixed order.
+//
+// G (heads that share keys), HEADS and LANES (heads and value dimensions of a pass), D, DV.
+
+#define WARPS (THREADS / 32)
+#define CHUNKS ((D + 31) / 32)
+#define ROW_STRIDE (LANES + 4)
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define NOTHING (-__int_as_float(0x7f800000))
+
+// Floats of shared memory that a warp leaves its share in, and of an exchange area.
+#define PEAKS (WARPS * HEADS * ROW_STRIDE)
+#define AREA_PEAKS (HEADS * LANES)
+
+struct Share {
+    int first, end;
+    const int* list;
+    const data_t *q, *keys, *values;
+};
+
+INLINE int position_at(const Params& p, const Row& row, const Share& share, int rank) {
+    if (rank >= share.end) return -1;
+    int position = row.everything ? row.start + rank : load_shared_by_blocks(share.list + rank);
+    return position < p.slots ? position : -1;
+}
+
+// A logit in units of log 2.
+INLINE float capped(const Params& p, float dot) {
+    float logit = dot * p.scale;
+    if (p.softcap > 0.f) logit = p.softcap * tanhf(logit / p.softcap);
+    return logit * LOG2E;
+}
+
+// All logits -inf so far: any finite reference gives weights of zero, not NaN.
+INLINE float reference_of(float peak) { return peak == NOTHING ? 0.f : peak; }
+
+#if DATA == 0
+
+// The warp's share; lane i owns the value dimensions 4i..4i + 3 of the pass.
+INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int head, int lane0,
+                        float* partial, float* peaks) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float peak[HEADS], sum[HEADS], acc[HEADS][4];
+    bool any = false;
+    for (int h = 0; h < HEADS; ++h) {
+        peak[h] = NOTHING, sum[h] = 0.f;
+        for (int i = 0; i < 4; ++i) acc[h][i] = 0.f;
+    }
+    for (int rank = share.first + warp; rank < share.end; rank += WARPS) {
+        i64 position = position_at(p, row, share, rank);
+        if (position < 0) continue;
+        any = true;
+        int v = lane0 + 4 * lane;
+        float4 value = load_four(share.values + position * p.values_s + v, 4 * lane < LANES && v < DV);
+        float dot[HEADS] = {};
+        for (int d = 4 * lane; d < D; d += 128) {
+            float4 k = load_four(share.keys + position * p.keys_s + d, true);
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h) {
+                float4 q = load_four(share.q + min(head + h, G - 1) * p.q_h + d, true);
+                dot[h] += k.x * q.x + k.y * q.y + k.z * q.z + k.w * q.w;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+            for (int mask = 16; mask > 0; mask /= 2) dot[h] += across(dot[h], mask);
+            float logit = capped(p, dot[h]), grown = fmaxf(peak[h], logit);
+            float reference = reference_of(grown);
+            float weight = exp2_fast(logit - reference), shrink = exp2_fast(peak[h] - reference);
+            peak[h] = grown;
+            sum[h] = sum[h] * shrink + weight;
+            acc[h][0] = acc[h][0] * shrink + weight * value.x;
+            acc[h][1] = acc[h][1] * shrink + weight * value.y;
+            acc[h][2] = acc[h][2] * shrink + weight * value.z;
+            acc[h][3] = acc[h][3] * shrink + weight * value.w;
+        }
+    }
+    for (int h = 0; h < HEADS; ++h) {
+        for (int i = 0; i < 4; ++i)
+            if (4 * lane < LANES) partial[h * ROW_STRIDE + 4 * lane + i] = acc[h][i];
+        if (lane == 0) peaks[h] = peak[h], peaks[WARPS * HEADS + h] = sum[h];
+    }
+    return any;
+}
+
+#else
+
+#define TILES ((HEADS + 7) / 8)
+#define BLOCKS (LANES / 64)
+// Chunks of keys that are loaded together, and whether queries stay in registers.
+#define STRETCH (CHUNKS < 4 ? CHUNKS : 4)
+#define KEEP (TILES * CHUNKS <= 8)
+
+INLINE uint4 query_chunk(const Params& p, const Share& share, int head, int u) {
+    int lane = threadIdx.x % 32, h = head + lane / 4, d = 32 * u + 8 * (lane % 4);
+    return load_eight(share.q + h * p.q_h + d, h < G && d < D);
+}
+
+// The warp's share. Lane 4g + j has keys g and g + 8 of a tile, heads 2j and 2j + 1 of each 8, and
+// the value dimensions 8g..8g + 7 of each 64.
+INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int head, int lane0,
+                        float* partial, float* peaks) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, j = lane % 4;
+    float peak[TILES][2], sum[TILES][2], acc[TILES][BLOCKS * 4][4] = {};
+    bool any = false;
+    for (int t = 0; t < TILES; ++t) {
+        peak[t][0] = peak[t][1] = NOTHING;
+        sum[t][0] = sum[t][1] = 0.f;
+    }
+#if KEEP
+    uint4 queries[TILES][CHUNKS];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int u = 0; u < CHUNKS; ++u) queries[t][u] = query_chunk(p, share, head + 8 * t, u);
+#endif
+    for (int rank = share.first + 16 * warp; rank < share.end; rank += 16 * WARPS) {
+        int at[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
+        any |= at[0] >= 0 || at[1] >= 0;
+        const data_t* keys[2] = {share.keys + i64(max(at[0], 0)) * p.keys_s,
+                                 share.keys + i64(max(at[1], 0)) * p.keys_s};
+        uint4 k[2][STRETCH], v[4][BLOCKS];
+        float s[TILES][4] = {};
+#pragma unroll
+        for (int u = 0; u < STRETCH; ++u)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                k[i][u] = load_eight(keys[i] + 32 * u + 8 * j, at[i] >= 0 && 32 * u + 8 * j < D);
+        // Values of keys 2j, 2j + 1 and 8 more.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int position = from_lane(at[i / 2], 4 * (2 * j + i % 2));
+            const data_t* values = share.values + i64(max(position, 0)) * p.values_s;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                int d = lane0 + 64 * b + 8 * g;
+                v[i][b] = load_eight(values + d, position >= 0 && d < DV);
+            }
+        }
+#pragma unroll
+        for (int first = 0; first < CHUNKS; first += STRETCH) {
+            if (first > 0)
+#pragma unroll
+                for (int u = 0; u < STRETCH; ++u)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        int d = 32 * (first + u) + 8 * j;
+                        k[i][u] = load_eight(keys[i] + d, at[i] >= 0 && d < D);
+                    }
+#pragma unroll
+            for (int u = 0; u < STRETCH; ++u)
+                if (first + u < CHUNKS)
+#pragma unroll
+                    for (int t = 0; t < TILES; ++t) {
+#if KEEP
+                        uint4 q = queries[t][first + u];
+#else
+                        uint4 q = query_chunk(p, share, head + 8 * t, first + u);
+#endif
+                        mma(s[t], k[0][u].x, k[1][u].x, k[0][u].y, k[1][u].y, q.x, q.y, DATA);
+                        mma(s[t], k[0][u].z, k[1][u].z, k[0][u].w, k[1][u].w, q.z, q.w, DATA);
+                    }
+        }
+        u32 weights[TILES][2];
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            float w[4], shrink[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float upper = at[0] >= 0 ? capped(p, s[t][i]) : NOTHING;
+                float lower = at[1] >= 0 ? capped(p, s[t][2 + i]) : NOTHING;
+                float grown = fmaxf(peak[t][i], fmaxf(upper, lower));
+                for (int mask = 4; mask < 32; mask *= 2) grown = fmaxf(grown, across(grown, mask));
+                float reference = reference_of(grown);
+                w[i] = exp2_fast(upper - reference), w[2 + i] = exp2_fast(lower - reference);
+                shrink[i] = exp2_fast(peak[t][i] - reference);
+                peak[t][i] = grown;
+                sum[t][i] = sum[t][i] * shrink[i] + w[i] + w[2 + i];
+            }
+#pragma unroll
+            for (int m = 0; m < BLOCKS * 4; ++m)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) acc[t][m][c] *= shrink[c % 2];
+            weights[t][0] = transpose(narrow_pair(w[0], w[1], DATA));
+            weights[t][1] = transpose(narrow_pair(w[2], w[3], DATA));
+        }
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                u32 v0 = word_of(v[0][b], m), v1 = word_of(v[1][b], m);
+                u32 v2 = word_of(v[2][b], m), v3 = word_of(v[3][b], m);
+#pragma unroll
+                for (int t = 0; t < TILES; ++t)
+                    mma(acc[t][4 * b + m], low_halves(v0, v1), high_halves(v0, v1),
+                        low_halves(v2, v3), high_halves(v2, v3), weights[t][0], weights[t][1], DATA);
+            }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float all = sum[t][i];
+            for (int mask = 4; mask < 32; mask *= 2) all += across(all, mask);
+            int h = 8 * t + 2 * j + i;
+            if (h >= HEADS) continue;
+            if (g == 0) peaks[h] = peak[t][i], peaks[WARPS * HEADS + h] = all;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                float4* to = reinterpret_cast<float4*>(partial + h * ROW_STRIDE + 64 * b + 8 * g);
+                float(*a)[4] = acc[t] + 4 * b;
+                to[0] = make_float4(a[0][i], a[0][2 + i], a[1][i], a[1][2 + i]);
+                to[1] = make_float4(a[2][i], a[2][2 + i], a[3][i], a[3][2 + i]);
+            }
+        }
+    return any;
+}
+
+#endif
+
+// Join the sink, normalise and store one element of the result.
+INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, float peak, float sum,
+                   bool any) {
+    i64 head = i64(row.head) * G + h;
+    i64 at = (row.batch * p.heads * G + head) * p.tokens + row.token;
+    float sink = NOTHING;
+    if (p.sinks_kind) sink = optional(p.sinks, p.sinks_kind, head) * LOG2E;
+    float grown = fmaxf(peak, sink), reference = reference_of(grown);
+    float shrink = exp2_fast(peak - reference);
+    sum = sum * shrink + exp2_fast(sink - reference);
+    put(reinterpret_cast<data_t*>(p.out) + at * DV + d, any ? acc * (shrink / sum) : 0.f);
+    if (d == 0 && p.lse != nullptr) p.lse[at] = any ? (reference + log2f(sum)) * LN2 : NOTHING;
+}
+
+// One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on.
+INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int head, int lane0,
+                        u32& met) {
+    float* partials = reinterpret_cast<float*>(memory + EXCHANGE);
+    float* peaks = partials + PEAKS;
+    float* area = reinterpret_cast<float*>(memory);
+    int warp = threadIdx.x / 32;
+    bool any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
+                           peaks + warp * HEADS);
+    any = __syncthreads_or(any);
+    for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
+        int h = i / LANES, d = i % LANES;
+        float peak = NOTHING, sum = 0.f, acc = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w * HEADS + h]);
+        float reference = reference_of(peak);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            float weight = exp2_fast(peaks[w * HEADS + h] - reference);
+            sum += weight * peaks[(WARPS + w) * HEADS + h];
+            acc += weight * partials[(w * HEADS + h) * ROW_STRIDE + d];
+        }
+#if PARTS == 1
+        if (head + h < G && lane0 + d < DV)
+            finish(p, row, head + h, lane0 + d, acc, peak, sum, any);
+#else
+        area[i] = acc;
+        if (d == 0) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = sum;
+        if (i == 0) area[AREA_PEAKS + 2 * HEADS] = any;
+#endif
+    }
+#if PARTS > 1
+    publish(p, row, 0, (AREA_PEAKS + 2 * HEADS + 1) * 4);
+    meet(p, row, met);
+    constexpr int EACH = (HEADS * LANES + PARTS - 1) / PARTS;
+    int end = min((row.part + 1) * EACH, HEADS * LANES);
+    for (int i = row.part * EACH + threadIdx.x; i < end; i += THREADS) {
+        int h = i / LANES, d = i % LANES;
+        float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], found = 0.f, peak = NOTHING;
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+            const float* other = reinterpret_cast<const float*>(exchange_of(p, row, n));
+            part_peak[n] = peer(other + AREA_PEAKS + h);
+            part_sum[n] = peer(other + AREA_PEAKS + HEADS + h);
+            part_acc[n] = peer(other + i);
+            found = fmaxf(found, peer(other + AREA_PEAKS + 2 * HEADS));
+            peak = fmaxf(peak, part_peak[n]);
+        }
+        float sum = 0.f, acc = 0.f, reference = reference_of(peak);
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+            float weight = exp2_fast(part_peak[n] - reference);
+            sum += weight * part_sum[n];
+            acc += weight * part_acc[n];
+        }
+        if (head + h < G && lane0 + d < DV)
+            finish(p, row, head + h, lane0 + d, acc, peak, sum, found > 0.f);
+    }
+    // Areas are written again by the next pass, and must last until all parts have read them.
+    meet(p, row, met);
+#else
+    __syncthreads();
+#endif
+}
+
+// Attend to the first `taken` of a list of positions (or to all visible ones).
+INLINE void attend(const Params& p, const Row& row, const int* list, int taken, u32& met) {
+    int size = ((taken + PARTS - 1) / PARTS + 15) & ~15;
+    Share share;
+    share.first = min(i64(row.part) * size, i64(taken));
+    share.end = min(share.first + size, taken);
+    share.list = list;
+    share.q = reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b + i64(row.head) * G * p.q_h
+        + row.token * p.q_t;
+    share.keys = reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b
+        + row.kv_head * p.keys_h;
+    share.values = reinterpret_cast<const data_t*>(p.values) + row.batch * p.values_b
+        + row.kv_head * p.values_h;
+    for (int head = 0; head < G; head += HEADS)
+        for (int lane0 = 0; lane0 < DV; lane0 += LANES)
+            attend_pass(p, row, share, head, lane0, met);
+}

@@ -1,0 +1,159 @@
+"""hash_attend: launcher of a decode step, two launches (arXiv 2506.02572, Algorithm 3).
+
+1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place.
+2. `hash_attend.cu`: everything else.
+
+The second starts while the first one drains, where the GPU can do that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hata.arrays import Framework
+from hata.backend import Budget, Config
+from hata.problem import Problem
+
+from .encode import Job, launch_jobs
+from .plan import Plan, View, kind, planned
+from .row import (
+    attending,
+    budget_fields,
+    launch_rows,
+    selecting,
+    shape_of,
+    span_fields,
+    steps,
+)
+from .sparse_attend import is_aligned, nothing
+
+
+def write_hash_attend(
+    plan: Plan,
+    problem: Problem,
+    config: Config,
+    q: View,
+    keys: View,
+    values: View,
+    key_codes: View,
+    projection: View,
+    bias: View | None,
+    query_projection: View,
+    query_bias: View | None,
+    q_codes: View | None,
+    lengths: View | None,
+    starts: View | None,
+    key_norms: View | None,
+    sink_logits: View | None,
+    fresh: int,
+    dense_below: int,
+    budget: Budget,
+    scale: float,
+    softcap: float | None,
+    return_lse: bool,
+) -> None:
+    """Write the launches of a decode step into a plan."""
+    batch, heads, tokens, _ = q.shape
+    _, kv_heads, slots, lanes = values.shape
+    dtype, bits = problem.dtype, projection.shape[2]
+    width = bits // 8
+    out = plan.output((batch, heads, tokens, lanes), dtype)
+    lse = plan.output((batch, heads, tokens), "float32") if return_lse else None
+    # A budget of more keys than there are slots is one of all of them, and costs no more.
+    budget = budget._replace(k=max(min(budget.k, slots), 1))
+    overlap = bool(config["overlap"]) and plan.device.architecture >= 90
+    spans = span_fields(plan, lengths, starts)
+
+    jobs = []
+    if q_codes is None:
+        code_steps = heads * tokens * width, tokens * width, width
+        query_codes = plan.piece(batch * heads * tokens * width)
+        group = heads // kv_heads
+        jobs.append(
+            Job(q, query_projection, query_bias, query_codes, code_steps, True, None)
+        )
+    else:
+        code_steps, query_codes = q_codes.strides[:3], plan.address(q_codes)
+        group = q_codes.shape[1] // kv_heads
+    if min(fresh, slots):
+        codes = plan.address(key_codes)
+        words = key_codes.in_units_of(4, 1)
+        jobs.append(
+            Job(keys, projection, bias, codes, key_codes.strides[:3], words, key_norms,
+                min(fresh, slots))
+        )  # fmt: skip
+    step = {**config, "tiles": 1, "loops": 1}
+    launch_jobs(plan, dtype, jobs, step, spans, slots, overlap)
+
+    rows = batch * kv_heads * tokens
+    shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens)
+    fields = {
+        "q_codes": query_codes,
+        "codes": plan.address(key_codes),
+        "norms": plan.address(key_norms),
+        "q": plan.address(q),
+        "keys": plan.address(keys),
+        "values": plan.address(values),
+        "sinks": plan.address(sink_logits),
+        "out": plan.address(out),
+        "lse": plan.address(lse),
+        "positions": plan.piece(rows * budget.k * 4),
+        **spans,
+        **dict(zip(("q_codes_0", "q_codes_1", "q_codes_2"), code_steps, strict=True)),
+        **steps("codes", key_codes),
+        **steps("norms", key_norms),
+        **steps("q", q),
+        **steps("keys", keys),
+        **steps("values", values),
+        **budget_fields(budget, slots),
+        "heads": kv_heads,
+        "share": 1,
+        "tokens": tokens,
+        "slots": slots,
+        "dense_below": min(dense_below, slots),
+        "sinks_kind": kind(sink_logits, dtype),
+        "scale": scale,
+        "softcap": softcap or 0.0,
+    }
+    scanned = selecting(
+        shape, problem, group, bits, key_codes, key_norms is not None, config["ahead"]
+    )
+    attended = attending(shape, problem, heads // kv_heads, is_aligned(dtype, q, keys, values))
+    launch_rows(plan, "hash_attend", shape, rows, fields, scanned, attended, overlap)
+
+
+def launch(
+    problem: Problem,
+    config: Config,
+    fw: Framework,
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_codes: Any,
+    projection: Any,
+    bias: Any,
+    query_projection: Any,
+    query_bias: Any,
+    q_codes: Any,
+    fresh: int,
+    dense_below: int,
+    lengths: Any,
+    starts: Any,
+    budget: Budget,
+    key_norms: Any,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Any,
+    return_lse: bool,
+) -> tuple[Any, Any]:
+    """Launch `hata.hash_attend`."""
+    batch, _, tokens, _ = fw.shape(q)
+    if batch * tokens == 0:
+        return nothing(fw, q, problem, return_lse)
+    arrays = (
+        q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
+        lengths, starts, key_norms, sink_logits,
+    )  # fmt: skip
+    options = fresh, dense_below, budget, scale, softcap, return_lse
+    made = planned(write_hash_attend, problem, config, fw, arrays, *options)
+    return made[0], made[1] if return_lse else None

@@ -1,0 +1,137 @@
+// What C++ has no words for: types, warp-wide operations, tensor-core products, clusters.
+//
+// Kernels use nothing of the machine but what stands here and a few CUDA built-ins, so that a test
+// can compile them for a CPU with another file of this name.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define INLINE __device__ __forceinline__
+#define FULL 0xffffffffu
+
+// fp16 and bf16 as 16-bit integers; DATA is 2 for bf16, 1 for fp16, 0 for fp32.
+
+INLINE float widen_bf16(u16 x) { return __uint_as_float(u32(x) << 16); }
+
+INLINE float widen_fp16(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+INLINE u16 narrow_fp16(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Two floats as a pair of 16-bit numbers, the first one in the low half.
+INLINE u32 narrow_pair(float low, float high, int data) {
+    u32 y;
+    if (data == 1)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+INLINE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Warp-wide operations; all 32 lanes take part.
+
+INLINE u32 ballot(bool x) { return __ballot_sync(FULL, x); }
+INLINE u32 from_lane(u32 x, int lane) { return __shfl_sync(FULL, x, lane); }
+INLINE int from_lane(int x, int lane) { return __shfl_sync(FULL, x, lane); }
+INLINE float from_lane(float x, int lane) { return __shfl_sync(FULL, x, lane); }
+INLINE float across(float x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
+INLINE u32 across(u32 x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
+INLINE u64 from_below(u64 x, int distance) { return __shfl_up_sync(FULL, x, distance); }
+INLINE void sync_warp() { __syncwarp(); }
+
+// c += a b for a 16x16 and b 16x8 of 16-bit numbers. Lane 4g + j holds, with pairs in a register:
+// a: (row g, columns 2j..), (g + 8, 2j..), (g, 2j + 8..), (g + 8, 2j + 8..);
+// b: (rows 2j.., column g), (rows 2j + 8.., column g);
+// c: (row g, column 2j), (g, 2j + 1), (g + 8, 2j), (g + 8, 2j + 1).
+INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int data) {
+    if (data == 1)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Transpose an 8x8 matrix of 16-bit numbers: lane 4g + j holds row g, columns 2j and 2j + 1.
+INLINE u32 transpose(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// Memory.
+
+// 16 bytes that are read once and not written by this launch.
+INLINE uint4 load_once(const void* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+
+// What another block of this launch may have written.
+INLINE u32 load_shared_by_blocks(const u32* p) { return __ldcg(p); }
+INLINE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+INLINE int load_shared_by_blocks(const int* p) { return __ldcg(p); }
+
+// The same address in another block of the cluster.
+INLINE char* in_block(char* p, u32 rank) {
+    u64 q;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
+    return (char*)q;
+}
+
+// Every thread of every block of the cluster arrives; what they wrote is seen after it.
+INLINE void sync_cluster() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
+// Wait until `target` arrivals were counted; one thread of a block calls it.
+INLINE void arrive_and_wait(u32* counter, u32 target) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    // A block that never comes must become an error, not a hang: seconds of polling, then a trap.
+    for (u32 tries = 0;; ++tries) {
+        u32 seen;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        if (seen >= target) break;
+        if (tries > (1u << 25)) asm volatile("trap;");
+    }
+    __threadfence();
+}
+
+// Launches that overlap: the next one may start; wait for what the one before wrote.
+INLINE void let_next_start() {
+#if OVERLAP
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+INLINE void wait_for_previous() {
+#if OVERLAP
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -1,0 +1,233 @@
+"""The argument and the constants that the kernels of a row share; see `row.cu`.
+
+Plain arithmetic on sizes: which variant of a kernel a call takes, and how much memory of what kind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hata.backend import Budget, Config
+from hata.problem import Problem
+
+from .driver import Device, Kernel
+from .plan import Address, Plan, View, row_step
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+DATA = {"float32": 0, "float16": 1, "bfloat16": 2}
+# Counters of one histogram at most; more values than this are found digit by digit.
+MOST_BINS = 4608
+DIGIT_BINS = 2048
+_CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
+# `struct Params` of row.cu.
+LAYOUT = {
+    **dict.fromkeys(
+        (
+            *_CODES, "sinks", "out", "lse", "positions", "lengths", "starts", "exchange", "scores",
+            "arrivals",
+        ),
+        "P",
+    ),
+    **{f"{name}_{axis}": "q" for name in _CODES for axis in (0, 1, 2)},
+    **dict.fromkeys(("positions_0", "positions_1", "positions_2", "ratio"), "q"),
+    **dict.fromkeys(
+        (
+            "heads", "share", "tokens", "slots", "length_step", "start_step", "k", "least", "sink",
+            "recent", "dense_below", "capacity", "sinks_kind",
+        ),
+        "i",
+    ),
+    "scale": "f",
+    "softcap": "f",
+}  # fmt: skip
+
+
+class Counting(NamedTuple):
+    """How the keys to select by are counted.
+
+    Attributes:
+        rounds: Histograms one after the other (1, or 3 digits).
+        bins: Counters of each.
+        halve: 1 where keys are halved distances, since all have one parity.
+        itemsize: Bytes of a key.
+    """
+
+    rounds: int
+    bins: int
+    halve: int
+    itemsize: int
+
+
+def counting(group: int, bits: int, norms: bool) -> Counting:
+    """How to count keys for groups of `group` codes of `bits` bits."""
+    halve = int(group % 2 == 0 and not norms)
+    # 0 stands for keys that win anyway, and distances begin at 1.
+    bins = -(-((group * bits >> halve) + 2) // 4) * 4
+    if norms or bins > MOST_BINS:
+        return Counting(3, DIGIT_BINS, halve, 4)
+    return Counting(1, bins, halve, 2)
+
+
+class Shape(NamedTuple):
+    """How the blocks of a row share its work.
+
+    Attributes:
+        parts: Blocks a row.
+        joined: How they meet: 0 alone, 1 as a cluster, 2 by counters; see row.cu.
+        threads: Threads a block.
+        resident: Blocks that a multiprocessor holds at once.
+        room: Bytes of shared memory that each of them may have.
+    """
+
+    parts: int
+    joined: int
+    threads: int
+    resident: int
+    room: int
+
+
+def shape_of(device: Device, problem: Problem, config: Config, rows: int) -> Shape:
+    """The shape of a problem's rows on a device, of which there are about `rows`."""
+    parts = config["parts"]
+    joined = 0 if parts == 1 else 1
+    if joined and (config["joined"] == "counters" or parts > device.clusters):
+        joined = 2
+    threads = config["threads"]
+    resident = max(512 // threads, 1) if rows * parts > device.sms else 1
+    # A block's own kilobyte, and what kernels declare statically.
+    room = (device.shared + 1024) // resident - 1024 - 2048
+    return Shape(parts, joined, threads, resident, room)
+
+
+def capacity_of(shape: Shape, slots: int) -> int:
+    """Keys to select by that a part has room for, whatever the lengths are."""
+    return -(-max(slots + 15, 1) // shape.parts // 64 + 1) * 64 + 64
+
+
+class Selecting(NamedTuple):
+    """The scan and the selection of a kernel: constants, and bytes of shared memory."""
+
+    macros: dict[str, int]
+    counters: int
+    spill: bool
+    itemsize: int
+
+
+def selecting(
+    shape: Shape, problem: Problem, group: int, bits: int, codes: View, norms: bool, ahead: int
+) -> Selecting:
+    """Which scan a call takes."""
+    how = counting(group, bits, norms)
+    width = bits // 8
+    unit = next(
+        (n for n in (16, 8, 4) if width % n == 0 and codes.in_units_of(n, 1)),
+        1,
+    )
+    keys = 1
+    slots = codes.shape[2]
+    if (
+        width in (4, 8)
+        and codes.alignment == 0
+        and all(stride % 16 == 0 for stride in codes.strides[:2])
+        and codes.strides[2] == width
+        and slots * width % 16 == 0
+    ):
+        unit, keys = 16, 16 // width
+    # By the bucket of the slots, so that a cache that grows takes the same kernel.
+    counters = how.rounds * how.bins * 4
+    spill = counters + capacity_of(shape, problem.slots) * how.itemsize > shape.room
+    macros = {
+        "R": bits, "GROUP": group, "PLANES": group.bit_length(), "NORMS": int(norms),
+        "ROUNDS": how.rounds, "BINS": how.bins, "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
+        "AHEAD": max(min(ahead, 16 // (keys * bits // 32)), 1), "SPILL": int(spill),
+    }  # fmt: skip
+    return Selecting(macros, counters, spill, how.itemsize)
+
+
+class Attending(NamedTuple):
+    """The attention of a kernel: constants, and bytes of shared memory."""
+
+    macros: dict[str, int]
+    area: int
+    partials: int
+
+
+def attending(shape: Shape, problem: Problem, members: int, aligned: bool) -> Attending:
+    """Which attention a call takes."""
+    lanes = 64 if problem.value_dim <= 64 else 128
+    heads = min(members, 8 if problem.dtype == "float32" else 16)
+    warps = shape.threads // 32
+    while heads > 1 and warps * heads * (lanes + 6) * 4 > shape.room - (heads * lanes * 4 + 256):
+        heads = -(-heads // 2)
+    area = 0 if shape.parts == 1 else (heads * lanes + 2 * heads + 1) * 4
+    macros = {
+        "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
+        "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
+    }  # fmt: skip
+    return Attending(macros, area, warps * heads * (lanes + 6) * 4)
+
+
+def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
+    """k, ratio, least, sink and recent as the kernels take them."""
+    least = max(1, budget.k_min, budget.sink + budget.recent)
+    return {
+        "k": budget.k,
+        "ratio": budget.ratio,
+        "least": min(least, budget.k),
+        "sink": min(budget.sink, slots),
+        "recent": min(budget.recent, slots),
+    }
+
+
+def steps(name: str, x: View | None, axes: int = 3) -> dict[str, int]:
+    """Strides of an array as fields of an argument."""
+    if x is None:
+        return {}
+    return {f"{name}_{axis}": x.strides[axis] for axis in range(axes)}
+
+
+def span_fields(plan: Plan, lengths: View | None, starts: View | None) -> dict[str, Address | int]:
+    """Lengths and starts as fields of an argument."""
+    return {
+        "lengths": plan.address(lengths),
+        "starts": plan.address(starts),
+        "length_step": row_step(lengths),
+        "start_step": row_step(starts),
+    }
+
+
+def launch_rows(
+    plan: Plan,
+    name: str,
+    shape: Shape,
+    rows: int,
+    fields: dict[str, Address | int | float],
+    selecting: Selecting | None = None,
+    attending: Attending | None = None,
+    overlap: bool = False,
+) -> None:
+    """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch."""
+    macros = {"PARTS": shape.parts, "JOINED": shape.joined, "THREADS": shape.threads}
+    exchange = shared = 0
+    if selecting is not None:
+        macros |= selecting.macros
+        exchange = selecting.counters
+        capacity = capacity_of(shape, int(fields["slots"]))
+        fields["capacity"] = capacity
+        if selecting.spill:
+            fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
+        else:
+            shared = capacity * selecting.itemsize
+    if attending is not None:
+        macros |= attending.macros
+        exchange = max(exchange, attending.area)
+        shared = max(shared, attending.partials)
+    exchange = -(-exchange // 16) * 16
+    if shape.joined == 2:
+        fields["exchange"] = plan.piece(rows * shape.parts * exchange)
+        fields["arrivals"] = arrivals = plan.piece(rows * 4)
+        plan.zero(arrivals, rows)
+    macros |= {"EXCHANGE": exchange, "RESIDENT": shape.resident, "OVERLAP": int(overlap)}
+    cluster = shape.parts if shape.joined == 1 else 1
+    kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster)
+    plan.launch(kernel, rows * shape.parts, exchange + shared, fields, LAYOUT, overlap)

@@ -1,0 +1,201 @@
+// The scan: one pass over a part's codes that leaves a key to select by per stored key, and counts.
+//
+// For a group of G query codes, the distance of key k is the sum over its bits of G - c where the
+// bit is set and of c where it is not, c being how many queries set it. Written in planes P_j of
+// weights w_j that sum up to G, c = sum_j w_j P_j, so distance = sum_j w_j popcount(k ^ P_j): few
+// planes stand for many queries. And as popcount is slow, words of one weight go through adders that
+// leave one or two words a weight to be counted (Harley and Seal).
+//
+// The keys to select by, of which the smallest win: 0 for the first and last keys that win anyway,
+// else 1 + distance, halved where all distances of a group have one parity; with key norms (or very
+// long codes) 32 bits wide, and found digit by digit (ROUNDS).
+//
+// R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 8, 4, 1),
+// KEYS (codes in a 16-byte vector, where they are shorter), AHEAD (vectors a thread loads ahead),
+// SPILL (keys to select by lie in global memory).
+
+#define W (R / 32)
+
+#if ROUNDS == 1
+typedef u16 order_t;
+#define NEVER 0x7fffu
+#else
+typedef u32 order_t;
+#define NEVER 0xffffffffu
+#endif
+
+// The part of a row that this block scans.
+struct Part {
+    int low, count;
+    order_t* keys;
+};
+
+INLINE Part find_part(const Params& p, const Row& row) {
+    Part part;
+    // Parts begin at whole vectors, of codes and of keys to select by.
+    int origin = row.start & ~15;
+    int size = (row.stop - origin + PARTS - 1) / PARTS;
+    size = (size + 63) & ~63;
+    part.low = min(i64(origin) + i64(size) * row.part, i64(row.stop));
+    part.count = min(size, row.stop - part.low);
+#if SPILL
+    part.keys = reinterpret_cast<order_t*>(p.scores) + (row.index * PARTS + row.part) * p.capacity;
+#else
+    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE);
+#endif
+    return part;
+}
+
+// Weight of a plane: powers of two, and for the last one what is missing to the group.
+__host__ __device__ constexpr int weight_of(int plane) {
+    return plane < PLANES - 1 ? 1 << plane : GROUP - (1 << (PLANES - 1)) + 1;
+}
+
+__host__ __device__ constexpr int planes_at(int level) {
+    int count = 0;
+    for (int plane = 0; plane < PLANES; ++plane) count += weight_of(plane) >> level & 1;
+    return count;
+}
+
+// Sum over words of 2^LEVEL and higher weights, with CARRIED words from the adders below.
+template <int LEVEL, int CARRIED>
+INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
+    constexpr int OWN = planes_at(LEVEL) * W, COUNT = OWN + CARRIED;
+    if constexpr (COUNT == 0 && (GROUP >> LEVEL) == 0) {
+        return 0;
+    } else {
+        u32 words[COUNT > 0 ? COUNT : 1], carries[COUNT > 2 ? (COUNT - 1) / 2 : 1];
+        int count = 0;
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane)
+            if (weight_of(plane) >> LEVEL & 1)
+#pragma unroll
+                for (int i = 0; i < W; ++i) words[count++] = code[i] ^ planes[plane * W + i];
+#pragma unroll
+        for (int i = 0; i < CARRIED; ++i) words[count++] = carried[i];
+        u32 left = COUNT > 0 ? words[0] : 0;
+#pragma unroll
+        for (int i = 0; i < (COUNT - 1) / 2; ++i) {
+            u32 a = words[2 * i + 1], b = words[2 * i + 2];
+            carries[i] = (left & a) | (left & b) | (a & b);
+            left ^= a ^ b;
+        }
+        u32 sum = __popc(left);
+        if constexpr (COUNT > 0 && COUNT % 2 == 0) sum += __popc(words[COUNT - 1]);
+        constexpr int UP = COUNT > 2 ? (COUNT - 1) / 2 : 0;
+        return sum + 2 * tally<LEVEL + 1, UP>(code, planes, carries);
+    }
+}
+
+// The bit planes of a row's query codes, in shared memory.
+INLINE void make_planes(const Params& p, const Row& row, u32* planes) {
+    const u8* codes = reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
+        + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t;
+    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
+        int count = 0;
+        if (bit < R)
+            for (int i = 0; i < GROUP; ++i) count += codes[i * p.q_codes_h + bit / 8] >> bit % 8 & 1;
+        bool above = count >= 1 << (PLANES - 1);
+        if (above) count -= weight_of(PLANES - 1);
+        for (int plane = 0; plane < PLANES; ++plane) {
+            u32 word = ballot(plane == PLANES - 1 ? above : count >> plane & 1);
+            if (bit < R && bit % 32 == 0) planes[plane * W + bit / 32] = word;
+        }
+    }
+    __syncthreads();
+}
+
+// KEYS codes that follow one another.
+INLINE void load_codes(u32 (&words)[KEYS * W], const char* p) {
+#if UNIT == 16
+#pragma unroll
+    for (int i = 0; i < KEYS * W / 4; ++i) {
+        uint4 v = load_once(p + 16 * i);
+        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+#elif UNIT == 8
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) {
+        uint2 v = reinterpret_cast<const uint2*>(p)[i];
+        words[2 * i] = v.x, words[2 * i + 1] = v.y;
+    }
+#elif UNIT == 4
+#pragma unroll
+    for (int i = 0; i < W; ++i) words[i] = reinterpret_cast<const u32*>(p)[i];
+#else
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+        const u8* b = reinterpret_cast<const u8*>(p) + 4 * i;
+        words[i] = b[0] | u32(b[1]) << 8 | u32(b[2]) << 16 | u32(b[3]) << 24;
+    }
+#endif
+}
+
+// Unsigned integers in the reversed order of float scores; -0 equals 0, NaN counts as 0.
+INLINE u32 reversed(float score) {
+    score = score == score ? __fadd_rn(score, 0.f) : 0.f;
+    u32 bits = __float_as_uint(score);
+    return bits >> 31 ? bits : bits ^ 0x7fffffffu;
+}
+
+INLINE int digit_of(u32 key, int round) {
+    return ROUNDS == 1 ? key : round == 0 ? key >> 21 : round == 1 ? key >> 10 & 2047 : key & 1023;
+}
+
+INLINE u32* counters(char* exchange, int round) {
+    return reinterpret_cast<u32*>(exchange) + round * BINS;
+}
+
+// Fill the part's keys to select by, up to a multiple of 64, and count their first digits.
+INLINE void scan(const Params& p, const Row& row, const Part& part) {
+    __shared__ u32 shared_planes[PLANES * W];
+    for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) counters(memory, 0)[i] = 0;
+    make_planes(p, row, shared_planes);
+    u32 planes[PLANES * W];
+#pragma unroll
+    for (int i = 0; i < PLANES * W; ++i) planes[i] = shared_planes[i];
+    const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
+#if NORMS
+    const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
+#endif
+    u32* bins = counters(memory, 0);
+    const int padded = (part.count + 63) & ~63, stride = THREADS * KEYS;
+    u32 next[AHEAD][KEYS * W];
+    int mine = threadIdx.x * KEYS;
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a)
+        if (mine + a * stride < part.count)
+            load_codes(next[a], codes + (part.low + mine + a * stride) * p.codes_s);
+    for (; mine < padded; mine += AHEAD * stride) {
+        u32 now[AHEAD][KEYS * W];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+#pragma unroll
+            for (int i = 0; i < KEYS * W; ++i) now[a][i] = next[a][i];
+            int following = mine + (AHEAD + a) * stride;
+            if (following < part.count)
+                load_codes(next[a], codes + (part.low + following) * p.codes_s);
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            if (mine + a * stride >= padded) break;
+#pragma unroll
+            for (int i = 0; i < KEYS; ++i) {
+                int at = mine + a * stride + i, position = part.low + at;
+                bool inside = at < part.count && position >= row.start;
+                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr), key;
+#if NORMS
+                if (inside) {
+                    float norm = widen_fp16(norms[position * p.norms_s]);
+                    key = reversed(__fmul_rn(float(GROUP * R - 2 * int(distance)), norm));
+                }
+#else
+                key = (distance >> HALVE) + 1;
+#endif
+                if (position < row.start + p.sink || position >= row.stop - p.recent) key = 0;
+                part.keys[at] = inside ? key : NEVER;
+                if (inside) atomicAdd(bins + digit_of(key, 0), 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+"""The conformance suite over the kernels on a CPU; `test_emulated` runs it in a process of its own."""
+
+import importlib
+import os
+import sys
+import types
+
+import pytest
+
+from hata import registry
+from hata.testing import BackendSuite
+
+sys.path.insert(0, os.path.dirname(__file__))
+emulator = importlib.import_module("emulator")
+cupy_backend = importlib.import_module("hata.backends.cupy")
+compiler = importlib.import_module("hata.backends.cupy.compiler")
+defaults = importlib.import_module("hata.backends.cupy.defaults")
+plan = importlib.import_module("hata.backends.cupy.plan")
+
+# PARTS JOINED and the like are drawn from what the device may do.
+DEVICES = {
+    "cluster": {},
+    "counters": {"architecture": 80, "clusters": 1},
+    "spill": {"shared": 24 * 1024, "clusters": 2},
+}
+MODE = os.environ.get("EMULATED", "cluster")
+DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
+plan.device_of = lambda fw, x: DEVICE
+plan.with_stream = lambda fw, like, act, pointers: act(pointers, 0)
+
+
+class EmulatedBackend(cupy_backend.CuPyBackend):
+    name = "cupy-emulated"
+    devices = frozenset({"cpu"})
+    frameworks = frozenset({"numpy", "torch"})
+
+    @classmethod
+    def missing(cls):
+        return None if emulator.compiler() else "there is no C++ compiler"
+
+    def default(self, problem):
+        config = dict(defaults.of(problem))
+        if "threads" in config:
+            config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
+        return config
+
+    def prepare(self, problem):
+        rehearsal = importlib.import_module("hata.backends.cupy.rehearsal")
+        for kernel in rehearsal.kernels(self, problem, DEVICE):
+            DEVICE.load(kernel)
+
+
+module = types.ModuleType("hata_emulated")
+module.EmulatedBackend = EmulatedBackend
+sys.modules["hata_emulated"] = module
+registry.BUILT_IN["cupy-emulated"] = "hata_emulated:EmulatedBackend"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestEmulated(BackendSuite):
+    backend = "cupy-emulated"
+    device = "cpu"
+    frameworks = ("numpy",)
+    max_slots = 200
+    max_head_dim = int(os.environ.get("EMULATED_DIM", "192"))
+    max_examples = int(os.environ.get("EMULATED_EXAMPLES", "4"))

@@ -1,0 +1,99 @@
+"""The backend's kernels on a CPU: compiled as host C++ and run with a fiber for every thread.
+
+What a launcher writes is run as it is, on NumPy arrays: plans, arguments, grids, shared memory,
+barriers. See host.h for what stands in for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+_SHARED_ARRAY = "extern __shared__ __align__(16) char memory[];"
+
+
+def compiler() -> str | None:
+    """A C++ compiler, if there is one."""
+    return shutil.which("g++")
+
+
+_COMMAND = ("g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-pthread")
+
+
+@functools.lru_cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """A folder for what is built, with host.h precompiled."""
+    folder = tempfile.TemporaryDirectory(prefix="hata-host-")
+    shutil.copy(HERE / "host.h", folder.name)
+    _run(*_COMMAND, "-x", "c++-header", "host.h", folder=folder.name)
+    return folder
+
+
+def _run(*command: str, folder: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:6000]
+
+
+def flat(name: str, read) -> str:
+    """A source with its includes in place; host.h stands for ptx.cu."""
+
+    def included(match: re.Match) -> str:
+        return "" if match[1] == "ptx.cu" else flat(match[1], read)
+
+    return re.sub(r'^#include "(\w+\.cu)"$', included, read(name), flags=re.MULTILINE)
+
+
+def build(name: str, macros, read) -> ctypes.CDLL:
+    """A kernel as a shared library."""
+    text = "\n".join(
+        (
+            '#include "host.h"',
+            *(f"#define {key} {value}" for key, value in macros),
+            f"#define KERNEL {name}",
+            flat(f"{name}.cu", read).replace(_SHARED_ARRAY, ""),
+            (HERE / "host_main.h").read_text(),
+        )
+    )
+    path = Path(_folder().name) / hashlib.sha256(text.encode()).hexdigest()[:32]
+    library = path.with_suffix(".so")
+    if not library.exists():
+        source = path.with_suffix(".cpp")
+        source.write_text(text)
+        _run(*_COMMAND, "-shared", source.name, "-o", library.name, folder=_folder().name)
+    return ctypes.CDLL(str(library))
+
+
+class Device:
+    """Stands in for `driver.Device`."""
+
+    def __init__(self, read, architecture=90, sms=4, shared=227 * 1024, clusters=8) -> None:
+        self.read = read
+        self.architecture, self.sms = architecture, sms
+        self.shared, self.clusters = shared, clusters
+        self.loaded: dict[tuple, ctypes.CDLL] = {}
+
+    def load(self, kernel, stream=0):
+        found = self.loaded.get(kernel)
+        if found is None:
+            found = self.loaded[kernel] = build(kernel.name, kernel.macros, self.read)
+        return found
+
+    def launch(self, launch, data: bytes, stream: int) -> None:
+        library = self.load(launch.kernel)
+        macros = dict(launch.kernel.macros)
+        side = macros["PARTS"] if macros.get("JOINED") else 1
+        assert launch.grid % side == 0
+        assert launch.shared <= self.shared
+        library.emulate(data, launch.grid, launch.kernel.threads, launch.shared, side)
+
+    def zero(self, address: int, count: int, stream: int) -> None:
+        np.ctypeslib.as_array((ctypes.c_uint32 * count).from_address(address))[:] = 0

@@ -1,0 +1,226 @@
+// A CPU in place of a GPU: what ptx.cu and CUDA provide, for kernels compiled as host C++.
+//
+// Every CUDA thread is a fiber, every block an operating-system thread, and the blocks of a row run
+// side by side. A warp-wide operation is a meeting of 32 fibers: each leaves its operand, waits until
+// all have come, and reads those of the others. A meeting to which some lane never comes stops the
+// process with a message, where a GPU would hang or guess.
+
+#include <ucontext.h>
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n)
+#define __shared__ static thread_local
+#define INLINE static inline
+#define FULL 0xffffffffu
+
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <typename T> T min(T a, T b) { return b < a ? b : a; }
+template <typename T> T max(T a, T b) { return a < b ? b : a; }
+static inline u32 __float_as_uint(float x) { u32 y; memcpy(&y, &x, 4); return y; }
+static inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }
+static inline float __int_as_float(int x) { return __uint_as_float(u32(x)); }
+static inline float __fsqrt_rn(float x) { return sqrtf(x); }
+static inline float __fadd_rn(float x, float y) { return x + y; }
+static inline float __fmul_rn(float x, float y) { volatile float z = x * y; return z; }
+static inline int __popc(u32 x) { return __builtin_popcount(x); }
+static inline int __ffs(u32 x) { return __builtin_ffs(int(x)); }
+static inline u32 __byte_perm(u32 a, u32 b, u32 pick) {
+    u64 both = u64(b) << 32 | a;
+    u32 out = 0;
+    for (int i = 0; i < 4; ++i) out |= u32(both >> (8 * (pick >> (4 * i) & 7)) & 255) << (8 * i);
+    return out;
+}
+
+struct Index { u32 x; };
+static thread_local Index threadIdx, blockIdx;
+static thread_local char* memory;
+
+// Fibers.
+
+struct Meeting {
+    u32 come = 0, number = 0, size = 32;
+    u64 left[2][1024][3];
+};
+
+struct Cluster {
+    std::mutex lock;
+    std::condition_variable changed;
+    u32 size = 1, come = 0, number = 0;
+    std::vector<std::vector<char>> memories;
+    void meet() {
+        std::unique_lock<std::mutex> held(lock);
+        u32 mine = number;
+        if (++come == size) {
+            come = 0, ++number;
+            changed.notify_all();
+        } else {
+            changed.wait(held, [&] { return number != mine; });
+        }
+    }
+};
+
+struct Block {
+    Cluster* cluster;
+    std::vector<ucontext_t> fibers;
+    std::vector<Meeting*> warps;
+    Meeting* all;
+    ucontext_t home;
+    u64 steps = 0;
+};
+
+static thread_local Block* here;
+
+static void yield() {
+    u32 me = threadIdx.x;
+    swapcontext(&here->fibers[me], &here->home);
+    threadIdx.x = me;
+}
+
+// Come to a meeting with an operand; returns the number of the meeting, whose operands stay until
+// the meeting after the next.
+static u32 come(Meeting* m, u32 seat, u64 a, u64 b = 0, u64 c = 0) {
+    u32 number = m->number;
+    u64* mine = m->left[number % 2][seat];
+    mine[0] = a, mine[1] = b, mine[2] = c;
+    ++here->steps;
+    if (++m->come == m->size) {
+        m->come = 0, ++m->number;
+    } else {
+        while (m->number == number) yield();
+    }
+    return number % 2;
+}
+
+static Meeting* warp() { return here->warps[threadIdx.x / 32]; }
+static u32 lane_id() { return threadIdx.x % 32; }
+
+static void __syncthreads() { come(here->all, threadIdx.x, 0); }
+static bool __syncthreads_or(bool x) {
+    Meeting* m = here->all;
+    u32 n = come(m, threadIdx.x, x);
+    bool any = false;
+    for (u32 i = 0; i < m->size; ++i) any |= m->left[n][i][0] != 0;
+    return any;
+}
+
+// ptx.cu.
+
+INLINE float widen_bf16(u16 x) { return __uint_as_float(u32(x) << 16); }
+INLINE float widen_fp16(u16 x) { _Float16 y; memcpy(&y, &x, 2); return float(y); }
+INLINE u16 narrow_fp16(float x) { _Float16 y = _Float16(x); u16 z; memcpy(&z, &y, 2); return z; }
+INLINE u16 narrow_bf16(float x) {
+    u32 y = __float_as_uint(x);
+    if (x != x) return 0x7fff;
+    return u16((y + 0x7fff + (y >> 16 & 1)) >> 16);
+}
+INLINE u32 narrow_pair(float low, float high, int data) {
+    return data == 1 ? narrow_fp16(low) | u32(narrow_fp16(high)) << 16
+                     : narrow_bf16(low) | u32(narrow_bf16(high)) << 16;
+}
+INLINE float exp2_fast(float x) { return exp2f(x); }
+
+INLINE u32 ballot(bool x) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), x), bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= u32(m->left[n][i][0] != 0) << i;
+    return bits;
+}
+static u64 exchanged(u64 x, int from) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), x);
+    return m->left[n][from & 31][0];
+}
+INLINE u32 from_lane(u32 x, int lane) { return u32(exchanged(x, lane)); }
+INLINE int from_lane(int x, int lane) { return int(exchanged(u32(x), lane)); }
+INLINE float from_lane(float x, int lane) {
+    return __uint_as_float(u32(exchanged(__float_as_uint(x), lane)));
+}
+INLINE float across(float x, int mask) { return from_lane(x, lane_id() ^ mask); }
+INLINE u32 across(u32 x, int mask) { return from_lane(x, lane_id() ^ mask); }
+INLINE u64 from_below(u64 x, int distance) {
+    int from = int(lane_id()) - distance;
+    return exchanged(x, from < 0 ? lane_id() : from);
+}
+INLINE void sync_warp() { come(warp(), lane_id(), 0); }
+
+static float half_of(u32 pair, int i, int data) {
+    u16 x = u16(pair >> (16 * i));
+    return data == 1 ? widen_fp16(x) : widen_bf16(x);
+}
+
+INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int data) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), a0 | u64(a1) << 32, a2 | u64(a3) << 32, b0 | u64(b1) << 32);
+    int g = lane_id() / 4, j = lane_id() % 4;
+    for (int i = 0; i < 4; ++i) {
+        int row = g, column = 2 * j + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            u64 a = m->left[n][row * 4 + k % 8 / 2][k / 8], b = m->left[n][column * 4 + k % 8 / 2][2];
+            float x = half_of(u32(i / 2 ? a >> 32 : a), k % 2, data);
+            float y = half_of(u32(k / 8 ? b >> 32 : b), k % 2, data);
+            sum += double(x) * y;
+        }
+        c[i] = float(double(c[i]) + sum);
+    }
+}
+
+INLINE u32 transpose(u32 x) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), x);
+    int g = lane_id() / 4, j = lane_id() % 4;
+    u32 low = u32(m->left[n][2 * j * 4 + g / 2][0]) >> (16 * (g % 2)) & 0xffff;
+    u32 high = u32(m->left[n][(2 * j + 1) * 4 + g / 2][0]) >> (16 * (g % 2)) & 0xffff;
+    return low | high << 16;
+}
+
+INLINE uint4 load_once(const void* p) {
+    if (u64(p) % 16) fprintf(stderr, "misaligned vector\n"), abort();
+    uint4 v;
+    memcpy(&v, p, 16);
+    return v;
+}
+template <typename T> T load_shared_by_blocks(const T* p) { return *(const volatile T*)p; }
+static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
+
+INLINE char* in_block(char* p, u32 rank) {
+    return here->cluster->memories[rank].data() + (p - memory);
+}
+INLINE void sync_cluster() {
+    __syncthreads();
+    if (threadIdx.x == 0) here->cluster->meet();
+    __syncthreads();
+}
+INLINE void arrive_and_wait(u32* counter, u32 target) {
+    std::atomic_ref<u32> arrivals(*counter);
+    arrivals.fetch_add(1);
+    while (arrivals.load() < target) std::this_thread::yield();
+}
+INLINE void let_next_start() {}
+INLINE void wait_for_previous() {}

@@ -1,0 +1,67 @@
+// Run the kernel above on a grid; `side` blocks run side by side.
+
+static thread_local const Params* argument;
+static thread_local bool finished;
+
+static void fiber() {
+    KERNEL(*argument);
+    finished = true;
+}
+
+static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const Params* params) {
+    constexpr size_t STACK = 192 * 1024;
+    Block self;
+    self.cluster = cluster;
+    self.fibers.resize(threads);
+    Meeting all;
+    all.size = threads;
+    self.all = &all;
+    std::vector<Meeting> warps(threads / 32);
+    for (auto& w : warps) self.warps.push_back(&w);
+    std::vector<std::vector<char>> stacks(threads);
+    here = &self;
+    argument = params;
+    blockIdx.x = block;
+    memory = cluster->memories[rank].data();
+    std::vector<bool> started(threads), done(threads);
+    u32 left = threads;
+    u64 idle = 0, steps = ~0ull;
+    while (left) {
+        if (self.steps == steps && ++idle > 3) {
+            fprintf(stderr, "block %u: %u threads wait for others that never come\n", block, left);
+            abort();
+        }
+        if (self.steps != steps) idle = 0;
+        steps = self.steps;
+        for (u32 t = 0; t < threads; ++t) {
+            if (done[t]) continue;
+            threadIdx.x = t;
+            if (!started[t]) {
+                started[t] = true;
+                stacks[t].resize(STACK);
+                getcontext(&self.fibers[t]);
+                self.fibers[t].uc_stack.ss_sp = stacks[t].data();
+                self.fibers[t].uc_stack.ss_size = STACK;
+                self.fibers[t].uc_link = &self.home;
+                makecontext(&self.fibers[t], fiber, 0);
+            }
+            finished = false;
+            swapcontext(&self.home, &self.fibers[t]);
+            if (finished) done[t] = true, --left, ++self.steps;
+        }
+    }
+}
+
+extern "C" void emulate(const Params* params, u32 grid, u32 threads, u32 shared, u32 side) {
+    for (u32 first = 0; first < grid; first += side) {
+        Cluster cluster;
+        cluster.size = side;
+        for (u32 i = 0; i < side; ++i)
+            // Undefined contents, like those of shared memory.
+            cluster.memories.emplace_back(shared + 64, char(0x7b));
+        std::vector<std::thread> blocks;
+        for (u32 i = 0; i < side; ++i)
+            blocks.emplace_back(run_block, &cluster, first + i, i, threads, params);
+        for (auto& block : blocks) block.join();
+    }
+}
