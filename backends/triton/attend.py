@@ -37,13 +37,25 @@ def _capped(logits, scale, softcap):
 
 
 @triton.jit
+def _add_logits(logits, query, key, IEEE: tl.constexpr):
+    if IEEE:
+        wide = tl.trans(key.to(tl.float32))
+        return tl.dot(query.to(tl.float32), wide, logits, input_precision="ieee")
+    else:
+        return tl.dot(query, tl.trans(key), logits)
+
+
+@triton.jit
 def attend_positions(
     q, keys, values, positions, first, end, contiguous, origin, slots, scale, softcap, members,
     q_h, keys_s, values_s, column,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of up to M heads at `q` over `positions[first:end]`, or origin + rank.
+
+    Where launches overlap, it waits for the positions, with the queries on their way.
 
     Returns:
         `acc` [M, BLOCK_V] unnormalised, `most` [M] (largest logit in units of log 2), `total` [M],
@@ -51,10 +63,15 @@ def attend_positions(
     """
     member = tl.arange(0, M)
     lanes = tl.arange(0, BLOCK_V) + column
+    depth = tl.arange(0, BLOCK_D)
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_V], tl.float32)
     found = tl.zeros([N], tl.int32)
+    q += member[:, None] * (q_h * VECTOR) + depth[None, :]
+    if BLOCK_D >= D:
+        query = tl.load(q, mask=(member < members)[:, None] & (depth < D)[None, :], other=0.0)
+    wait_for_previous(OVERLAPPED)
     for at in tl.range(first, end, N, num_stages=STAGES):
         rank = at + tl.arange(0, N)
         inside = rank < end
@@ -64,28 +81,21 @@ def attend_positions(
         found |= inside.to(tl.int32)
         position = position.to(tl.int64)
         logits = tl.zeros([M, N], tl.float32)
-        for i in tl.static_range(0, D, BLOCK_D):
-            depth = i + tl.arange(0, BLOCK_D)
-            query = tl.load(
-                q + member[:, None] * (q_h * VECTOR) + depth[None, :],
-                mask=(member < members)[:, None] & (depth < D)[None, :],
-                other=0.0,
-            )
-            key = tl.load(
-                keys + position[:, None] * (keys_s * VECTOR) + depth[None, :],
-                mask=inside[:, None] & (depth < D)[None, :],
-                other=0.0,
-            )
-            if IEEE:
-                wide = tl.trans(key.to(tl.float32))
-                logits = tl.dot(query.to(tl.float32), wide, logits, input_precision="ieee")
-            else:
-                logits = tl.dot(query, tl.trans(key), logits)
-        value = tl.load(
-            values + position[:, None] * (values_s * VECTOR) + lanes[None, :],
-            mask=inside[:, None] & (lanes < DV)[None, :],
-            other=0.0,
-        )
+        key_rows = keys + position[:, None] * (keys_s * VECTOR) + depth[None, :]
+        value_rows = values + position[:, None] * (values_s * VECTOR) + lanes[None, :]
+        value_mask = inside[:, None] & (lanes < DV)[None, :]
+        if BLOCK_D >= D:
+            # Both rows of a position are on their way before either is used.
+            key = tl.load(key_rows, mask=inside[:, None] & (depth < D)[None, :], other=0.0)
+            value = tl.load(value_rows, mask=value_mask, other=0.0)
+            logits = _add_logits(logits, query, key, IEEE)
+        else:
+            for i in tl.static_range(0, D, BLOCK_D):
+                mask = (i + depth < D)[None, :]
+                query = tl.load(q + i, mask=(member < members)[:, None] & mask, other=0.0)
+                key = tl.load(key_rows + i, mask=inside[:, None] & mask, other=0.0)
+                logits = _add_logits(logits, query, key, IEEE)
+            value = tl.load(value_rows, mask=value_mask, other=0.0)
         logits = tl.where(inside[None, :], _capped(logits, scale, softcap), float("-inf"))
         grown = tl.maximum(most, tl.max(logits, axis=1))
         # All logits -inf so far: any finite reference gives weights of zero, not NaN.
@@ -225,18 +235,18 @@ def finish_split(
 
 @triton.jit
 def _merge_kernel(
-    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits, columns,
+    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits,
     has_sinks, has_lse,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program a head of one query."""
+    row = tl.program_id(0) // COLUMNS
+    head = row // tokens % heads
     wait_for_previous(OVERLAPPED)
-    program = tl.program_id(0)
-    row = program // columns
     merge_heads(
-        out, lse, sinks_x, sinks_f, partial, stats, row, row // tokens % heads, 1, 0,
-        splits, splits, program % columns * BLOCK_V, has_sinks, has_lse,
+        out, lse, sinks_x, sinks_f, partial, stats, row, head, 1, 0,
+        splits, splits, tl.program_id(0) % COLUMNS * BLOCK_V, has_sinks, has_lse,
         DV, BLOCK_V, 1, BLOCK_S,
     )  # fmt: skip
 
@@ -270,13 +280,15 @@ def result_types(dtype: str) -> tuple[str, ...]:
     return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", "*fp32:16", "*fp32"
 
 
-def bind_merge(dtype: str, lanes: int, block_v: int, splits: int, overlapped: bool) -> Bound:
+def bind_merge(
+    dtype: str, lanes: int, block_v: int, columns: int, splits: int, overlapped: bool
+) -> Bound:
     """The launch that merges splits."""
     return bind(
         _merge_kernel,
-        (*result_types(dtype), *["i32"] * 6),
+        (*result_types(dtype), *["i32"] * 5),
         {"DV": lanes, "BLOCK_V": block_v, "BLOCK_S": merging(1, block_v, splits)["BLOCK_S"],
-         "OVERLAPPED": overlapped},
+         "COLUMNS": columns, "OVERLAPPED": overlapped},
         4,
         overlapped=overlapped,
     )  # fmt: skip

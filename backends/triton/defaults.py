@@ -8,8 +8,8 @@ Knobs, in the order in which a decode step meets them:
     parts                 shares that a row's visible keys are scanned in, whatever their number
     tile, scan_warps      keys a step of the scan, and its warps
     ahead                 whether the scan loads a tile while it works on the one before
+    adders                whether the scan adds bits up before it counts them
     histogram             counters: by warp ballots, or by atomics in shared memory
-    select                whether a launch of its own finds the selected positions
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
@@ -33,24 +33,25 @@ SCAN = {
     "tile": (128, 256, 512, 1024, 2048),
     "scan_warps": (1, 2, 4, 8),
     "ahead": (False, True),
+    "adders": (False, True),
     "histogram": ("ballot", "shared"),
     "select_tile": (1024, 2048, 4096, 8192),
     "select_warps": (1, 2, 4, 8),
 }
+OVERLAP = {"overlap": (False, True)}
 ATTEND = {
     "keys": (16, 32, 64, 128),
     "splits": (1, 2, 4, 8, 16, 32, 64),
     "warps": (1, 2, 4, 8),
     "stages": (1, 2, 3, 4),
 }
-FUSE = {"select": (False, True), "merge": (False, True)}
 STEP = {"columns": (32, 64, 128), "encode_warps": (4, 8)}
 
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": SCAN,
-    "sparse_attend": ATTEND,
-    "hash_attend": {**STEP, **SCAN, **FUSE, **ATTEND, "overlap": (False, True)},
+    "sparse_attend": {**ATTEND, **OVERLAP},
+    "hash_attend": {**STEP, **SCAN, **ATTEND, "merge": (False, True), **OVERLAP},
 }
 
 
@@ -76,6 +77,7 @@ def of(problem: Problem) -> Config:
         "tile": min(max(4096 // max(pow2(problem.bits // 32), 1), 128), 2048),
         "scan_warps": 4,
         "ahead": few or heads == problem.heads,
+        "adders": True,
         "histogram": "shared",
         "select_tile": 1024,
         "select_warps": 1,
@@ -88,8 +90,8 @@ def of(problem: Problem) -> Config:
         "splits": max(share(512 // rows, 32), 2),
         "warps": 4 if heavy or few else 2,
         "stages": 1 if few else 2,
+        "overlap": True,
     }
     if problem.op == "sparse_attend":
         return attend
-    fuse = {"select": True, "merge": True, "overlap": True}
-    return {"columns": 32, "encode_warps": 4, **scan, **attend, **fuse}
+    return {"columns": 32, "encode_warps": 4, **scan, **attend, "merge": True}

@@ -60,11 +60,13 @@ def _load_weights(projection, projection_d, columns, first, D: tl.constexpr, BLO
 
 
 @triton.jit
-def _add_products(values, squares, vectors, weights, IEEE: tl.constexpr):
+def _add_products(values, squares, vectors, weights, IEEE: tl.constexpr, NORMS: tl.constexpr):
     """Add what some elements of each vector give to its values and its sum of squares."""
-    wide = vectors.to(tl.float32)
-    squares += tl.sum(wide * wide, axis=1)
+    if NORMS:
+        wide = vectors.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
     if IEEE:
+        wide = vectors.to(tl.float32)
         values = tl.dot(wide, weights.to(tl.float32), values, input_precision="ieee")
     else:
         values = tl.dot(vectors, weights, values)
@@ -83,8 +85,10 @@ def _load_bias(bias_x, bias_f, columns, has_bias):
 def project(
     x, rows, mask, projection, projection_d, bias_x, bias_f, has_bias, column,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Values before the sign [M, N] and sums of squares [M] of the vectors at `x + rows`."""
+    """Values before the sign [M, N] of the vectors at `x + rows`; with `NORMS` also the sums of
+    their squares [M]."""
     columns = column + tl.arange(0, N)
     values = tl.zeros([M, N], tl.float32)
     squares = tl.zeros([M], tl.float32)
@@ -92,13 +96,13 @@ def project(
         for first in range(0, D, BLOCK_D):
             vectors = _load_vectors(x, rows, mask, first, D, BLOCK_D)
             weights = _load_weights(projection, projection_d, columns, first, D, BLOCK_D)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE)
+            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
     else:
         # Unrolled: few steps, and Triton 3.6 and 3.7 fail on two such loops in one kernel.
         for first in tl.static_range(0, D, BLOCK_D):
             vectors = _load_vectors(x, rows, mask, first, D, BLOCK_D)
             weights = _load_weights(projection, projection_d, columns, first, D, BLOCK_D)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE)
+            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
     return values + _load_bias(bias_x, bias_f, columns, has_bias), squares
 
 
@@ -112,12 +116,12 @@ def norm_of(squares):
 @triton.jit
 def _encode_kernel(
     x, projection, bias_x, bias_f, out, norms,
-    tokens, heads, group, shares, has_bias, has_norms,
+    tokens, heads, group, shares, has_bias,
     x_b, x_h, x_t, projection_h, projection_d, bias_h,
     out_b, out_h, out_t, norms_b, norms_h, norms_t,
     D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     LOOPS: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr,
-    UNIT: tl.constexpr,
+    NORMS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """`N` bits of `LOOPS` tiles of `M` vectors of one head."""
     program = tl.program_id(0)
@@ -145,12 +149,12 @@ def _encode_kernel(
             vectors = _load_vectors(x, rows, mask, 0, D, BLOCK_D)
             values = tl.zeros([M, N], tl.float32)
             squares = tl.zeros([M], tl.float32)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE)
+            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
             values += bias
         else:
             values, squares = project(
                 x, rows, mask, projection, projection_d * VECTOR, bias_x, bias_f, has_bias,
-                block * N, D, M, N, BLOCK_D, IEEE,
+                block * N, D, M, N, BLOCK_D, IEEE, NORMS,
             )  # fmt: skip
         store_words(
             out + token[:, None] * out_t + word[None, :] * (4 // UNIT),
@@ -158,8 +162,8 @@ def _encode_kernel(
             mask[:, None] & (word >= 0)[None, :],
             UNIT,
         )
-        if (has_norms != 0) & (block == 0):
-            tl.store(norms + token * norms_t, norm_of(squares), mask=mask)
+        if NORMS:
+            tl.store(norms + token * norms_t, norm_of(squares), mask=mask & (block == 0))
 
 
 def columns(bits: int, most: int) -> int:
@@ -206,10 +210,10 @@ def write_encode(
         _encode_kernel,
         (
             data, weights, POINTERS[dtype], "*fp32", code_pointer(unit, together), "*fp16",
-            *["i32"] * 6, *["i64"] * 12,
+            *["i32"] * 5, *["i64"] * 12,
         ),
         {"R": bits, "M": rows, "N": block, "LOOPS": loops, "STAGES": config["stages"],
-         "VECTOR": wide, "UNIT": unit, **constants},
+         "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, **constants},
         config["encode_warps"],
         config["stages"],
     )  # fmt: skip
@@ -220,7 +224,7 @@ def write_encode(
         batch * heads * shares * (bits // block),
         plan.address(x, data), plan.address(projection, weights), narrow_bias, wide_bias,
         plan.address(codes, code_pointer(unit, together)), plan.address(norms, "*fp16"),
-        tokens, heads, heads // kv_heads, shares, has_bias, int(norms is not None),
+        tokens, heads, heads // kv_heads, shares, has_bias,
         *steps(fw, x, wide), *steps(fw, projection, wide), *(steps(fw, bias) or (0,)),
         *code_strides, *norm_steps(fw, norms),
     )  # fmt: skip

@@ -27,26 +27,26 @@ from .plan import POINTERS, Plan, code_pointer, data_pointer, norm_steps, steps,
 def _step_kernel(
     q, keys, query_projection, projection, query_bias_x, query_bias_f, bias_x, bias_f,
     codes, norms, planes, counters, lengths, starts,
-    rows, tokens, slots, kv_heads, group, fresh, query_tiles, key_tiles, length_step, start_step,
-    query_has_bias, has_bias, has_norms, counters_row,
+    rows, tokens, slots, kv_heads, group, fresh, query_tiles, shares, length_step, start_step,
+    query_has_bias, has_bias, counters_row,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, query_projection_h, query_projection_d,
     projection_h, projection_d, query_bias_h, bias_h,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
     D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_D: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
     QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr, IEEE: tl.constexpr,
-    VECTOR: tl.constexpr, UNIT: tl.constexpr, OVERLAPPED: tl.constexpr,
+    NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SINGLE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """`N` bits of one head: of the queries of some groups, or of some fresh keys.
 
-    Vectors of all batch rows share a tile, so a projection is read once for all of them.
+    Vectors of many batch rows share a tile, so a projection is read once for all of them.
     """
     let_next_start(OVERLAPPED)
-    program = tl.program_id(0)
-    block = program % (R // N)
-    jobs = query_tiles + key_tiles
-    job = program // (R // N) % jobs
-    head = program // (R // N) // jobs
+    block = tl.program_id(0) % (R // N)
+    rest = tl.program_id(0) // (R // N)
+    job = rest // kv_heads
+    head = rest - job * kv_heads
     word = block * (N // 32) + tl.arange(0, N // 32)
     if job < query_tiles:
         GROUPS: tl.constexpr = M // MEMBERS
@@ -54,9 +54,14 @@ def _step_kernel(
         of_row = job * GROUPS + tl.arange(0, M) // MEMBERS
         member = tl.arange(0, M) % MEMBERS
         mask = (of_row < rows) & (member < group)
+        offset = member * q_h
+        if SINGLE:
+            offset += of_row * q_b
+        else:
+            offset += (of_row // tokens) * q_b + (of_row % tokens) * q_t
         values, _ = project(
             q + head * group * q_h * VECTOR,
-            ((of_row // tokens) * q_b + (of_row % tokens) * q_t + member * q_h) * VECTOR,
+            offset * VECTOR,
             mask,
             query_projection + head * query_projection_h * VECTOR,
             query_projection_d * VECTOR,
@@ -64,19 +69,21 @@ def _step_kernel(
             query_bias_f + head * query_bias_h,
             query_has_bias,
             block * N,
-            D, M, N, QUERY_BLOCK_D, QUERY_IEEE,
+            D, M, N, QUERY_BLOCK_D, QUERY_IEEE, False,
         )  # fmt: skip
         bits = ((values > 0) & mask[:, None]).to(tl.int32)
         counts = tl.sum(tl.reshape(bits, [GROUPS, MEMBERS, N]), axis=1)
         of_group = job * GROUPS + tl.arange(0, GROUPS)
         inside = of_group < rows
-        batch = of_group // tokens
-        target = (batch * kv_heads + head) * tokens + of_group % tokens
+        if SINGLE:
+            target = of_group * kv_heads + head
+        else:
+            target = ((of_group // tokens) * kv_heads + head) * tokens + of_group % tokens
+        target = target.to(tl.int64)
         store_planes(
-            planes + target.to(tl.int64) * (PLANES * R // 32), counts, group, word, inside,
-            R, GROUPS, N, PLANES,
-        )  # fmt: skip
-        at = counters + target.to(tl.int64) * counters_row
+            planes + target * (PLANES * R // 32), counts, group, word, inside, R, GROUPS, N, PLANES
+        )
+        at = counters + target * counters_row
         for first in range(block * COUNTERS, counters_row, R // N * COUNTERS):
             counter = first + tl.arange(0, COUNTERS)
             tl.store(
@@ -85,19 +92,25 @@ def _step_kernel(
                 mask=inside[:, None] & (counter < counters_row)[None, :],
             )
     else:
-        of_key = (job - query_tiles) * M + tl.arange(0, M)
-        key_batch = (of_key // fresh).to(tl.int64)
-        mask = of_key < rows // tokens * fresh
+        # A tile holds the one fresh key of many batch rows, or many fresh keys of one batch row.
+        tile = job - query_tiles
+        if fresh == 1:
+            batch = tile * M + tl.arange(0, M)
+            index = tl.zeros([M], tl.int32)
+        else:
+            batch = tile // shares + tl.zeros([M], tl.int32)
+            index = tile % shares * M + tl.arange(0, M)
+        mask = (batch * tokens < rows) & (index < fresh)
+        batch = tl.where(mask, batch, 0)
         start, stop = visible(
-            lengths, starts, length_step, start_step, tl.where(mask, key_batch, 0), tokens - 1,
-            tokens, slots,
-        )  # fmt: skip
-        position = stop - fresh + of_key % fresh
+            lengths, starts, length_step, start_step, batch, tokens - 1, tokens, slots
+        )
+        position = stop - fresh + index
         mask &= (position >= start) & (position < stop)
         position = position.to(tl.int64)
         values, squares = project(
             keys + head * keys_h * VECTOR,
-            (key_batch * keys_b + position * keys_s) * VECTOR,
+            (batch * keys_b + position * keys_s) * VECTOR,
             mask,
             projection + head * projection_h * VECTOR,
             projection_d * VECTOR,
@@ -105,17 +118,18 @@ def _step_kernel(
             bias_f + head * bias_h,
             has_bias,
             block * N,
-            D, M, N, BLOCK_D, IEEE,
+            D, M, N, BLOCK_D, IEEE, NORMS,
         )  # fmt: skip
-        code = key_batch * codes_b + head * codes_h + position * codes_s
+        code = batch * codes_b + head * codes_h + position * codes_s
         store_words(
             codes + code[:, None] + word[None, :] * (4 // UNIT),
             pack(values > 0, M, N),
             mask[:, None] & (word >= 0)[None, :],
             UNIT,
         )
-        norm = norms + key_batch * norms_b + head * norms_h + position * norms_s
-        tl.store(norm, norm_of(squares), mask=mask & (has_norms != 0) & (block == 0))
+        if NORMS:
+            norm = norms + batch * norms_b + head * norms_h + position * norms_s
+            tl.store(norm, norm_of(squares), mask=mask & (block == 0))
 
 
 def write_step(
@@ -160,17 +174,20 @@ def write_step(
         (
             data, data, query_weights, weights, POINTERS[dtype], "*fp32", POINTERS[dtype], "*fp32",
             code_pointer(unit, together), "*fp16", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 14, *["i64"] * 18,
+            *["i32"] * 13, *["i64"] * 18,
         ),
         {"R": bits, "M": rows, "N": block, "MEMBERS": members, "PLANES": plane_count,
          "COUNTERS": max(4096 // rows * members, 64),
          "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
-         "VECTOR": wide, "UNIT": unit, "OVERLAPPED": overlapped, **constants},
+         "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
+         "OVERLAPPED": overlapped, **constants},
         config["encode_warps"],
     )  # fmt: skip
     groups = batch * tokens
     query_tiles = -(-groups * members // rows) if encode_queries else 0
-    key_tiles = -(-batch * fresh // rows)
+    # Tiles of fresh keys: of many batch rows where each brings one, else so many a batch row.
+    shares = -(-fresh // rows)
+    key_tiles = -(-batch // rows) if fresh == 1 else batch * shares
     narrow_query, wide_query, query_has_bias = plan.optional(fw, query_bias, dtype)
     narrow_bias, wide_bias, has_bias = plan.optional(fw, bias, dtype)
     plan.launch(
@@ -181,8 +198,8 @@ def write_step(
         narrow_query, wide_query, narrow_bias, wide_bias,
         plan.address(codes, code_pointer(unit, together)), plan.address(norms, "*fp16"),
         planes, counters, *spans[:2],
-        groups, tokens, slots, kv_heads, heads // kv_heads, max(fresh, 1), query_tiles, key_tiles,
-        *spans[2:], query_has_bias, has_bias, int(norms is not None), counters_row,
+        groups, tokens, slots, kv_heads, heads // kv_heads, fresh, query_tiles, max(shares, 1),
+        *spans[2:], query_has_bias, has_bias, counters_row,
         *steps(fw, q, wide), *steps(fw, keys, wide),
         *steps(fw, query_projection, wide), *steps(fw, projection, wide),
         *(steps(fw, query_bias) or (0,)), *(steps(fw, bias) or (0,)),

@@ -118,9 +118,11 @@ def write_hamming_topk(
     span_steps = row_step(fw, lengths), row_step(fw, starts)
     limits = budget_scalars(budget)
     sizes = at.scores_row, at.counters_row
+    single = tokens == 1
     scan, rounds = bind_scan(
-        config, how, bits, group, key_norms is not None, unit, together, per_vector, False
-    )
+        config, how, bits, group, key_norms is not None, parts, single, unit, together,
+        per_vector, False,
+    )  # fmt: skip
     plan.launch(
         bind_planes(how, bits, group, q_unit, q_together),
         rows * (bits // 32),
@@ -132,7 +134,7 @@ def write_hamming_topk(
         rows * parts,
         plan.address(k_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        heads, heads // kv_heads, tokens, slots, 0, parts, *span_steps, *limits, 0, *sizes,
+        heads, heads // kv_heads, tokens, slots, 0, *span_steps, *limits, 0, *sizes,
         *steps(fw, k_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
@@ -140,13 +142,13 @@ def write_hamming_topk(
             refine,
             rows * parts,
             scores, counters, cumulated, state, below, *spans,
-            heads, tokens, slots, parts, *span_steps, *limits, 0, *sizes,
+            heads, tokens, slots, *span_steps, *limits, 0, *sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, parts, False),
+        bind_select(config, how, parts, single, True, False),
         rows * parts,
-        plan.address(indices, "*i32"), scores, counters, cumulated, state, below, *spans,
-        heads, tokens, slots, parts, *span_steps, *limits, 0, *sizes,
+        plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters, cumulated, state, below, *spans,
+        heads, tokens, slots, *span_steps, *limits, 0, *sizes,
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ device, so one captured graph serves both.
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# ruff: noqa: SIM102 (jitted bodies: the compiler knows fewer forms than Python)
 
 from typing import Any
 
@@ -24,7 +23,7 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Budget, Config
-from hata.problem import Problem
+from hata.problem import Problem, pow2
 
 from .attend import (
     attend_positions,
@@ -35,11 +34,11 @@ from .attend import (
     result_types,
     tiling,
 )
-from .counting import DIGIT, budget_scalars, counting, lay_out, parts_of
+from .counting import budget_scalars, counting, lay_out, parts_of
 from .encode_step import write_step
 from .hamming_topk import bind_planes
 from .launch import bind, overlaps
-from .pieces import ALIGN, budget_of, let_next_start, visible, wait_for_previous
+from .pieces import budget_of, let_next_start, place_of, visible, wait_for_previous
 from .plan import (
     Plan,
     Scratch,
@@ -55,79 +54,60 @@ from .plan import (
     words,
 )
 from .scan import bind_scan
-from .select import bind_select, find_positions
+from .select import bind_select
 
 
 @triton.jit
 def _hash_attend_kernel(
-    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions,
-    scores, counters, cumulated, state, below, lengths, starts,
-    kv_heads, members, tokens, slots, parts, splits, blocks, columns, length_step, start_step,
-    k, ratio, least, sink, recent, dense_below, scores_row, counters_row, positions_row,
-    scale, softcap, has_sinks, has_lse,
+    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions, counters,
+    lengths, starts,
+    kv_heads, members, tokens, slots, log_splits, length_step, start_step,
+    k, ratio, least, dense_below, counters_row, scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr,
-    VECTOR: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
-    PARTS: tl.constexpr, PART_TILE: tl.constexpr, TILE: tl.constexpr, SELECT: tl.constexpr,
-    MERGE: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
+    VECTOR: tl.constexpr, TICKETS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    MERGE: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(OVERLAPPED)
-    program = tl.program_id(0)
-    split = program % splits
-    column = program // splits % columns * BLOCK_V
-    block = program // splits // columns % blocks
-    row = program // splits // columns // blocks
-    token = row % tokens
-    kv_head = row // tokens % kv_heads
-    batch = (row // tokens // kv_heads).to(tl.int64)
+    splits = 1 << log_splits
+    split = tl.program_id(0) & (splits - 1)
+    rest = tl.program_id(0) >> log_splits
+    column = rest % COLUMNS * BLOCK_V
+    block = rest // COLUMNS % BLOCKS
+    row = rest // COLUMNS // BLOCKS
+    batch, kv_head, token = place_of(row, kv_heads, tokens, SINGLE)
     head = kv_head * members + block * M
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     seen = stop - start
     budget = budget_of(seen, k, ratio, least)
     everything = seen <= tl.maximum(budget, dense_below)
     taken = seen if everything else budget
-    size = tl.maximum(tl.cdiv(tl.cdiv(taken, splits), N) * N, N)
+    size = tl.maximum(tl.cdiv((taken + splits - 1) >> log_splits, N) * N, N)
     first = split * size
+    # Without a merge in this launch, every share is stored and another launch merges them.
     if (first < taken) | (split == 0) | (not MERGE):
-        end = tl.minimum(first + size, taken)
-        # Each program has room of its own for positions, unless they are there already.
-        line = row if not SELECT else (row * blocks + block) * columns + column // BLOCK_V
-        found_at = positions + line.to(tl.int64) * positions_row
-        if SELECT:
-            if (first < taken) & (everything == 0):
-                find_positions(
-                    found_at, first, end,
-                    scores + row.to(tl.int64) * scores_row * ALIGN,
-                    counters + row.to(tl.int64) * counters_row,
-                    cumulated + row.to(tl.int64) * parts * BINS,
-                    state + row.to(tl.int64) * 6,
-                    below + row.to(tl.int64) * parts,
-                    start, stop, budget, sink, recent, parts,
-                    ROUNDS, DIGIT, BINS, PARTS, PART_TILE, TILE,
-                )  # fmt: skip
-                # The program's threads read what others of them wrote.
-                tl.debug_barrier()
         acc, most, total, found = attend_positions(
             q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
             keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
             values + (batch * values_b + kv_head * values_h) * VECTOR,
-            found_at, first, end, everything.to(tl.int32), start, slots, scale, softcap,
+            positions + row.to(tl.int64) * k, first, tl.minimum(first + size, taken),
+            everything.to(tl.int32), start, slots, scale, softcap,
             members - block * M, q_h, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
+            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, OVERLAPPED,
         )  # fmt: skip
         let_next_start(OVERLAPPED)
-        # Without a merge in this launch, every share is stored and another launch merges them.
         used = tl.maximum(tl.cdiv(taken, size), 1) if MERGE else splits
         finish_split(
             out, lse, sinks_x, sinks_f, partial, stats,
-            counters + row.to(tl.int64) * counters_row + ROUNDS * BINS + block * columns
+            counters + row.to(tl.int64) * counters_row + TICKETS + block * COLUMNS
             + column // BLOCK_V,
             (batch * kv_heads * members + head) * tokens + token, head,
             tl.minimum(members - block * M, M), tokens, acc, most, total, found,
             split, splits, used, column, has_sinks, has_lse,
             DV, M, BLOCK_V, HEADS, BLOCK_S, MERGE,
         )  # fmt: skip
+    else:
+        wait_for_previous(OVERLAPPED)
 
 
 def write_hash_attend(
@@ -173,11 +153,12 @@ def write_hash_attend(
     sizes = tiling(dtype, depth, lanes, members, config["keys"])
     parts = parts_of(config, slots)
     most = min(max(budget.k, dense_below), max(slots, 1))
-    splits = max(min(config["splits"], -(-most // config["keys"])), 1)
+    splits = min(config["splits"], pow2(-(-most // config["keys"])))
+    single = tokens == 1
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
     at = lay_out(scratch, how, rows, slots, bits, parts, blocks * columns)
-    positions_at = scratch.piece(rows * blocks * columns * budget.k)
+    positions_at = scratch.piece(rows * budget.k)
     partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
     stats_at = scratch.piece(batch * heads * tokens * splits * 3)
     memory = plan.output((scratch.size,), "uint8")
@@ -185,6 +166,7 @@ def write_hash_attend(
     wide = vector(fw, q, keys, values)
     unit, together, per_vector = scanned_words(fw, key_codes)
     planes, counters, scores, cumulated, state, below = at.references(plan, memory, how)
+    words_of_scores = plan.address(memory, "*i32:16", at.scores)
     positions = plan.address(memory, "*i32", positions_at)
     spans = plan.address(lengths, "*i32"), plan.address(starts, "*i32")
     span_steps = row_step(fw, lengths), row_step(fw, starts)
@@ -196,6 +178,8 @@ def write_hash_attend(
         bits,
         group,
         key_norms is not None,
+        parts,
+        single,
         unit,
         together,
         per_vector,
@@ -205,15 +189,13 @@ def write_hash_attend(
     attend = bind(
         _hash_attend_kernel,
         (
-            data, data, data, *result, "*i32",
-            how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 11, "i64", *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
+            data, data, data, *result, "*i32", "*i32", "*i32", "*i32",
+            *["i32"] * 8, "i64", *["i32"] * 3, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
         ),
         {**sizes, **merging(members, sizes["BLOCK_V"], splits), "VECTOR": wide,
-         "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
-         "PART_TILE": config["tile"], "TILE": config["select_tile"], "SELECT": not config["select"],
+         "TICKETS": how.rounds * how.bins, "COLUMNS": columns, "BLOCKS": blocks,
          "MERGE": not config["merge"] and splits > 1, "STAGES": config["stages"],
-         "OVERLAPPED": overlapped},
+         "SINGLE": single, "OVERLAPPED": overlapped},
         config["warps"],
         config["stages"],
         overlapped,
@@ -242,7 +224,7 @@ def write_hash_attend(
         rows * parts,
         plan.address(key_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        kv_heads, 1, tokens, slots, fresh, parts, *span_steps, *limits, dense_below, *row_sizes,
+        kv_heads, 1, tokens, slots, fresh, *span_steps, *limits, dense_below, *row_sizes,
         *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
@@ -250,30 +232,29 @@ def write_hash_attend(
             refine,
             rows * parts,
             scores, counters, cumulated, state, below, *spans,
-            kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
+            kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
         )  # fmt: skip
-    if config["select"]:
-        plan.launch(
-            bind_select(config, how, parts, overlapped),
-            rows * parts,
-            positions, scores, counters, cumulated, state, below, *spans,
-            kv_heads, tokens, slots, parts, *span_steps, *limits, dense_below, *row_sizes,
-        )  # fmt: skip
+    plan.launch(
+        bind_select(config, how, parts, single, False, overlapped),
+        rows * parts,
+        positions, words_of_scores, counters, cumulated, state, below, *spans,
+        kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
+    )  # fmt: skip
     plan.launch(
         attend,
         rows * blocks * columns * splits,
         plan.address(q, data), plan.address(keys, data), plan.address(values, data), *results,
-        positions, scores, counters, cumulated, state, below, *spans,
-        kv_heads, members, tokens, slots, parts, splits, blocks, columns, *span_steps,
-        *limits, dense_below, *row_sizes, budget.k,
-        scale, softcap or 0.0, has_sinks, int(return_lse),
+        positions, counters, *spans,
+        kv_heads, members, tokens, slots, splits.bit_length() - 1, *span_steps,
+        *limits[:3], dense_below, at.counters_row, scale, softcap or 0.0, has_sinks,
+        int(return_lse),
         *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
     )  # fmt: skip
     if config["merge"] and splits > 1:
         plan.launch(
-            bind_merge(dtype, lanes, sizes["BLOCK_V"], splits, overlapped),
+            bind_merge(dtype, lanes, sizes["BLOCK_V"], columns, splits, overlapped),
             batch * heads * tokens * columns,
-            *results, heads, tokens, splits, columns, has_sinks, int(return_lse),
+            *results, heads, tokens, splits, has_sinks, int(return_lse),
         )  # fmt: skip
 
 

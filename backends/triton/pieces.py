@@ -32,6 +32,36 @@ def popcount(x):
 
 
 @triton.jit
+def columns_of(x, M: tl.constexpr, N: tl.constexpr):
+    """The `N` columns of `x` [M, N], in order, as a tuple of [M]; N is a power of two.
+
+    A thread that holds a row holds its elements of all columns, so nothing moves.
+    """
+    if N == 1:
+        return (tl.reshape(x, [M]),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [M, N // 2, 2]))
+        even = columns_of(even, M, N // 2)
+        odd = columns_of(odd, M, N // 2)
+        found = ()
+        for i in tl.static_range(N // 2):
+            found = found + (even[i], odd[i])
+        return found
+
+
+@triton.jit
+def interleave(parts, M: tl.constexpr, N: tl.constexpr):
+    """The way back from `columns_of`, to one dimension: [M * N], for N of 1, 2 or 4."""
+    if N == 1:
+        return parts[0]
+    elif N == 2:
+        return tl.reshape(tl.join(parts[0], parts[1]), [M * N])
+    else:
+        even, odd = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
+        return tl.reshape(tl.join(even, odd), [M * N])
+
+
+@triton.jit
 def pack(bits, M: tl.constexpr, N: tl.constexpr):
     """Pack `bits` [M, N] into words [M, N / 32], bit j at weight 2^j."""
     weights = (tl.full([32], 1, tl.int32) << tl.arange(0, 32)).to(tl.uint32, bitcast=True)
@@ -113,18 +143,23 @@ def budget_of(seen, k, ratio, least):
 
 
 @triton.jit
-def part_of(start, stop, part, parts, TILE: tl.constexpr):
+def part_of(start, stop, part, PARTS: tl.constexpr, TILE: tl.constexpr):
     """Where part `part` of the visible keys begins and ends; parts are whole tiles."""
     origin = start // ALIGN * ALIGN
-    size = tl.cdiv(tl.cdiv(stop - origin, parts), TILE) * TILE
+    size = tl.cdiv(tl.cdiv(stop - origin, PARTS), TILE) * TILE
     low = tl.minimum(origin + part * size, stop)
     return low, tl.minimum(low + size, stop)
 
 
 @triton.jit
-def is_forced(position, start, stop, sink, recent):
-    """Whether a visible key wins without being scored: the first and the last ones."""
-    return (position < start + sink) | (position >= stop - recent)
+def place_of(row, heads, tokens, SINGLE: tl.constexpr):
+    """Batch row (int64), head and token of a row of a step; `SINGLE`: there is one token."""
+    token = 0
+    if not SINGLE:
+        token = row % tokens
+        row = row // tokens
+    batch = row // heads
+    return batch.to(tl.int64), row - batch * heads, token
 
 
 @triton.jit
@@ -185,11 +220,10 @@ def find_bin(histogram, need, BINS: tl.constexpr):
 
     Bin `BINS` stands for all that lies above the counted ones.
     """
-    bin = tl.arange(0, BINS)
-    upto = tl.cumsum(tl.load(histogram + bin), axis=0)
-    # The last bin that ends before the key sought; bin and count in one number, as both grow.
-    last = tl.max(tl.where(upto < need, ((bin + 1).to(tl.int64) << 32) | upto, 0))
-    return (last >> 32).to(tl.int32), need - (last & 0xFFFFFFFF).to(tl.int32)
+    upto = tl.cumsum(tl.load(histogram + tl.arange(0, BINS)), axis=0)
+    # Bins that end before the key sought come first, and their counts only grow.
+    before = upto < need
+    return tl.sum(before.to(tl.int32)), need - tl.max(tl.where(before, upto, 0))
 
 
 @triton.jit

@@ -20,13 +20,15 @@ from .launch import Bound, bind
 from .pieces import (
     ALIGN,
     budget_of,
+    columns_of,
     count_shared,
     find_bin,
     float_key,
-    is_forced,
+    interleave,
     let_next_start,
     load_words,
     part_of,
+    place_of,
     popcount,
     read_shared,
     shared_bins,
@@ -58,25 +60,63 @@ def _load_codes(
 
 
 @triton.jit
+def _add_up(words, ADDERS: tl.constexpr):
+    """Bits of one weight in full adders: the one or two words that stay at it, and the carries."""
+    carries = ()
+    if ADDERS:
+        for _ in tl.static_range((len(words) - 1) // 2):
+            a, b, c = words[0], words[1], words[2]
+            words = words[3:] + (a ^ b ^ c,)
+            carries = carries + ((a & b) | (c & (a | b)),)
+    return words, carries
+
+
+@triton.jit
+def _distance(
+    words, planes, WORDS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
+    ADDERS: tl.constexpr,
+):  # fmt: skip
+    """Summed distance of keys, whose `words` are a tuple, to a group with these planes.
+
+    sum_i w_i popcount(P_i ^ k) with as few popcounts as adders across words allow: they are the
+    scarce instruction, 16 a clock and multiprocessor on Hopper beside 64 logical ones.
+    """
+    LAST: tl.constexpr = GROUP - (1 << (PLANES - 1)) + 1
+    distance = tl.zeros(words[0].shape, tl.int32)
+    carried = ()
+    # At most one bit more than the last weight has, and log2 of the words of carries.
+    for level in tl.static_range(12):
+        here = carried
+        for i in tl.static_range(PLANES):
+            if (((1 << i) if i < PLANES - 1 else LAST) >> level) & 1:
+                for w in tl.static_range(WORDS):
+                    here = here + (words[w] ^ planes[i * WORDS + w],)
+        here, carried = _add_up(here, ADDERS)
+        for i in tl.static_range(len(here)):
+            distance += popcount(here[i]) << level
+    return distance
+
+
+@triton.jit
 def _scan_kernel(
     codes, planes, norms, scores, counters, cumulated, lengths, starts,
-    heads, share, tokens, slots, fresh, parts, length_step, start_step,
+    heads, share, tokens, slots, fresh, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
     R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
-    KEYS: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, DROP: tl.constexpr,
-    HALVE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
-    SHARED: tl.constexpr, AHEAD: tl.constexpr, OVERLAPPED: tl.constexpr,
+    KEYS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
+    DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr,
+    UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr, ADDERS: tl.constexpr,
+    SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    CHUNKS: tl.constexpr = R // 32 // CHUNK
-    program = tl.program_id(0)
-    token = program % tokens
-    part = program // tokens % parts
-    head = program // tokens // parts % heads
-    batch = (program // tokens // parts // heads).to(tl.int64)
-    row = ((batch * heads + head) * tokens + token).to(tl.int64)
+    WORDS: tl.constexpr = R // 32
+    CHUNKS: tl.constexpr = WORDS // CHUNK
+    part = tl.program_id(0) % PARTS
+    row = tl.program_id(0) // PARTS
+    batch, head, token = place_of(row, heads, tokens, SINGLE)
+    row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
-    low, high = part_of(start, stop, part, parts, TILE)
+    low, high = part_of(start, stop, part, PARTS, TILE)
     seen = stop - start
     if (low < high) & (seen > tl.maximum(budget_of(seen, k, ratio, least), dense_below)):
         base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
@@ -91,41 +131,41 @@ def _scan_kernel(
             if low + TILE > stop + (tokens - 1 - token) - fresh:
                 following = _load_codes(base, low, high, step, TILE, CHUNK, KEYS, UNIT)
         weighted = ()
-        for i in tl.static_range(PLANES * CHUNKS):
-            word = tl.arange(0, KEYS * CHUNK) % CHUNK
-            bits = tl.load(planes + row * (PLANES * R // 32) + i * CHUNK + word)
-            weighted = weighted + (bits.to(tl.uint32, bitcast=True)[None, :],)
+        for i in tl.static_range(PLANES * WORDS):
+            bits = tl.load(planes + row * (PLANES * WORDS) + i)
+            weighted = weighted + (bits.to(tl.uint32, bitcast=True),)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
         else:
             bins = shared_bins(SHARED, BINS)
+        # Keys that win unscored are not counted.
+        counted_from = start + sink
+        counted_to = tl.minimum(stop - recent, high)
         for first in range(low, high, TILE):
-            position = first + tl.arange(0, TILE)
-            within = position < high
-            distance = tl.zeros([TILE // KEYS, KEYS * CHUNK], tl.int32)
+            words = ()
             for c in tl.static_range(CHUNKS):
                 if AHEAD:
-                    words = following
+                    loaded = following
                     following = _load_codes(base, first + TILE, high, step, TILE, CHUNK, KEYS, UNIT)
                 else:
-                    words = _load_codes(
+                    loaded = _load_codes(
                         base + c * CHUNK * (4 // UNIT), first, high, step,
                         TILE, CHUNK, KEYS, UNIT,
                     )  # fmt: skip
-                for i in tl.static_range(PLANES):
-                    weight = (1 << i) if i < PLANES - 1 else GROUP - (1 << (PLANES - 1)) + 1
-                    distance += popcount(words ^ weighted[i * CHUNKS + c]) * weight
-            # A thread holds whole keys, so the sum leaves no copies that would be counted twice.
-            if KEYS == 1:
-                key = tl.sum(distance, axis=1)
-            else:
-                apart = tl.sum(tl.reshape(distance, [TILE // KEYS, KEYS, CHUNK]), axis=2)
-                key = tl.reshape(apart, [TILE])
+                words = words + columns_of(loaded, TILE // KEYS, KEYS * CHUNK)
+            distances = ()
+            for i in tl.static_range(KEYS):
+                one = _distance(
+                    words[i * WORDS : (i + 1) * WORDS], weighted, WORDS, PLANES, GROUP, ADDERS
+                )
+                distances = distances + (one,)
+            key = interleave(distances, TILE // KEYS, KEYS)
+            position = first + tl.arange(0, TILE)
             if NORMS:
                 norm = tl.load(
                     norms + batch * norms_b + (head // share) * norms_h
                     + position.to(tl.int64) * norms_s,
-                    mask=within,
+                    mask=position < high,
                     other=0.0,
                 )  # fmt: skip
                 agreement = (GROUP * R - 2 * key).to(tl.float32)
@@ -135,11 +175,10 @@ def _scan_kernel(
             tl.store(
                 scores + row * scores_row * ALIGN + position,
                 key.to(scores.dtype.element_ty),
-                mask=within,
+                mask=position < high,
             )
             digit = (key.to(tl.uint32, bitcast=True) >> DROP).to(tl.int32)
-            counted = within & (position >= start) & (digit < BINS)
-            counted &= ~is_forced(position, start, stop, sink, recent)
+            counted = (position >= counted_from) & (position < counted_to) & (digit < BINS)
             if SHARED is None:
                 bins += tl.histogram(digit, BINS, mask=counted)
             else:
@@ -148,7 +187,7 @@ def _scan_kernel(
             bins = read_shared(bins, BINS)
         let_next_start(OVERLAPPED)
         at = tl.arange(0, BINS)
-        tl.store(cumulated + (row * parts + part) * BINS + at, tl.cumsum(bins, axis=0))
+        tl.store(cumulated + (row * PARTS + part) * BINS + at, tl.cumsum(bins, axis=0))
         tl.atomic_add(counters + row * counters_row + at, bins, mask=bins > 0, sem="relaxed")
     else:
         # Launches wait for one another in a chain, so no program may leave it.
@@ -158,23 +197,22 @@ def _scan_kernel(
 @triton.jit
 def _refine_kernel(
     scores, counters, cumulated, state, below, lengths, starts,
-    heads, tokens, slots, parts, length_step, start_step,
+    heads, tokens, slots, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
-    ROUND: tl.constexpr, DROP: tl.constexpr, DIGIT: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, SHARED: tl.constexpr, OVERLAPPED: tl.constexpr,
+    ROUND: tl.constexpr, DROP: tl.constexpr, DIGIT: tl.constexpr, TILE: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, SHARED: tl.constexpr, SINGLE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Count digit `ROUND` (from 1) of the keys that match all digits before."""
-    wait_for_previous(OVERLAPPED)
-    program = tl.program_id(0)
-    token = program % tokens
-    part = program // tokens % parts
-    head = program // tokens // parts % heads
-    batch = (program // tokens // parts // heads).to(tl.int64)
-    row = ((batch * heads + head) * tokens + token).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    row = tl.program_id(0) // PARTS
+    batch, _, token = place_of(row, heads, tokens, SINGLE)
+    row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
-    low, high = part_of(start, stop, part, parts, TILE)
+    low, high = part_of(start, stop, part, PARTS, TILE)
     seen = stop - start
     budget = budget_of(seen, k, ratio, least)
+    wait_for_previous(OVERLAPPED)
     if (low < high) & (seen > tl.maximum(budget, dense_below)):
         bins_row = counters + row * counters_row
         # Digits so far and how many keys are still to be found: state[row, ROUND] of this round.
@@ -188,6 +226,8 @@ def _refine_kernel(
         tl.store(state + (row * 3 + ROUND) * 2, prefix, mask=part == 0)
         tl.store(state + (row * 3 + ROUND) * 2 + 1, need, mask=part == 0)
         matched = prefix.to(tl.uint32, bitcast=True)
+        counted_from = start + sink
+        counted_to = tl.minimum(stop - recent, high)
         smaller = tl.zeros([TILE], tl.int32)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
@@ -195,8 +235,7 @@ def _refine_kernel(
             bins = shared_bins(SHARED, BINS)
         for first in range(low, high, TILE):
             position = first + tl.arange(0, TILE)
-            counted = (position < high) & (position >= start)
-            counted &= ~is_forced(position, start, stop, sink, recent)
+            counted = (position >= counted_from) & (position < counted_to)
             key = tl.load(
                 scores + row * scores_row * ALIGN + position, mask=position < high, other=0
             )
@@ -211,8 +250,8 @@ def _refine_kernel(
         if SHARED is not None:
             bins = read_shared(bins, BINS)
         at = tl.arange(0, BINS)
-        tl.store(below + row * parts + part, tl.sum(smaller))
-        tl.store(cumulated + (row * parts + part) * BINS + at, tl.cumsum(bins, axis=0))
+        tl.store(below + row * PARTS + part, tl.sum(smaller))
+        tl.store(cumulated + (row * PARTS + part) * BINS + at, tl.cumsum(bins, axis=0))
         tl.atomic_add(bins_row + ROUND * BINS + at, bins, mask=bins > 0, sem="relaxed")
 
 
@@ -222,6 +261,8 @@ def bind_scan(
     bits: int,
     group: int,
     norms: bool,
+    parts: int,
+    single: bool,
     unit: int,
     together: int,
     keys: int,
@@ -233,17 +274,20 @@ def bind_scan(
     count = bits // 32
     chunk = min(count & -count, together)
     warps = min(config["scan_warps"], config["tile"] // 32)
+    constants = {
+        "TILE": config["tile"], "PARTS": parts, "BINS": how.bins, "SHARED": shared,
+        "SINGLE": single, "OVERLAPPED": overlapped,
+    }  # fmt: skip
     scan = bind(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
-            "*i32", "*i32", *["i32"] * 9, "i64", *["i32"] * 6, *["i64"] * 6,
+            "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6, *["i64"] * 6,
         ),
         {"R": bits, "GROUP": group, "PLANES": how.planes, "CHUNK": chunk, "KEYS": keys,
-         "TILE": config["tile"], "BINS": how.bins, "DROP": how.drop, "HALVE": how.halve,
-         "NORMS": norms, "VECTOR": together, "UNIT": unit, "SHARED": shared,
-         "AHEAD": bool(config["ahead"]) and chunk == count,
-         "OVERLAPPED": overlapped},
+         "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together, "UNIT": unit,
+         "AHEAD": bool(config["ahead"]) and chunk == count, "ADDERS": bool(config["adders"]),
+         **constants},
         warps,
         overlapped=overlapped,
     )  # fmt: skip
@@ -252,10 +296,9 @@ def bind_scan(
             _refine_kernel,
             (
                 how.pointer, "*i32", "*i32:16", "*i32", "*i32", "*i32", "*i32",
-                *["i32"] * 7, "i64", *["i32"] * 6,
+                *["i32"] * 6, "i64", *["i32"] * 6,
             ),
-            {"ROUND": i, "DROP": (2 - i) * DIGIT, "DIGIT": DIGIT, "TILE": config["tile"],
-             "BINS": how.bins, "SHARED": shared, "OVERLAPPED": overlapped},
+            {"ROUND": i, "DROP": (2 - i) * DIGIT, "DIGIT": DIGIT, **constants},
             warps,
             overlapped=overlapped,
         )

@@ -3,6 +3,10 @@
 No further pass is needed to know where a selected key belongs: the row's histogram gives the
 threshold and how many keys at it win, and the parts' cumulated histograms give the counts below
 and at the threshold before each part. Ranks count selected keys in ascending order of position.
+
+Stored keys are compared two to a 32-bit word: with the top bit of either half set, a difference
+that leaves the bit set says that the half was not smaller. A thread makes one mask of the 8 keys of
+a vector, two bits a key; all else is work on masks, which give up their few bits one by one.
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -19,24 +23,29 @@ from .pieces import (
     ALIGN,
     budget_of,
     find_bin,
+    let_next_start,
     part_of,
+    place_of,
     popcount,
     visible,
     wait_for_previous,
 )
 
+# The upper bit of each key's two.
+_UPPER = tl.constexpr(0xAAAA)
+
 
 @triton.jit
-def locate(
-    counters, cumulated, state, below, start, stop, budget, sink, recent, parts,
+def _locate(
+    counters, cumulated, state, below, start, stop, budget, sink, recent, part,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
     PART_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Threshold of a row and what its parts hold; pointers are the row's own.
+    """Threshold of a row and what lies before a part; pointers are the row's own.
 
     Returns:
-        `threshold`, `ties` (how many keys at the threshold win) and [PARTS] packed counts of keys
-        up to each part's end: below the threshold in the low half, at it in the high half.
+        `threshold`, `ties` (how many keys at the threshold win), and how many keys before the part
+        win for sure, and are at the threshold.
     """
     prefix = tl.zeros([], tl.int32)
     need = budget - sink - recent
@@ -45,169 +54,156 @@ def locate(
         need = tl.load(state + (ROUNDS - 1) * 2 + 1)
     digit, ties = find_bin(counters + (ROUNDS - 1) * BINS, need, BINS)
     threshold = ((prefix << DIGIT) | digit).to(tl.uint32, bitcast=True)
-    part = tl.arange(0, PARTS)
-    low, high = part_of(start, stop, part, parts, PART_TILE)
-    active = (part < parts) & (low < high)
+    other = tl.arange(0, PARTS)
+    low, high = part_of(start, stop, other, PARTS, PART_TILE)
+    earlier = (other < part) & (low < high)
     low = tl.maximum(low, start)
     forced = tl.maximum(tl.minimum(high, start + sink) - low, 0)
     forced += tl.maximum(high - tl.maximum(low, stop - recent), 0)
-    line = cumulated + part * BINS + digit
-    smaller = tl.load(line - 1, mask=active & (digit > 0), other=0)
-    upto = tl.load(line, mask=active & (digit < BINS), other=0)
-    upto = tl.where(active & (digit == BINS), high - low - forced, upto)
-    both = (upto - smaller).to(tl.int64) << 32
+    line = cumulated + other * BINS + digit
+    smaller = tl.load(line - 1, mask=earlier & (digit > 0), other=0)
+    upto = tl.load(line, mask=earlier & (digit < BINS), other=0)
+    # Above the counted bins there is one value more.
+    upto = tl.where(digit == BINS, high - low - forced, upto)
+    equal = tl.sum(tl.where(earlier, upto - smaller, 0))
     if ROUNDS > 1:
-        smaller += tl.load(below + part, mask=active, other=0)
-    both = tl.cumsum(tl.where(active, both + smaller + forced, 0), axis=0)
-    return threshold, ties, both
+        smaller += tl.load(below + other, mask=earlier, other=0)
+    return threshold, ties, tl.sum(tl.where(earlier, smaller + forced, 0)), equal
 
 
 @triton.jit
-def ranks_of(both, ties):
-    """How many keys are selected where `both` packs the counts below and at the threshold."""
-    return (both & 0xFFFFFFFF).to(tl.int32) + tl.minimum((both >> 32).to(tl.int32), ties)
+def _bits_below(count):
+    """Masks of 8 keys with those below `count` set; none below 0, all above 7."""
+    return (1 << (2 * tl.minimum(tl.maximum(count, 0), 8))) - 1
 
 
 @triton.jit
-def bits_below(count):
-    """Masks of 8 bits with the lowest `count` set; none below 0, all above 7."""
-    return (1 << tl.minimum(tl.maximum(count, 0), 8)) - 1
+def _load_keys(scores, unit, high, TILE: tl.constexpr, ROUNDS: tl.constexpr):
+    """Words of the stored keys of a tile: two keys to a word, or one with several rounds.
 
-
-@triton.jit
-def write_positions(
-    out, first_rank, end_rank, scores, low, high, before, threshold, ties, start, stop, sink,
-    recent, ROUNDS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Write the positions in [low, high) of selected keys with ranks in [first_rank, end_rank).
-
-    Ranks count selected keys in ascending order of position; `before` packs the counts before
-    `low`. A thread compares the 8 keys of one vector and makes masks of them; all else is work on
-    masks, which give up their few bits one by one.
+    Rows are padded by a tile, so that no key needs a mask of its own.
     """
-    # Counted in units of aligned positions, so that keys are loaded in whole vectors.
-    unit = low // ALIGN
+    PACKED: tl.constexpr = 2 if ROUNDS == 1 else 1
     vector = tl.arange(0, TILE // 8)
-    bit = tl.arange(0, 8)
-    weight = (1 << bit)[None, :]
-    while unit * ALIGN < high:
-        origin = unit * ALIGN + vector * 8
-        # Scores are padded by a tile, so that no key needs a mask of its own.
-        key = tl.load(scores + origin[:, None] + bit[None, :])
-        if ROUNDS > 1:
-            key = key.to(tl.uint32, bitcast=True)
-        else:
-            key = key.to(tl.int32).to(tl.uint32, bitcast=True)
-        winners = tl.sum(tl.where(key < threshold, weight, 0), axis=1)
-        equals = tl.sum(tl.where(key == threshold, weight, 0), axis=1)
-        if (unit * ALIGN < start + sink) | (unit * ALIGN + TILE > tl.minimum(stop - recent, high)):
-            # Only tiles at the ends hold keys that are not seen or win unscored.
-            seen = bits_below(high - origin) & (255 - bits_below(start - origin))
-            forced = bits_below(start + sink - origin) | (255 - bits_below(stop - recent - origin))
-            winners = (winners | forced) & seen
-            equals = equals & seen & (255 - forced)
-        # Both counts in one scan: they stay below 2^15 within a tile.
-        counts = popcount(winners.to(tl.uint32)) | (popcount(equals.to(tl.uint32)) << 16)
-        scanned = tl.cumsum(counts, axis=0)
-        earlier = scanned - counts
-        equal_rank = (before >> 32).to(tl.int32) + (earlier >> 16)
-        rank = (before & 0xFFFFFFFF).to(tl.int32) + (earlier & 0xFFFF)
-        rank += tl.minimum(equal_rank, ties)
-        left = winners | tl.where(equal_rank < ties, equals, 0)
-        for _ in range(0, tl.max(popcount(left.to(tl.uint32)))):
-            lowest = left & -left
-            is_equal = ((equals & lowest) != 0).to(tl.int32)
-            chosen = (left != 0) & ((is_equal == 0) | (equal_rank < ties))
-            tl.store(
-                out + rank,
-                origin + popcount((lowest - 1).to(tl.uint32)),
-                mask=chosen & (rank >= first_rank) & (rank < end_rank),
-            )
-            rank += chosen.to(tl.int32)
-            equal_rank += is_equal
-            left = left & (left - 1)
-        unit += TILE // ALIGN
-        if unit * ALIGN < high:
-            total = tl.max(scanned)
-            before += (total & 0xFFFF).to(tl.int64) | ((total >> 16).to(tl.int64) << 32)
-            if ranks_of(before, ties) >= end_rank:
-                unit = tl.cdiv(high, ALIGN)
+    word = tl.arange(0, 8 // PACKED)
+    at = unit * (ALIGN // PACKED) + (vector * (8 // PACKED))[:, None] + word[None, :]
+    words = tl.load(scores + at, mask=unit * ALIGN < high, other=0)
+    return words.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def find_positions(
-    out, first_rank, end_rank, scores, counters, cumulated, state, below,
-    start, stop, budget, sink, recent, parts,
-    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Write the positions of a row's selected keys of ranks [first_rank, end_rank) to `out`."""
-    threshold, ties, both = locate(
-        counters, cumulated, state, below, start, stop, budget, sink, recent, parts,
-        ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
-    )  # fmt: skip
-    # Parts that end before the first rank: how many, and their counts.
-    done = (tl.arange(0, PARTS) < parts) & (ranks_of(both, ties) <= first_rank)
-    current = tl.sum(done.to(tl.int32))
-    before = tl.max(tl.where(done, both, 0))
-    low, _ = part_of(start, stop, current, parts, PART_TILE)
-    write_positions(
-        out, first_rank, end_rank, scores, low, stop, before, threshold, ties, start, stop, sink,
-        recent, ROUNDS, TILE,
-    )  # fmt: skip
+def _compare(words, threshold, TILE: tl.constexpr, ROUNDS: tl.constexpr):
+    """Masks of the 8 keys of each vector: those below the threshold, and those at it."""
+    if ROUNDS == 1:
+        TOPS: tl.constexpr = 0x80008000
+        tops = tl.full([1, 1], TOPS, tl.uint32)
+        pair = threshold * 0x10001
+        raised = words | tops
+        reached = raised - pair
+        exceeded = reached - 0x10001
+        # Bits 31 and 15 of the first, 30 and 14 of the second; then four adjacent bits a word.
+        both = (reached & tops) | ((exceeded & tops) >> 1)
+        both = both >> 14
+        four = ((both | (both >> 14)) & 15).to(tl.int32)
+        shifted = four << (4 * tl.arange(0, 4))[None, :]
+        mask = tl.sum(shifted, axis=1)
+        return ~mask & _UPPER, mask & ~(mask << 1) & _UPPER
+    else:
+        weight = (2 << (2 * tl.arange(0, 8)))[None, :]
+        smaller = tl.sum(tl.where(words < threshold, weight, 0), axis=1)
+        return smaller, tl.sum(tl.where(words == threshold, weight, 0), axis=1)
 
 
 @triton.jit
 def _select_kernel(
     out, scores, counters, cumulated, state, below, lengths, starts,
-    heads, tokens, slots, parts, length_step, start_step,
+    heads, tokens, slots, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr, OVERLAPPED: tl.constexpr,
+    PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, SINGLE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Positions of one row, ascending, then -1; one program a part."""
-    wait_for_previous(OVERLAPPED)
-    program = tl.program_id(0)
-    part = program % parts
-    row = (program // parts).to(tl.int64)
-    token = (row % tokens).to(tl.int32)
-    batch = row // tokens // heads
+    """Positions of one row, ascending, and with `PAD` then -1; one program a part.
+
+    Without `PAD` nothing is written for a row whose visible keys are all taken.
+    """
+    part = tl.program_id(0) % PARTS
+    row = tl.program_id(0) // PARTS
+    batch, _, token = place_of(row, heads, tokens, SINGLE)
+    row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     seen = stop - start
     budget = budget_of(seen, k, ratio, least)
     everything = seen <= tl.maximum(budget, dense_below)
-    taken = tl.minimum(seen, budget)
-    # Ranks that hold no key, and all ranks where every visible key is selected.
-    first = 0 if everything else taken
-    share = tl.cdiv(k - first, parts)
-    for at in range(first + part * share, tl.minimum(first + part * share + share, k), TILE):
-        rank = at + tl.arange(0, TILE)
-        mask = rank < tl.minimum(first + part * share + share, k)
-        tl.store(out + row * k + rank, tl.where(rank < taken, start + rank, -1), mask=mask)
-    low, high = part_of(start, stop, part, parts, PART_TILE)
+    low, high = part_of(start, stop, part, PARTS, PART_TILE)
+    out += row * k
+    if PAD:
+        # Ranks that hold no key, and all ranks where every visible key is selected.
+        taken = tl.minimum(seen, budget)
+        first = 0 if everything else taken
+        share = tl.cdiv(k - first, PARTS)
+        for at in range(first + part * share, tl.minimum(first + part * share + share, k), TILE):
+            rank = at + tl.arange(0, TILE)
+            mask = rank < tl.minimum(first + part * share + share, k)
+            tl.store(out + rank, tl.where(rank < taken, start + rank, -1), mask=mask)
+    wait_for_previous(OVERLAPPED)
     if (low < high) & (everything == 0):
-        threshold, ties, both = locate(
-            counters + row * counters_row, cumulated + row * parts * BINS, state + row * 6,
-            below + row * parts, start, stop, budget, sink, recent, parts,
+        PACKED: tl.constexpr = 2 if ROUNDS == 1 else 1
+        scores += row * scores_row * (ALIGN // PACKED)
+        # In units of aligned positions, so that keys are loaded in whole vectors. The first tile is
+        # on its way while the threshold is found.
+        unit = low // ALIGN
+        words = _load_keys(scores, unit, high, TILE, ROUNDS)
+        threshold, ties, smaller_before, equal_before = _locate(
+            counters + row * counters_row, cumulated + row * PARTS * BINS, state + row * 6,
+            below + row * PARTS, start, stop, budget, sink, recent, part,
             ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
         )  # fmt: skip
-        before = tl.sum(tl.where(tl.arange(0, PARTS) == part - 1, both, 0))
-        write_positions(
-            out + row * k, 0, taken, scores + row * scores_row * ALIGN, low, high, before,
-            threshold, ties, start, stop, sink, recent, ROUNDS, TILE,
-        )  # fmt: skip
+        let_next_start(OVERLAPPED)
+        vector = tl.arange(0, TILE // 8)
+        for unit in range(low // ALIGN, tl.cdiv(high, ALIGN), TILE // ALIGN):
+            winners, equals = _compare(words, threshold, TILE, ROUNDS)
+            words = _load_keys(scores, unit + TILE // ALIGN, high, TILE, ROUNDS)
+            origin = unit * ALIGN + vector * 8
+            first = unit * ALIGN
+            if (first < start + sink) | (first + TILE > tl.minimum(stop - recent, high)):
+                # Only tiles at the ends hold keys that are not seen or win unscored.
+                unseen = _bits_below(start - origin)
+                seen_here = _bits_below(high - origin) & ~unseen & _UPPER
+                forced = _bits_below(start + sink - origin) | ~_bits_below(stop - recent - origin)
+                winners = (winners | forced) & seen_here
+                equals = equals & seen_here & ~forced
+            # Both counts in one scan: they stay below 2^15 within a tile.
+            counts = popcount(winners.to(tl.uint32)) | (popcount(equals.to(tl.uint32)) << 16)
+            scanned = tl.cumsum(counts, axis=0)
+            earlier = scanned - counts
+            equal_rank = equal_before + (earlier >> 16)
+            rank = smaller_before + (earlier & 0xFFFF) + tl.minimum(equal_rank, ties)
+            left = winners | tl.where(equal_rank < ties, equals, 0)
+            for _ in range(0, tl.max(popcount(left.to(tl.uint32)))):
+                lowest = left & -left
+                is_equal = ((equals & lowest) != 0).to(tl.int32)
+                chosen = (left != 0) & ((is_equal == 0) | (equal_rank < ties))
+                place = popcount((lowest - 1).to(tl.uint32)) >> 1
+                tl.store(out + rank, origin + place, mask=chosen)
+                rank += chosen.to(tl.int32)
+                equal_rank += is_equal
+                left = left & (left - 1)
+            total = tl.sum(counts)
+            smaller_before += total & 0xFFFF
+            equal_before += total >> 16
 
 
-def bind_select(config: Config, how: Counting, parts: int, overlapped: bool) -> Bound:
+def bind_select(
+    config: Config, how: Counting, parts: int, single: bool, padded: bool, overlapped: bool
+) -> Bound:
     """The launch that writes positions."""
     return bind(
         _select_kernel,
-        (
-            "*i32", how.pointer, "*i32", "*i32", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 7, "i64", *["i32"] * 6,
-        ),
+        ("*i32", "*i32:16", *["*i32"] * 6, *["i32"] * 6, "i64", *["i32"] * 6),
         {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
-         "PART_TILE": config["tile"], "TILE": config["select_tile"], "OVERLAPPED": overlapped},
+         "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": padded,
+         "SINGLE": single, "OVERLAPPED": overlapped},
         config["select_warps"],
         overlapped=overlapped,
     )  # fmt: skip

@@ -16,33 +16,35 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Config
-from hata.problem import Problem
+from hata.problem import Problem, pow2
 
 from .attend import attend_positions, bind_merge, finish_split, nothing, result_types, tiling
-from .launch import bind
+from .launch import bind, overlaps
+from .pieces import let_next_start, place_of
 from .plan import Plan, Scratch, data_pointer, planned, steps, vector
 
 
 @triton.jit
 def _attend_kernel(
     q, keys, values, indices, out, lse, sinks_x, sinks_f, partial, stats,
-    index_heads, members, share, tokens, slots, k, splits, blocks, columns,
+    index_heads, members, share, tokens, slots, k, log_splits,
     scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     indices_b, indices_h, indices_t,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    split = program % splits
-    column = program // splits % columns * BLOCK_V
-    block = program // splits // columns % blocks
-    row = program // splits // columns // blocks
-    token = row % tokens
-    index_head = row // tokens % index_heads
-    batch = (row // tokens // index_heads).to(tl.int64)
+    """A split of the positions of one row, for up to M of the heads that share them."""
+    splits = 1 << log_splits
+    split = tl.program_id(0) & (splits - 1)
+    rest = tl.program_id(0) >> log_splits
+    column = rest % COLUMNS * BLOCK_V
+    block = rest // COLUMNS % BLOCKS
+    row = rest // COLUMNS // BLOCKS
+    batch, index_head, token = place_of(row, index_heads, tokens, SINGLE)
     head = index_head * members + block * M
-    size = tl.cdiv(tl.cdiv(k, splits), N) * N
+    size = tl.cdiv((k + splits - 1) >> log_splits, N) * N
     acc, most, total, found = attend_positions(
         q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
         keys + (batch * keys_b + (index_head // share) * keys_h) * VECTOR,
@@ -50,13 +52,15 @@ def _attend_kernel(
         indices + batch * indices_b + index_head * indices_h + token * indices_t,
         split * size, tl.minimum(split * size + size, k), 0, 0, slots, scale, softcap,
         members - block * M, q_h, keys_s, values_s, column,
-        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES,
+        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, False,
     )  # fmt: skip
+    let_next_start(OVERLAPPED)
     finish_split(
         out, lse, sinks_x, sinks_f, partial, stats, stats,
         (batch * index_heads * members + head) * tokens + token, head,
         tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-        split, splits, splits, column, has_sinks, has_lse, DV, M, BLOCK_V, 1, 1, False,
+        split, splits, splits, column, has_sinks, has_lse,
+        DV, M, BLOCK_V, 1, 1, False,
     )  # fmt: skip
 
 
@@ -83,7 +87,8 @@ def write_sparse_attend(
     members = heads // index_heads
     wide = vector(fw, q, keys, values)
     sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
-    splits = max(min(config["splits"], -(-k // config["keys"])), 1)
+    splits = min(config["splits"], pow2(-(-k // config["keys"])))
+    overlapped = overlaps(bool(config["overlap"]), q)
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
     partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
@@ -95,9 +100,10 @@ def write_sparse_attend(
         _attend_kernel,
         (
             data, data, data, "*i32", *result,
-            *["i32"] * 9, "fp32", "fp32", "i32", "i32", *["i64"] * 12,
+            *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 12,
         ),
-        {**sizes, "VECTOR": wide, "STAGES": config["stages"]},
+        {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
+         "STAGES": config["stages"], "SINGLE": tokens == 1, "OVERLAPPED": overlapped},
         config["warps"],
         config["stages"],
     )  # fmt: skip
@@ -112,16 +118,16 @@ def write_sparse_attend(
         batch * index_heads * tokens * blocks * columns * splits,
         plan.address(q, data), plan.address(keys, data), plan.address(values, data),
         plan.address(indices, "*i32"), *results,
-        index_heads, members, index_heads // kv_heads, tokens, slots, k, splits, blocks,
-        columns, scale, softcap or 0.0, *given,
+        index_heads, members, index_heads // kv_heads, tokens, slots, k,
+        splits.bit_length() - 1, scale, softcap or 0.0, *given,
         *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
         *steps(fw, indices),
     )  # fmt: skip
     if splits > 1:
         plan.launch(
-            bind_merge(problem.dtype, lanes, sizes["BLOCK_V"], splits, False),
+            bind_merge(problem.dtype, lanes, sizes["BLOCK_V"], columns, splits, overlapped),
             batch * heads * tokens * columns,
-            *results, heads, tokens, splits, columns, *given,
+            *results, heads, tokens, splits, *given,
         )  # fmt: skip
 
 
