@@ -78,8 +78,12 @@ def _known() -> list[str]:
     return [*BUILT_IN, *_plugins()]
 
 
-def _backend_class(name: str) -> type[Backend]:
-    """Import the class of a backend; raises `BackendUnavailable` with the reason if it cannot."""
+def class_of(name: str) -> type[Backend]:
+    """Import the class of a backend, whether or not it can run here.
+
+    Raises:
+        BackendUnavailable: it cannot be imported, or is no backend.
+    """
     try:
         if name in BUILT_IN:
             module, _, attribute = BUILT_IN[name].partition(":")
@@ -124,7 +128,7 @@ def missing(name: str) -> str | None:
         BackendUnavailable: it does not even load, or fails to say; that is a fault of the backend
             and not of the machine.
     """
-    backend_class = _backend_class(name)
+    backend_class = class_of(name)
     try:
         return backend_class.missing()
     except Exception as error:
@@ -156,7 +160,7 @@ def load(name: str) -> Backend:
         )
     with _state.lock:
         if name not in _state.backends:
-            backend_class = _backend_class(name)
+            backend_class = class_of(name)
             reason = _missing(backend_class)
             if reason is not None:
                 raise BackendUnavailable(
@@ -217,7 +221,7 @@ def list_backends() -> list[BackendInfo]:
     found = []
     for name in _known():
         try:
-            reason = _missing(_backend_class(name))
+            reason = _missing(class_of(name))
         except BackendUnavailable as error:
             reason = str(error)
         found.append(BackendInfo(name, reason is None, reason or ""))
@@ -293,7 +297,7 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
         try:
             # First the device, which costs nothing to compare: to ask a backend whether it could
             # run at all may import a framework that this caller does not use.
-            devices = _backend_class(name).devices
+            devices = class_of(name).devices
             if kind not in devices:
                 reasons.append(f"backend {name!r} runs on {' or '.join(sorted(devices))} alone")
                 continue

@@ -19,7 +19,7 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 from hata import registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import capture, cost, search, session, space, verdict
+from tune import capture, cost, propose, search, session, space, verdict
 from tune.__main__ import main
 from tune.space import Space
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
@@ -41,6 +41,10 @@ class Simulated:
         self.noise, self.rounds = noise, rounds
         self.rng = np.random.default_rng(0)
         self.checked = []
+        self.expected = []
+
+    def expect(self, configs):
+        self.expected += [SPACE.number(config) for config in configs]
 
     def check(self, config):
         self.checked.append(SPACE.number(config))
@@ -525,7 +529,7 @@ def test_the_problems_are_those_that_calls_ask_for():
     """A key in the profile must be the `Problem` of a real call."""
     from hata import checks
     from hata.backend import Budget
-    from tune.measure import Inputs
+    from tune.inputs import Inputs
 
     backend = registry.load("reference")
     layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "bfloat16", 4096)
@@ -553,7 +557,9 @@ def test_the_model_ranks_threads_and_floors_are_floors():
     assert cost.floor_us(problem, machine) < every < one
     assert cost.work(problem).read == 8 * 32768 * 16 + 8 * 512 * 256 * 4 + 8 * 128 * 128 * 4
     configs = Space((("threads", ("one", "all")), ("chunk", (1024, 4096))))
-    assert configs.config(session.suggestions(problem, configs, machine)[0])["threads"] == "all"
+    default = {"threads": "one", "chunk": 1024}
+    first = propose.suggestions(problem, configs, machine, default)[0]
+    assert configs.config(first)["threads"] == "all"
 
 
 def test_sigkill_and_resume_measure_nothing_twice(tmp_path):

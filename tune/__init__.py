@@ -7,7 +7,9 @@ writes both to a profile. What each file knows:
 - `plan`: the command line held against what is here
 - `space`: which problems are tuned, and the knobs of each
 - `cost`: how long a problem must take, and which configurations look good on paper
-- `measure`: the inputs of a problem, and the clock
+- `inputs`: what a problem is checked and timed on
+- `measure`: the race of candidates, and the clock; `cuda`: the clock of a GPU
+- `propose`: which configurations are tried; `ahead`: compiles them before they are
 - `check`: whether a configuration's results are right
 - `worker`: runs the two above in a process that may crash or hang
 - `search`: Optuna; `database`: the file its studies lie in; `verdict`: who wins

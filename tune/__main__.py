@@ -15,7 +15,16 @@ import sys
 from collections.abc import Sequence
 
 from hata.errors import HataError
-from tune.space import BUDGET, QUALITY, QUICK_BUDGET, QUICK_TRIALS, TRIALS
+from tune.space import EFFORT, QUALITY
+
+
+def _efforts(name: str) -> str:
+    """The defaults of both kinds of device, in words."""
+    return " and ".join(
+        f"{getattr(EFFORT[device, False], name):.0f}, with --quick "
+        f"{getattr(EFFORT[device, True], name):.0f}, on a {what}"
+        for device, what in (("cpu", "CPU"), ("cuda", "GPU"))
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,15 +73,14 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"time for the search of kernels (default {BUDGET:.0f}, with --quick "
-        f"{QUICK_BUDGET:.0f}); a problem that has begun is finished",
+        help="time for the search of kernels (default "
+        f"{_efforts('seconds')}); a problem that has begun is finished",
     )
     made.add_argument(
         "--trials",
         type=int,
         metavar="N",
-        help=f"configurations to measure for each problem (default {TRIALS}, with --quick "
-        f"{QUICK_TRIALS})",
+        help=f"configurations to measure for each problem (default {_efforts('trials')})",
     )
     made.add_argument(
         "--storage",

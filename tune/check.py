@@ -1,24 +1,30 @@
 """Whether a configuration's results are right, before anybody asks how fast it is.
 
-Two calls are held against the oracle: the problem's own inputs, and an awkward small one (ragged
-lengths, a row shorter than the budget, codes that are all equal, an odd number of slots, NaN where
-nothing may be read). Selections must be equal bit for bit; codes must be equal but for bits whose
-value is within rounding of zero; attention may err twice as much as a plain computation in the
-same precision, against float64. What the oracle says is computed once per problem.
+Two calls are held against the oracle: the problem's own inputs (of large ones the first and last
+rows and heads), and an awkward small one (ragged lengths, a row shorter than the budget, codes that
+are all equal, an odd number of slots, NaN where nothing may be read). Selections must be equal bit
+for bit; codes must be equal but for bits whose value is within rounding of zero; attention may err
+twice as much as a plain computation in the same precision, against float64. What the oracle says is
+computed once per problem.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hata.backend import Backend, Config, use_config
 from hata.problem import Problem
-from tune.measure import Arrays, Call, Inputs, near_zero
+from tune.inputs import Arrays, Call, Inputs, near_zero
+
+# Scores that the oracle may have to compute, of every query head and key; more takes it seconds.
+_MOST_SCORES = 1 << 21
+# Vectors of each row and head whose codes are checked.
+_MOST_VECTORS = 512
 
 _EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -57,7 +63,15 @@ class Checker:
         return expect(arrays, call)
 
     def _expect_encode(self, arrays: Arrays, call: Call) -> Callable[[Any], str | None]:
-        x, projection = call.source["x"], call.source["projection"]
+        tokens = call.args[0].shape[2]
+        first, last = slice(0, _MOST_VECTORS // 2), slice(-(_MOST_VECTORS // 2), None)
+
+        def ends(x: Any) -> np.ndarray:
+            if tokens <= _MOST_VECTORS:
+                return arrays.read(x)
+            return np.concatenate([arrays.read(x[:, :, part]) for part in (first, last)], axis=2)
+
+        x, projection = ends(call.args[0]), arrays.read(call.args[1])
         expected = np.asarray(self._oracle.encode(x, projection))
         every_head = np.repeat(projection, x.shape[1] // projection.shape[0], axis=0)
         doubtful = np.packbits(near_zero(x, every_head), axis=-1, bitorder="little")
@@ -65,12 +79,12 @@ class Checker:
         lengths = np.minimum(np.sqrt((x.astype(np.float64) ** 2).sum(-1)), 65504)
 
         def verdict(codes: Any) -> str | None:
-            wrong = (arrays.read(codes) ^ expected) & ~doubtful
+            wrong = (ends(codes) ^ expected) & ~doubtful
             if wrong.any():
                 return f"{np.count_nonzero(wrong)} of {wrong.size} bytes of codes are wrong"
             if norms is not None:
                 # One unit in the last place of float16, and the rounding of float32 sums.
-                apart = np.abs(arrays.read(norms) - lengths)
+                apart = np.abs(ends(norms) - lengths)
                 if not (apart <= lengths * 2.0**-10 + 2.0**-24).all():
                     return f"norms are off by up to {np.nanmax(apart):.3g}"
             return None
@@ -78,65 +92,91 @@ class Checker:
         return verdict
 
     def _expect_hamming_topk(self, arrays: Arrays, call: Call) -> Callable[[Any], str | None]:
-        source, k = call.source, call.args[2]
-        options = {name: source[name] for name in ("lengths", "key_norms") if name in source}
-        options |= {n: call.kwargs[n] for n in ("sink", "recent", "per_head") if n in call.kwargs}
+        q_codes, k_codes, k = call.args
+        part = _Part.of(q_codes.shape, k_codes.shape)
+        chosen_by = part.members if call.kwargs.get("per_head") else part.heads
+        norms = call.kwargs.get("key_norms")
         expected = np.asarray(
-            self._oracle.hamming_topk(source["q_codes"], source["k_codes"], k, **options)
+            self._oracle.hamming_topk(
+                arrays.part(q_codes, part.rows, part.members),
+                arrays.part(k_codes, part.rows, part.heads),
+                k,
+                lengths=_lengths(arrays, call, part.rows),
+                key_norms=None if norms is None else arrays.part(norms, part.rows, part.heads),
+                per_head=call.kwargs.get("per_head", False),
+                **_guards(call),
+            )
         )
 
         def verdict(indices: Any) -> str | None:
-            return _selection_fault(arrays.read(indices), expected)
+            if tuple(indices.shape[2:]) != expected.shape[2:]:
+                return f"indices of shape {tuple(indices.shape)}, expected k = {expected.shape[3]}"
+            return _selection_fault(arrays.part(indices, part.rows, chosen_by), expected)
 
         return verdict
 
     def _expect_sparse_attend(self, arrays: Arrays, call: Call) -> Callable[[Any], str | None]:
-        return self._attention(arrays, call, call.source["indices"])
+        q, keys, _, indices = call.args
+        part = _Part.of(q.shape, (*keys.shape[:2], indices.shape[3]))
+        per_head = indices.shape[1] != keys.shape[1]
+        chosen_by = part.members if per_head else part.heads
+        return self._attention(arrays, call, arrays.part(indices, part.rows, chosen_by), part)
 
     def _expect_hash_attend(self, arrays: Arrays, call: Call) -> Callable[[Any], str | None]:
-        source, k = call.source, call.args[5]
-        q, keys = call.args[0], call.args[1]
-        lengths = source.get("lengths")
-        if lengths is None:
-            lengths = np.full(q.shape[0], keys.shape[2], np.int32)
-        codes = source["key_codes"].copy()
+        q, keys, _, key_codes, projection, k = call.args
+        projection = arrays.read(projection)
+        batch, kv_heads, slots = keys.shape[:3]
+        lengths = _lengths(arrays, call, np.arange(batch))
+        lengths = np.full(batch, slots, np.int32) if lengths is None else lengths
+        # The last visible key of every row and head is the one that has no code yet.
         last = np.stack(
             [
-                [arrays.take(keys, b, h, np.array([n - 1])) for h in range(keys.shape[1])]
+                [arrays.take(keys, b, h, np.array([n - 1])) for h in range(kv_heads)]
                 for b, n in enumerate(lengths)
             ]
         )
-        fresh = np.asarray(self._oracle.encode(last, source["projection"]))
-        codes[np.arange(len(lengths)), :, lengths - 1] = fresh[:, :, 0]
-        norms = source.get("key_norms")
+        fresh = np.asarray(self._oracle.encode(last, projection))
+        right_codes = arrays.copy(key_codes)
+        for b, n in enumerate(lengths):
+            right_codes[b, :, int(n) - 1] = arrays.make(fresh[b, :, 0])
+        part = _Part.of(q.shape, keys.shape)
+        norms = call.kwargs.get("key_norms")
         if norms is not None:
-            norms = norms.copy()
-            size = np.sqrt((last.astype(np.float64) ** 2).sum(-1))[..., 0]
-            norms[np.arange(len(lengths)), :, lengths - 1] = size.astype(np.float16)
-        q_codes = np.asarray(self._oracle.encode(arrays.read(q), source["projection"]))
-        options = {n: call.kwargs[n] for n in ("sink", "recent") if n in call.kwargs}
+            norms = arrays.part(norms, part.rows, part.heads)
+            size = np.sqrt((last.astype(np.float64) ** 2).sum(-1))[..., 0].astype(np.float16)
+            places = np.arange(len(part.rows)), slice(None), lengths[part.rows] - 1
+            norms[places] = size[np.ix_(part.rows, part.heads)]
         indices = np.asarray(
             self._oracle.hamming_topk(
-                q_codes, codes, k, lengths=lengths, key_norms=norms, **options
+                np.asarray(
+                    self._oracle.encode(
+                        arrays.part(q, part.rows, part.members), projection[part.heads]
+                    )
+                ),
+                arrays.part(right_codes, part.rows, part.heads),
+                k,
+                lengths=lengths[part.rows],
+                key_norms=norms,
+                **_guards(call),
             )
         )
-        attention = self._attention(arrays, call, indices)
-        written = call.args[3]
+        attention = self._attention(arrays, call, indices, part)
 
         def verdict(out: Any) -> str | None:
-            if not np.array_equal(arrays.read(written), codes):
+            if not arrays.equal(key_codes, right_codes):
                 return "the code of the fresh key is wrong, or another code was written to"
             return attention(out)
 
         return verdict
 
     def _attention(
-        self, arrays: Arrays, call: Call, indices: np.ndarray
+        self, arrays: Arrays, call: Call, indices: np.ndarray, part: _Part
     ) -> Callable[[Any], str | None]:
+        """What is expected of `part`, whose selections are `indices`."""
         q, keys, values = call.args[:3]
-        q64 = arrays.read(q).astype(np.float64)
+        q64 = arrays.part(q, part.rows, part.members).astype(np.float64)
         batch, heads = q64.shape[:2]
-        kv_heads, k = keys.shape[1], indices.shape[3]
+        k = indices.shape[3]
         # Selected rows only, one small cache a query head, so that a long cache costs nothing.
         shape = (batch * q64.shape[2], heads, k)
         few_keys = np.zeros((*shape, keys.shape[3]))
@@ -148,9 +188,9 @@ class Checker:
                     chosen = indices[b, h * indices.shape[1] // heads, t]
                     chosen = chosen[chosen >= 0].astype(np.int64)
                     row, n = b * q64.shape[2] + t, len(chosen)
-                    kv = h * kv_heads // heads
-                    few_keys[row, h, :n] = arrays.take(keys, b, kv, chosen)
-                    few_values[row, h, :n] = arrays.take(values, b, kv, chosen)
+                    at = int(part.rows[b]), int(part.heads[h * len(part.heads) // heads])
+                    few_keys[row, h, :n] = arrays.take(keys, *at, chosen)
+                    few_values[row, h, :n] = arrays.take(values, *at, chosen)
                     places[row, h, 0, :n] = np.arange(n)
         flat = q64.transpose(0, 2, 1, 3).reshape(shape[0], heads, 1, -1)
         scale = q64.shape[3] ** -0.5
@@ -165,17 +205,46 @@ class Checker:
         expected = exact.reshape(batch, -1, heads, exact.shape[-1]).transpose(0, 2, 1, 3)
 
         def verdict(out: Any) -> str | None:
-            got = arrays.read(out).astype(np.float64)
-            if got.shape != expected.shape:
-                return f"shape {got.shape}, expected {expected.shape}"
-            if not np.isfinite(got).all():
+            if tuple(out.shape) != (*q.shape[:3], values.shape[3]):
+                return f"shape {tuple(out.shape)}, expected {(*q.shape[:3], values.shape[3])}"
+            if not arrays.finite(out):
                 return "the output is not finite"
+            got = arrays.part(out, part.rows, part.members).astype(np.float64)
             error = np.abs(got - expected).max(initial=0.0)
             if error > limit:
                 return f"attention is off by {error:.3g}, at most {limit:.3g} is right"
             return None
 
         return verdict
+
+
+class _Part(NamedTuple):
+    """Of a call, the batch rows, KV heads and query heads (`members`) that are checked."""
+
+    rows: np.ndarray
+    heads: np.ndarray
+    members: np.ndarray
+
+    @classmethod
+    def of(cls, q_shape: Sequence[int], k_shape: Sequence[int]) -> _Part:
+        """All of `q [B, H, T, ...]` and `keys [B, Hkv, S, ...]`, or the corners of large ones."""
+        batch, kv_heads, slots = k_shape[:3]
+        group = q_shape[1] // kv_heads
+        everything = batch * q_shape[1] * q_shape[2] * slots <= _MOST_SCORES
+        rows, heads = (
+            np.arange(n) if everything else np.unique([0, n - 1]) for n in (batch, kv_heads)
+        )
+        members = (heads[:, None] * group + np.arange(group)).reshape(-1)
+        return cls(rows, heads, members)
+
+
+def _lengths(arrays: Arrays, call: Call, rows: np.ndarray) -> np.ndarray | None:
+    lengths = call.kwargs.get("lengths")
+    return None if lengths is None else arrays.read(lengths)[rows]
+
+
+def _guards(call: Call) -> dict[str, Any]:
+    return {name: call.kwargs[name] for name in ("sink", "recent") if name in call.kwargs}
 
 
 def _selection_fault(got: np.ndarray, expected: np.ndarray) -> str | None:
@@ -225,20 +294,19 @@ def _awkward(backend: Backend, problem: Problem) -> tuple[Arrays, Call]:
     arrays, call = inputs.arrays, inputs.calls[0]
     if problem.op == "encode":
         return arrays, call
-    source, kwargs, args = dict(call.source), dict(call.kwargs), list(call.args)
+    kwargs, args = dict(call.kwargs), list(call.args)
     if problem.op == "sparse_attend":
-        indices = source["indices"].copy()
+        indices = arrays.read(args[3]).copy()
         indices[:, :, :, 1::3] = -1
         unread = np.setdiff1d(np.arange(slots), indices)
         args[2] = arrays.spoil(args[2], unread)
-        source["indices"], args[3] = indices, arrays.make(indices)
-        return arrays, Call(call.op, tuple(args), kwargs, source)
-    name, place = ("k_codes", 1) if problem.op == "hamming_topk" else ("key_codes", 3)
-    codes = source[name].copy()
+        args[3] = arrays.make(indices)
+        return arrays, Call(call.op, tuple(args), kwargs)
+    place = 1 if problem.op == "hamming_topk" else 3
+    codes = arrays.read(args[place]).copy()
     codes[1] = codes[1, :1, :1]
     codes[0, :, ::2] = codes[0, :, :1]
-    source[name], args[place] = codes, arrays.make(codes.copy())
-    source["lengths"], kwargs["lengths"] = lengths, arrays.make(lengths)
+    args[place], kwargs["lengths"] = arrays.make(codes), arrays.make(lengths)
     if small.k >= 8:
         kwargs |= {"sink": 2, "recent": 3}
     if problem.op == "hash_attend":
@@ -246,4 +314,4 @@ def _awkward(backend: Backend, problem: Problem) -> tuple[Arrays, Call]:
             # The last visible key is the one that is encoded: a settled one (see `Inputs`).
             args[1] = arrays.copy_row(args[1], row, length - 1, slots - 1)
             args[2] = arrays.spoil(args[2], np.arange(length, slots), row)
-    return arrays, Call(call.op, tuple(args), kwargs, source)
+    return arrays, Call(call.op, tuple(args), kwargs)

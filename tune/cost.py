@@ -23,11 +23,14 @@ import numpy as np
 
 from hata.backend import Backend, Config, use_config
 from hata.problem import Problem
-from tune.measure import Inputs, last_cache_bytes
+from tune.inputs import Candidate, Inputs, last_cache_bytes
+from tune.measure import race
 
 SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "": 0}
 # Cost of handing out one piece of work, in µs: an atomic counter and its cache line.
 _PIECE_US = 0.3
+# Cost of one more share of a row on a GPU, in µs: its part of a merge.
+_SHARE_US = 0.01
 # Knobs that say into how large pieces work is cut, and along what.
 _ALONG_KEYS = ("chunk",)
 _ALONG_TOKENS = ("block",)
@@ -100,6 +103,36 @@ def floor_us(problem: Problem, machine: Machine) -> float:
 
 def predict_us(problem: Problem, config: Config, machine: Machine) -> float:
     """Microseconds that a configuration should take. Knobs without a known meaning are free."""
+    if problem.device == "cuda":
+        return _predict_gpu_us(problem, config, machine)
+    return _predict_cpu_us(problem, config, machine)
+
+
+def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float:
+    """What memory and arithmetic take, stretched where there are too few programs to fill a GPU."""
+    todo = work(problem)
+    heads = problem.heads if problem.per_head else problem.kv_heads
+    rows = problem.batch * problem.tokens * heads
+    taken = min(problem.k, problem.slots) or 1
+    gather = 0.0
+    if problem.op in ("sparse_attend", "hash_attend"):
+        size = SIZE[problem.dtype] * (problem.head_dim + problem.value_dim)
+        gather = rows * taken * size / machine.bandwidth
+    streamed = max(todo.read / machine.bandwidth - gather, todo.flops / machine.flops)
+
+    def stretched(us: float, name: str) -> float:
+        pieces = config.get(name)
+        if not isinstance(pieces, int):
+            return us
+        # Two programs on a multiprocessor keep enough loads under way.
+        programs, room = rows * pieces, 2 * machine.workers
+        waves = math.ceil(programs / room) * room / programs
+        return us * waves + pieces * _SHARE_US
+
+    return machine.launch_us + stretched(streamed, "parts") + stretched(gather, "splits")
+
+
+def _predict_cpu_us(problem: Problem, config: Config, machine: Machine) -> float:
     todo = work(problem)
     workers = machine.workers if config.get("threads", "all") == "all" else 1
     share = workers / machine.workers
@@ -147,18 +180,20 @@ def calibrate(backend: Backend, device: str) -> Machine:
 def _calibrate_cuda(launch: float) -> Machine:
     torch = importlib.import_module("torch")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    x = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     a = torch.ones((4096, 4096), dtype=torch.bfloat16, device="cuda")
 
     def seconds(call: Callable[[], object]) -> float:
         def run() -> None:
-            call()
+            # So many that waiting for the last of them does not count.
+            for _ in range(16):
+                call()
             torch.cuda.synchronize()
 
-        return _best(run, 0.5)
+        return _best(run, 0.4) / 16
 
     return Machine(
-        bandwidth=2 * (1 << 29) / (seconds(lambda: x[: 1 << 29].copy_(x[1 << 29 :])) * 1e6),
+        bandwidth=(1 << 30) / (seconds(lambda: x[: 1 << 29].copy_(x[1 << 29 :])) * 1e6),
         flops=4096**3 / (seconds(lambda: a @ a) * 1e6),
         launch_us=launch,
         workers=properties.multi_processor_count,
@@ -166,20 +201,15 @@ def _calibrate_cuda(launch: float) -> Machine:
 
 
 def _launch_us(backend: Backend, device: str) -> float:
-    """Microseconds of the smallest call of the backend, compiled and warm."""
+    """Microseconds of the smallest call of the backend, compiled and warm, as the clock sees it."""
     dtype = "float32" if "float32" in backend.dtypes else sorted(backend.dtypes)[0]
     problem = Problem(
         op="encode", device=device, dtype=dtype, projection_dtype=dtype, head_dim=16, bits=32
     )
-    call = Inputs(backend, problem, pool=0).calls[0]
-    with use_config(backend.name, problem.op, backend.default(problem)):
-        call()
-        samples = []
-        for _ in range(50):
-            start = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - start)
-    return 1e6 * median(samples)
+    inputs, config = Inputs(backend, problem, pool=0), backend.default(problem)
+    with use_config(backend.name, problem.op, config):
+        inputs.calls[0]()
+    return median(race(backend, [Candidate(inputs, config)], seconds=0.2)[0])
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:

@@ -37,6 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from hata.backend import Config
 from tune.database import StorageError, damage, move_aside, sqlite_path
 from tune.measure import Timing
+from tune.propose import climb
 from tune.space import Space
 from tune.verdict import Verdict, decide, from_json, to_json
 from tune.worker import CRASH, CandidateFailed, Failure
@@ -71,6 +72,9 @@ class Evaluator(Protocol):
     def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
         """Microseconds of each configuration, one sample a round; may raise `CandidateFailed`."""
         ...
+
+    def expect(self, configs: Sequence[Config]) -> None:
+        """Told which configurations come next, to make ready for them."""
 
 
 @dataclass(frozen=True)
@@ -267,12 +271,19 @@ class _Search:
 
     def enqueue(self, numbers: Sequence[int]) -> None:
         """Queue configurations, once each."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        queued = [trial.system_attrs.get("fixed_params") or trial.params for trial in waiting]
-        for number in dict.fromkeys(numbers):
+        queued = [trial.system_attrs.get("fixed_params") or trial.params for trial in self._waiting]
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self.known]
+        # No more than will be measured; what is enqueued is also expected, and may be compiled.
+        fresh = fresh[: max(self.limits.trials - len(self.known), 0)]
+        self.evaluator.expect([self.space.config(number) for number in fresh])
+        for number in fresh:
             params = self.space.places(number)
-            if number not in self.known and params not in queued:
+            if params not in queued:
                 self.study.enqueue_trial(params)
+
+    @property
+    def _waiting(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def objective(self, trial: Trial) -> float:
         """One trial: check, then time; or tell what is known."""
@@ -345,8 +356,17 @@ class _Search:
             self.stopped = "the default fails"
         elif len(self.known) >= min(self.space.size, self.limits.trials):
             self.stopped = f"{len(self.known)} configurations were measured"
-        else:
-            self.study.optimize(self.objective)
+        while not self.stopped:
+            waiting = len(self._waiting)
+            if waiting:
+                self.study.optimize(self.objective, n_trials=waiting)
+                continue
+            ratios = {n: r["ratio"] for n, r in self.known.items() if not r["failure"]}
+            tried = dict.fromkeys(self.failures, _FAILED) | ratios
+            self.enqueue(climb(self.space, self.default, tried))
+            if not self._waiting:
+                # Nothing is left that the times suggest: the sampler looks elsewhere.
+                self.study.optimize(self.objective)
 
     def settle(self) -> Verdict:
         """The last race."""

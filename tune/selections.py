@@ -20,6 +20,7 @@ from hata.problem import Problem
 from hata.profile import ModelKey, Quality, SelectionSet
 from hata.selection import Selection
 from tune import capture, cost, quality, search, space
+from tune.ahead import Ahead
 from tune.plan import Plan
 from tune.report import Report, layer_row
 from tune.worker import CandidateFailed, Worker
@@ -229,7 +230,11 @@ class Chooser:
             entries.append((problem, space.nearest_config(problem, self._tuned, default)[0]))
         try:
             # Few sets of inputs for each, so that all fit into memory together.
-            with Worker(backend.name, pool=24 << 20, keep=len(points)) as worker:
+            with (
+                Ahead(backend, plan.fingerprint.sm) as ahead,
+                Worker(backend.name, pool=24 << 20, keep=len(points)) as worker,
+            ):
+                ahead.compile(entries)
                 samples = worker.race(entries, 1.0 if self._quick else 2.0, least=15)
         except CandidateFailed as error:
             self._report.note(

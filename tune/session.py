@@ -20,18 +20,22 @@ from hata.profile import (
     default_output,
 )
 from tune import capture, cost, search, space
+from tune.ahead import Ahead
 from tune.plan import Plan, check_folder, check_numbers, make_plan
+from tune.propose import suggestions
 from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.selections import Chooser
-from tune.space import BUDGET, QUICK_BUDGET, QUICK_TRIALS, TRIALS, Space
+from tune.space import Space
 from tune.verdict import Verdict
 from tune.worker import CandidateFailed, Failure, Worker
 
-SUGGESTIONS = 4
-# Configurations that the model looks at; of larger spaces a regular part.
-_MOST_PREDICTED = 20000
-# What a machine is taken for where nothing may be measured: a few cores of a server.
-_NOMINAL = cost.Machine(bandwidth=10e3, flops=100e3, launch_us=20.0, workers=2)
+# What a machine is taken for where nothing may be measured: a few cores, or a GPU, of a server.
+_NOMINAL = {
+    "cpu": cost.Machine(bandwidth=10e3, flops=100e3, launch_us=20.0, workers=2),
+    "cuda": cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132),
+}
+# Patience with one check, in seconds. A GPU's kernels may have to be compiled.
+_CHECK_SECONDS = {"cpu": 30.0, "cuda": 90.0}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,27 +88,6 @@ def _profile(
     )
 
 
-def suggestions(
-    problem: Problem, configs: Space, machine: cost.Machine, most: int = SUGGESTIONS
-) -> list[int]:
-    """Numbers of the configurations that look best on paper.
-
-    The best few, and the best with each value of the knobs that are no numbers: a model may be
-    wrong about a whole variant, but hardly about sizes within one.
-    """
-    step = max(1, configs.size // _MOST_PREDICTED)
-    ranked = sorted(
-        configs.numbers()[::step],
-        key=lambda n: (cost.predict_us(problem, configs.config(n), machine), n),
-    )
-    found = ranked[:most]
-    for name, values in configs.knobs:
-        if all(isinstance(value, str) for value in values):
-            for value in values:
-                found += [n for n in ranked if configs.config(n)[name] == value][:1]
-    return list(dict.fromkeys(found))
-
-
 def _tell_plan(plan: Plan, options: argparse.Namespace, report: Report) -> None:
     report.say(f"device    {plan.fingerprint.describe()}")
     report.say(f"heads     {plan.layout.name}: {plan.layout.heads_text}, D {plan.layout.head_dim}")
@@ -112,32 +95,46 @@ def _tell_plan(plan: Plan, options: argparse.Namespace, report: Report) -> None:
     for backend in plan.backends:
         for problem in plan.problems[backend.name]:
             configs = Space.of(backend, problem)
-            best = suggestions(problem, configs, _NOMINAL, 1)[0]
-            first = " ".join(f"{k}={v}" for k, v in configs.config(best).items()) or "no knobs"
+            default = backend.default(problem)
+            best = suggestions(problem, configs, _NOMINAL[plan.device], default)
+            first = _apart(configs.config(best[0]), default) if best else "no knobs"
             rows.append(
                 [problem.op, space.shape_text(problem), backend.name, str(configs.size), first]
             )
     header = ("op", "shape", "backend", "configurations", "first candidate after the default")
     report.table(f"{len(rows)} problems", header, rows)
-    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
-    report.say(f"search    at most {trials} configurations each, {_budget(options):.0f} s in all")
+    effort = _effort(plan.device, options)
+    report.say(
+        f"search    at most {effort.trials} configurations each, {effort.seconds:.0f} s in all"
+    )
     source = f"text of {len(plan.text):,} characters" if plan.model else "the synthetic set"
     report.say(f"selection bits, k, sink, recent at quality {options.quality:g}, from {source}")
     report.say(f"studies   {plan.storage}")
     report.say(f"profile   {plan.out} (not written: --dry-run)")
 
 
-def _budget(options: argparse.Namespace) -> float:
-    if options.budget is not None:
-        return options.budget
-    return QUICK_BUDGET if options.quick else BUDGET
+def _apart(config: Config, default: Config) -> str:
+    """A configuration in words: all of it, or where it differs from the default."""
+    told = {name: value for name, value in config.items() if value != default[name]} or config
+    return " ".join(f"{name}={value}" for name, value in told.items()) or "no knobs"
+
+
+def _effort(device: str, options: argparse.Namespace) -> space.Effort:
+    usual = space.EFFORT[device, options.quick]
+    return space.Effort(
+        seconds=usual.seconds if options.budget is None else options.budget,
+        trials=options.trials or usual.trials,
+    )
 
 
 class _Evaluator:
     """A worker, as the search of one problem sees it."""
 
-    def __init__(self, worker: Worker, problem: Problem) -> None:
-        self._worker, self._problem = worker, problem
+    def __init__(self, worker: Worker, ahead: Ahead, problem: Problem) -> None:
+        self._worker, self._ahead, self._problem = worker, ahead, problem
+
+    def expect(self, configs: Sequence[Config]) -> None:
+        self._ahead.compile([(self._problem, config) for config in configs])
 
     def check(self, config: Config) -> Failure | None:
         return self._worker.check(self._problem, config)
@@ -149,6 +146,7 @@ class _Evaluator:
 class _Session:
     def __init__(self, plan: Plan, options: argparse.Namespace, report: Report) -> None:
         self.plan, self.options, self.report = plan, options, report
+        self.effort = _effort(plan.device, options)
         self.entries: list[Entry] = []
         self.verdicts: list[Verdict] = []
         self.selections: list[SelectionSet] = []
@@ -185,9 +183,13 @@ class _Session:
             for backend in self.plan.backends
             for problem in self.plan.problems[backend.name]
         ]
-        seconds_left = _budget(self.options)
+        seconds_left = self.effort.seconds
+        patience = _CHECK_SECONDS[self.plan.device]
         for backend in self.plan.backends:
-            with Worker(backend.name) as worker:
+            with (
+                Worker(backend.name, check_seconds=patience) as worker,
+                Ahead(backend, self.plan.fingerprint.sm) as ahead,
+            ):
                 try:
                     machine = worker.calibrate(self.plan.device)
                 except CandidateFailed as error:
@@ -196,7 +198,7 @@ class _Session:
                     left = [item for item in left if item[0] is not backend]
                     continue
                 self.machines[backend.name] = machine
-                self._compile(backend, worker)
+                self._compile(backend, worker, ahead)
                 for problem in self.plan.problems[backend.name]:
                     began = time.monotonic()
                     seconds = seconds_left / len(left)
@@ -206,10 +208,11 @@ class _Session:
                         self.skipped.append(f"{title}: the time was up")
                         self.report.advance()
                         continue
-                    self._tune(backend, problem, worker, machine, max(seconds, 0.1), title)
+                    evaluator = _Evaluator(worker, ahead, problem)
+                    self._tune(backend, problem, evaluator, machine, max(seconds, 0.1), title)
                     seconds_left -= time.monotonic() - began
 
-    def _compile(self, backend: Backend, worker: Worker) -> None:
+    def _compile(self, backend: Backend, worker: Worker, ahead: Ahead) -> None:
         """Run every op once on little data, so that compiling does not eat the time to search."""
         self.report.begin(f"compiling {backend.name}")
         for problem in {p.op: p for p in self.plan.problems[backend.name]}.values():
@@ -217,6 +220,7 @@ class _Session:
             small = dataclasses.replace(
                 problem, tokens=tokens, slots=min(problem.slots, 256), k=min(problem.k, 16)
             )
+            ahead.compile([(small, backend.default(small))])
             # What fails here fails again on the problem itself, and is told there.
             worker.check(small, backend.default(small))
 
@@ -244,14 +248,12 @@ class _Session:
         self,
         backend: Backend,
         problem: Problem,
-        worker: Worker,
+        evaluator: _Evaluator,
         machine: cost.Machine,
         seconds: float,
         title: str,
     ) -> None:
-        configs = Space.of(backend, problem)
-        quick = self.options.quick
-        trials = self.options.trials or (QUICK_TRIALS if quick else TRIALS)
+        configs, default = Space.of(backend, problem), backend.default(problem)
         study = search.open_study(
             self.storage,
             self._study_name(backend, problem),
@@ -263,10 +265,12 @@ class _Session:
             verdict = search.tune(
                 study,
                 configs,
-                backend.default(problem),
-                _Evaluator(worker, problem),
-                suggestions=suggestions(problem, configs, machine),
-                limits=search.Limits(trials, seconds, 0.04 if quick else 0.06),
+                default,
+                evaluator,
+                suggestions=suggestions(problem, configs, machine, default),
+                limits=search.Limits(
+                    self.effort.trials, seconds, 0.04 if self.options.quick else 0.06
+                ),
                 floor_us=cost.floor_us(problem, machine),
                 on_trial=self.report.trial,
             )

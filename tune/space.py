@@ -14,7 +14,12 @@ encode     each (heads of keys)    64, 128, 256               4,096 tokens
 sparse_attend each                 none                       32K; k 512
 ========== ======================= ========================== =================
 
-`--quick` keeps one point of each op. For a model, its own layout, dtype and context length count.
+A GPU serves batches and long contexts, and its kernels differ by how many programs there are to
+fill it with, so its grid is that of `GPU_STEPS`, `GPU_LAYOUTS` and `GPU_LONG`: batches 1 to 32, 8K
+to 512K keys, and the head layouts of other models.
+
+`--quick` keeps a point or two of each op. For a model, its own layout, dtype and context length
+count.
 """
 
 from __future__ import annotations
@@ -30,9 +35,37 @@ BITS = (64, 128, 256)
 # Slots at which decoding is tuned where no model says how long its context is.
 SLOTS = (32768, 4096, 131072)
 QUICK_BITS = 128
-# Effort: seconds for all kernels, configurations for one problem; the second is that of --quick.
-BUDGET, QUICK_BUDGET = 100.0, 25.0
-TRIALS, QUICK_TRIALS = 40, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured: seconds for all kernels, configurations for one problem."""
+
+    seconds: float
+    trials: int
+
+
+# By device, and whether a short look is asked for. A GPU has many more knobs.
+EFFORT = {
+    ("cpu", False): Effort(100.0, 40),
+    ("cpu", True): Effort(25.0, 12),
+    ("cuda", False): Effort(240.0, 64),
+    ("cuda", True): Effort(60.0, 40),
+}
+# Decode steps of the common layout on a GPU: batch, slots, bits; the most useful first.
+GPU_STEPS = (
+    (1, 32768, 128), (8, 32768, 128), (1, 131072, 128), (8, 131072, 128), (1, 8192, 128),
+    (1, 131072, 256), (1, 131072, 64), (32, 32768, 128), (1, 524288, 128),
+)  # fmt: skip
+# Heads of other models, each at one step: H, Hkv, batch, slots.
+GPU_LAYOUTS = (
+    (64, 8, 1, 131072), (32, 32, 1, 131072), (28, 4, 1, 131072), (16, 8, 1, 131072),
+    (32, 2, 1, 131072), (32, 32, 8, 32768), (64, 8, 8, 32768),
+)  # fmt: skip
+# Slots of the ops by themselves on a GPU, and tokens of a prefill that is encoded.
+GPU_LONG = 131072
+# Budgets below this leave a GPU idle.
+GPU_LEAST_BUDGET = 512
 # Share of the attention mass of exact top-k that selections keep.
 QUALITY = 0.95
 # Queries are dense below this budget in practice, so no smaller one is tuned.
@@ -134,20 +167,29 @@ class Space:
         return range(self.size)
 
 
-def budget_for(slots: int) -> int:
+def budget_for(slots: int, device: str = "cpu") -> int:
     """The budget at which a cache of `slots` keys is tuned: 1/64 of it, but not tiny ones."""
-    return max(slots // 64, min(LEAST_BUDGET, slots))
+    least = GPU_LEAST_BUDGET if device == "cuda" else LEAST_BUDGET
+    return max(slots // 64, min(least, slots))
 
 
 def hash_problem(
-    layout: Layout, device: str, dtype: str, bits: int, slots: int, k: int, norms: bool = False
+    layout: Layout,
+    device: str,
+    dtype: str,
+    bits: int,
+    slots: int,
+    k: int,
+    norms: bool = False,
+    batch: int = 1,
 ) -> Problem:
-    """One decode step of hash attention with one row."""
+    """One decode step of hash attention."""
     return Problem(
         op="hash_attend",
         device=device,
         dtype=dtype,
         projection_dtype=dtype,
+        batch=pow2(batch),
         heads=layout.heads,
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
@@ -173,7 +215,7 @@ def _topk_problem(layout: Layout, device: str, bits: int, slots: int, norms: boo
         heads=layout.heads,
         kv_heads=layout.kv_heads,
         bits=bits,
-        k=budget_for(slots),
+        k=budget_for(slots, device),
         slots=pow2(slots),
         norms=norms,
         aligned=_aligned(bits),
@@ -206,7 +248,7 @@ def _attend_problem(layout: Layout, device: str, dtype: str, slots: int) -> Prob
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         value_dim=layout.head_dim,
-        k=budget_for(slots),
+        k=budget_for(slots, device),
         slots=pow2(slots),
     )
 
@@ -240,6 +282,8 @@ def problems(
         quick: One point of each op only.
     """
     main = QUICK_BITS if QUICK_BITS in bits else bits[-1]
+    if device == "cuda":
+        return _gpu_problems(layout, dtypes, bits, main, norms, of_model, quick)
     if of_model:
         slots = [s for s in (4096, 16384) if s <= max(layout.context, 4096)]
     else:
@@ -278,6 +322,52 @@ def problems(
         )
 
     return sorted(found, key=unlike)
+
+
+def _gpu_problems(
+    layout: Layout,
+    dtypes: list[str],
+    bits: tuple[int, ...],
+    main: int,
+    norms: bool,
+    of_model: bool,
+    quick: bool,
+) -> list[Problem]:
+    def step(heads: Layout, dtype: str, width: int, slots: int, batch: int) -> Problem:
+        k = budget_for(slots, "cuda")
+        return hash_problem(heads, "cuda", dtype, width, slots, k, norms, batch)
+
+    dtype = dtypes[0]
+    most = max(layout.context, 8192) if of_model else max(slots for _, slots, _ in GPU_STEPS)
+    steps = [(batch, slots, width) for batch, slots, width in GPU_STEPS if slots <= most]
+    if quick:
+        steps = steps[:2]
+    if of_model:
+        # Its selections need the time of a step for every number of bits.
+        near = steps[0][:2]
+        steps += [(*near, width) for width in bits if width != main]
+    found = [
+        step(layout, dtype, main if width == QUICK_BITS else width, slots, batch)
+        for batch, slots, width in steps
+        if width in bits or width == QUICK_BITS
+    ]
+    long = min(GPU_LONG, pow2(most))
+    alone = [
+        _topk_problem(layout, "cuda", main, long, norms),
+        _encode_problem(layout, "cuda", dtype, main, min(long, 16384 if quick else long), norms),
+        _attend_problem(layout, "cuda", dtype, long),
+    ]
+    # The whole step first where time is short, but every op before the rarer steps.
+    found[4:4] = alone
+    if not quick:
+        found += [_encode_problem(layout, "cuda", dtype, main, 4096, norms)]
+        if not of_model:
+            found += [
+                step(replace(layout, heads=heads, kv_heads=kv_heads), dtype, main, slots, batch)
+                for heads, kv_heads, batch, slots in GPU_LAYOUTS
+            ]
+        found += [step(layout, other, main, steps[0][1], 1) for other in dtypes[1:]]
+    return list(dict.fromkeys(found))
 
 
 def shape_text(problem: Problem) -> str:

@@ -9,6 +9,7 @@ ends the parent.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -25,9 +26,10 @@ from hata import registry
 from hata.backend import Config
 from hata.errors import HataError
 from hata.problem import Problem
-from tune import cost
+from tune import cost, cuda
 from tune.check import Checker
-from tune.measure import MAX_POOL, Candidate, Inputs, race
+from tune.inputs import Candidate, Inputs
+from tune.measure import race
 
 # Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
 # memory was left.
@@ -36,6 +38,8 @@ WRONG, ERROR, CRASH, HANG, MEMORY = "wrong_result", "error", "crash", "hang", "o
 FIRST_SECONDS = 180.0
 CHECK_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
+# What an answer of the child is; after `BROKEN` it ends.
+DONE, FAILED, BROKEN = "done", "failed", "broken"
 
 
 class Failure(NamedTuple):
@@ -65,7 +69,7 @@ class _Held:
 class Bench:
     """Checks and times configurations of one backend, in this process."""
 
-    def __init__(self, backend: str, *, pool: int = MAX_POOL, keep: int = 1) -> None:
+    def __init__(self, backend: str, *, pool: int | None = None, keep: int = 1) -> None:
         self._backend = registry.load(backend)
         self._pool = pool
         self._keep = keep
@@ -74,8 +78,10 @@ class Bench:
     def _problem(self, problem: Problem) -> _Held:
         held = self._held.get(problem)
         if held is None:
-            while len(self._held) >= self._keep:
-                self._held.popitem(last=False)
+            if len(self._held) >= self._keep:
+                while len(self._held) >= self._keep:
+                    self._held.popitem(last=False)
+                cuda.release()
             held = _Held(Inputs(self._backend, problem, pool=self._pool), None)
             self._held[problem] = held
         return held
@@ -101,6 +107,12 @@ class Bench:
             candidates = [Candidate(self._problem(p).inputs, config) for p, config in entries]
             return race(self._backend, candidates, seconds=seconds, least=least, most=most)
 
+    def forget(self) -> None:
+        """Drop all inputs, so that the next candidate finds the memory that this one did not."""
+        self._held.clear()
+        gc.collect()
+        cuda.release()
+
     def calibrate(self, device: str) -> cost.Machine:
         """The constants of the analytic model."""
         with registry.use_backend(self._backend.name):
@@ -111,7 +123,7 @@ def _serve(connection: Connection, parent: int, backend: str, options: Mapping[s
     """Body of the child: answer requests until the parent is gone."""
     # Ctrl-C goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(parent)
+    die_with(parent)
     # Only profiles in the making are tuned, and a broken one must not stop its renewal.
     os.environ["HATA_PROFILE"] = "none"
     bench: Bench | None = None
@@ -122,18 +134,30 @@ def _serve(connection: Connection, parent: int, backend: str, options: Mapping[s
             return
         try:
             bench = bench or Bench(backend, **options)
-            answer = ("done", getattr(bench, method)(*args, **kwargs))
-        except MemoryError as error:
-            answer = ("failed", (MEMORY, str(error) or "no memory was left"))
+            answer = DONE, getattr(bench, method)(*args, **kwargs)
         # Kernels are somebody else's code: whatever they raise is an answer.
         except BaseException as error:
-            answer = ("failed", _describe(error))
-        connection.send(answer)
+            answer = FAILED, _describe(error)
+        if answer[0] == DONE:
+            connection.send(answer)
+            continue
+        failure = answer[1]
+        broken = cuda.fault()
+        if broken is not None:
+            # Whatever came next would fail too: the parent starts another process.
+            connection.send((BROKEN, (CRASH, f"{failure[1]}; the GPU is lost to it: {broken}")))
+            return
+        connection.send((FAILED, failure))
+        if failure[0] == MEMORY and bench is not None:
+            bench.forget()
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    if "OutOfMemory" in type(error).__name__:
+    if isinstance(error, MemoryError):
+        return MEMORY, str(error) or "no memory was left"
+    # torch and CuPy have exceptions for it, the driver has words.
+    if "OutOfMemory" in type(error).__name__ or "out of memory" in text:
         return MEMORY, text
     if not isinstance(error, HataError):
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -141,7 +165,7 @@ def _describe(error: BaseException) -> tuple[str, str]:
     return ERROR, text
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End this process when its parent ends, even while a kernel hangs; Linux only."""
     if not sys.platform.startswith("linux"):
         return
@@ -242,13 +266,15 @@ class Worker:
                 self.close()
                 return Failure(HANG, f"no answer within {patience:.0f} s")
             state, answer = connection.recv()
+            if state == BROKEN:
+                self.close()
         except (EOFError, OSError):
             return Failure(CRASH, self._post_mortem())
         except BaseException:
             # Interrupted between question and answer: the next answer would be the wrong one.
             self.close()
             raise
-        return answer if state == "done" else Failure(*answer)
+        return answer if state == DONE else Failure(*answer)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
