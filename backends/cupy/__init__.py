@@ -71,6 +71,20 @@ class CuPyBackend(Backend):
         for kernel in rehearsal.kernels(self, problem, device):
             device.load(kernel)
 
+    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
+        """Compile and load what this call launches, on the device of its arrays."""
+        from . import plan
+
+        with plan.preparing():
+            getattr(self, launcher)(problem, fw, *args)
+
+    def compile(self, problem: Problem, sm: int) -> None:
+        """Compile what launches of this problem need into the folder of cubins, without a GPU."""
+        from . import compiler, driver, rehearsal
+
+        for kernel in rehearsal.kernels(self, problem, driver.Described(sm)):
+            compiler.cubin(kernel.name, kernel.macros, sm)
+
     def launch_encode(
         self,
         problem: Problem,

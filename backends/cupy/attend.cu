@@ -42,6 +42,8 @@ INLINE float reference_of(float peak) { return peak == NOTHING ? 0.f : peak; }
 
 #if DATA == 0
 
+INLINE void keep_queries(const Params& p, const Share& share, int head) {}
+
 // The warp's share; lane i owns the value dimensions 4i..4i + 3 of the pass.
 INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int head, int lane0,
                         float* partial, float* peaks) {
@@ -93,13 +95,18 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 
 #define TILES ((HEADS + 7) / 8)
 #define BLOCKS (LANES / 64)
-// Chunks of keys that are loaded together, and whether queries stay in registers.
+// Chunks of keys that are loaded together.
 #define STRETCH (CHUNKS < 4 ? CHUNKS : 4)
-#define KEEP (TILES * CHUNKS <= 8)
 
-INLINE uint4 query_chunk(const Params& p, const Share& share, int head, int u) {
-    int lane = threadIdx.x % 32, h = head + lane / 4, d = 32 * u + 8 * (lane % 4);
-    return load_eight(share.q + h * p.q_h + d, h < G && d < D);
+// Queries of a pass in the order in which lanes take them: [TILES][CHUNKS][32 lanes].
+INLINE uint4* kept_queries() { return reinterpret_cast<uint4*>(memory + EXCHANGE); }
+
+INLINE void keep_queries(const Params& p, const Share& share, int head) {
+    for (int i = threadIdx.x; i < TILES * CHUNKS * 32; i += THREADS) {
+        int lane = i % 32, h = head + i / 32 / CHUNKS * 8 + lane / 4;
+        int d = i / 32 % CHUNKS * 32 + 8 * (lane % 4);
+        kept_queries()[i] = load_eight(share.q + h * p.q_h + d, h < G && d < D);
+    }
 }
 
 // The warp's share. Lane 4g + j has keys g and g + 8 of a tile, heads 2j and 2j + 1 of each 8, and
@@ -113,13 +120,6 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         peak[t][0] = peak[t][1] = NOTHING;
         sum[t][0] = sum[t][1] = 0.f;
     }
-#if KEEP
-    uint4 queries[TILES][CHUNKS];
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int u = 0; u < CHUNKS; ++u) queries[t][u] = query_chunk(p, share, head + 8 * t, u);
-#endif
     for (int rank = share.first + 16 * warp; rank < share.end; rank += 16 * WARPS) {
         int at[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
         any |= at[0] >= 0 || at[1] >= 0;
@@ -158,11 +158,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
                 if (first + u < CHUNKS)
 #pragma unroll
                     for (int t = 0; t < TILES; ++t) {
-#if KEEP
-                        uint4 q = queries[t][first + u];
-#else
-                        uint4 q = query_chunk(p, share, head + 8 * t, first + u);
-#endif
+                        uint4 q = kept_queries()[(t * CHUNKS + first + u) * 32 + lane];
                         mma(s[t], k[0][u].x, k[1][u].x, k[0][u].y, k[1][u].y, q.x, q.y, DATA);
                         mma(s[t], k[0][u].z, k[1][u].z, k[0][u].w, k[1][u].w, q.z, q.w, DATA);
                     }
@@ -241,7 +237,7 @@ INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, flo
 // One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on.
 INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int head, int lane0,
                         u32& met) {
-    float* partials = reinterpret_cast<float*>(memory + EXCHANGE);
+    float* partials = reinterpret_cast<float*>(memory + EXCHANGE + QUERIES);
     float* peaks = partials + PEAKS;
     float* area = reinterpret_cast<float*>(memory);
     int warp = threadIdx.x / 32;
@@ -303,8 +299,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #endif
 }
 
-// Attend to the first `taken` of a list of positions (or to all visible ones).
-INLINE void attend(const Params& p, const Row& row, const int* list, int taken, u32& met) {
+INLINE Share find_share(const Params& p, const Row& row, const int* list, int taken) {
     int size = ((taken + PARTS - 1) / PARTS + 15) & ~15;
     Share share;
     share.first = min(i64(row.part) * size, i64(taken));
@@ -316,7 +311,15 @@ INLINE void attend(const Params& p, const Row& row, const int* list, int taken, 
         + row.kv_head * p.keys_h;
     share.values = reinterpret_cast<const data_t*>(p.values) + row.batch * p.values_b
         + row.kv_head * p.values_h;
-    for (int head = 0; head < G; head += HEADS)
+    return share;
+}
+
+// Attend to this block's share of a row, whose first queries are kept already.
+INLINE void attend(const Params& p, const Row& row, const Share& share, u32& met) {
+    for (int head = 0; head < G; head += HEADS) {
+        if (head > 0) keep_queries(p, share, head);
+        __syncthreads();
         for (int lane0 = 0; lane0 < DV; lane0 += LANES)
             attend_pass(p, row, share, head, lane0, met);
+    }
 }

@@ -14,12 +14,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from hata.errors import BackendUnavailable, HataError
+from hata.errors import HataError, KernelError
 from hata.profile.store import cache_root
 
 FOLDER = Path(__file__).parent
 # Sources that others include.
-INCLUDED = ("ptx.cu", "vectors.cu", "row.cu", "scan.cu", "select.cu", "attend.cu")
+INCLUDED = ("ptx.cu", "vectors.cu", "row.cu", "codes.cu", "scan.cu", "select.cu", "attend.cu")
 _MAGIC = b"hata-cubin-1\n"
 
 Macros = tuple[tuple[str, int], ...]
@@ -70,7 +70,7 @@ def _compile(name: str, options: tuple[str, ...]) -> bytes:
         nvrtc.compileProgram(program, options)
         return nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
-        raise BackendUnavailable(
+        raise KernelError(
             f"backend 'cupy' failed to compile {name}.cu with {' '.join(options)}: {error}\n"
             f"{nvrtc.getProgramLog(program)}\nreport this with the options above, or use another "
             "backend"

@@ -6,6 +6,7 @@
     threads                 of such a block
     joined                  blocks of a row meet as a cluster, or by counters in global memory
     ahead                   vectors of codes that a thread loads ahead
+    fused                   codes of a step are made by the blocks that need them, not by a launch
     overlap                 the second launch starts while the first one drains (sm_90 and newer)
 """
 
@@ -31,7 +32,7 @@ KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**ROWS, **SCAN},
     "sparse_attend": ROWS,
-    "hash_attend": {**STEP, **ROWS, **SCAN, "overlap": (False, True)},
+    "hash_attend": {**STEP, **ROWS, **SCAN, "fused": (False, True), "overlap": (False, True)},
 }
 
 # Blocks of 256 threads that a large GPU holds at once.
@@ -67,4 +68,4 @@ def of(problem: Problem) -> Config:
     config["ahead"] = 4
     if problem.op == "hamming_topk":
         return config
-    return {"columns": 32, "encode_warps": 4, **config, "overlap": True}
+    return {"columns": 32, "encode_warps": 4, **config, "fused": True, "overlap": True}

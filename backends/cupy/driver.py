@@ -11,7 +11,7 @@ import ctypes
 import functools
 from typing import Any, NamedTuple
 
-from hata.errors import BackendUnavailable, HataCaptureError
+from hata.errors import BackendUnavailable, HataCaptureError, KernelError
 
 from . import compiler
 from .compiler import Macros
@@ -88,7 +88,10 @@ def _checked(library: ctypes.CDLL, code: int, what: str) -> None:
         text = ctypes.c_char_p()
         library.cuGetErrorString(code, ctypes.byref(text))
         reason = (text.value or b"unknown error").decode(errors="replace")
-        raise BackendUnavailable(f"backend 'cupy': the CUDA driver refused {what} ({code}: {reason})")
+        raise KernelError(
+            f"backend 'cupy': the CUDA driver refused {what} ({code}: {reason}); check nvidia-smi, "
+            "or use another backend"
+        )
 
 
 class Launch:
@@ -100,8 +103,14 @@ class Launch:
         self.configs: dict[int, tuple[Any, int, Any]] = {}
 
 
-class Device:
-    """A GPU. What a kernel may use of it, and the kernels loaded on it.
+# Multiprocessors, and bytes of shared memory that a block may have, of the largest GPU of a compute
+# capability; of others, those of the nearest one below.
+_LARGEST = {80: (108, 163), 86: (84, 99), 87: (16, 163), 89: (142, 99), 90: (132, 227),
+            100: (148, 227), 120: (188, 99)}  # fmt: skip
+
+
+class Described:
+    """A GPU that need not be here: what launchers ask of one.
 
     Attributes:
         architecture: Compute capability as one number.
@@ -110,16 +119,24 @@ class Device:
         clusters: Most blocks that a cluster may have; 1: it knows no clusters.
     """
 
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        nearest = max((n for n in _LARGEST if n <= architecture), default=80)
+        self.sms, kilobytes = _LARGEST[nearest]
+        self.shared = kilobytes * 1024
+        self.clusters = 1 if architecture < 90 else {9: 16, 10: 16}.get(architecture // 10, 8)
+
+
+class Device(Described):
+    """A GPU that is here, and the kernels loaded on it."""
+
     def __init__(self, ordinal: int) -> None:
         self._library = library = _library()
         self._device = ctypes.c_int()
         self._check(library.cuDeviceGet(ctypes.byref(self._device), ordinal), "cuDeviceGet")
-        self.architecture = 10 * self._attribute(_MAJOR) + self._attribute(_MINOR)
+        super().__init__(10 * self._attribute(_MAJOR) + self._attribute(_MINOR))
         self.sms = self._attribute(_SMS)
         self.shared = self._attribute(_SHARED)
-        self.clusters = {9: 16, 10: 16}.get(self.architecture // 10, 8)
-        if self.architecture < 90:
-            self.clusters = 1
         self._context: ctypes.c_void_p | None = None
         self._functions: dict[Kernel, ctypes.c_void_p] = {}
 

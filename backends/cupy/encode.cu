@@ -84,20 +84,6 @@ INLINE void store_word(char* p, u32 word) {
 #endif
 }
 
-// Sum of squares of a vector, of which this lane takes the dimensions from 8j on in each chunk. The
-// order is fixed: a norm depends on its vector alone.
-INLINE float squares_of(const data_t* x, bool inside, int j) {
-    float sum = 0.f;
-    for (int u = 0; u < CHUNKS; ++u)
-        for (int i = 0; i < 8; ++i) {
-            int d = 32 * u + 8 * j + i;
-            float y = inside && d < D ? widen(x[d]) : 0.f;
-            sum = fmaf(y, y, sum);
-        }
-    sum += across(sum, 1);
-    return sum + across(sum, 2);
-}
-
 INLINE void store_norm(const Arrays& its, const Vector& vector, int column, int j) {
     if (its.norms == nullptr || column != 0) return;
     float squares = squares_of(vector.x, vector.inside, j);

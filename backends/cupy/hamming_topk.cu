@@ -2,6 +2,9 @@
 //
 // See row.cu for how the blocks of a row meet, scan.cu and select.cu for what they do.
 
+#define FUSED 0
+#define FRESH 0
+
 #include "ptx.cu"
 #include "row.cu"
 #include "scan.cu"

@@ -30,9 +30,8 @@ def write_hamming_topk(
     lists = heads if per_head else kv_heads
     indices = plan.output((batch, lists, tokens, budget.k), "int32")
     shape = shape_of(plan.device, problem, config, problem.batch * lists * tokens)
-    chosen = selecting(
-        shape, problem, heads // lists, 8 * width, k_codes, key_norms is not None, config["ahead"]
-    )
+    group, norms = heads // lists, key_norms is not None
+    chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"])
     fields = {
         "q_codes": plan.address(q_codes),
         "codes": plan.address(k_codes),
@@ -48,7 +47,7 @@ def write_hamming_topk(
         "tokens": tokens,
         "slots": slots,
     }
-    launch_rows(plan, "hamming_topk", shape, batch * lists * tokens, fields, chosen)
+    launch_rows(plan, "hamming_topk", problem, shape, batch * lists * tokens, fields, chosen)
 
 
 def launch(

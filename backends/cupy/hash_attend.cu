@@ -1,4 +1,5 @@
-// hash_attend: one decode step, in one launch after that of the codes (arXiv 2506.02572, Algorithm 3).
+// hash_attend: one decode step (arXiv 2506.02572, Algorithm 3), in one launch, or in one after that of
+// the codes.
 //
 // The blocks of a row scan its codes, meet to find the threshold, write down the positions of the
 // selected keys, meet again, and attend to equal shares of them. A row that sees no more keys than
@@ -8,6 +9,7 @@
 #include "ptx.cu"
 #include "vectors.cu"
 #include "row.cu"
+#include "codes.cu"
 #include "scan.cu"
 #include "select.cu"
 #include "attend.cu"
@@ -18,7 +20,9 @@ hash_attend(const __grid_constant__ Params p) {
     wait_for_previous();
     Row row = find_row(p);
     int* list = p.positions + row.index * p.k;
+    Share share = find_share(p, row, list, row.taken);
+    keep_queries(p, share, 0);
     select(p, row, list, met);
     if (!row.everything) meet(p, row, met);
-    attend(p, row, list, row.taken, met);
+    attend(p, row, share, met);
 }

@@ -1,9 +1,9 @@
-"""hash_attend: launcher of a decode step, two launches (arXiv 2506.02572, Algorithm 3).
+"""hash_attend: launcher of a decode step, one or two launches (arXiv 2506.02572, Algorithm 3).
 
-1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place.
-2. `hash_attend.cu`: everything else.
-
-The second starts while the first one drains, where the GPU can do that.
+1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place. Left out where
+   they are few and short (`fused`): then the blocks that need them make them.
+2. `hash_attend.cu`: everything else. It starts while the first launch drains, where the GPU can do
+   that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .encode import Job, launch_jobs
-from .plan import Plan, View, kind, planned
+from .plan import NONE, Plan, View, kind, planned
 from .row import (
     attending,
     budget_fields,
@@ -26,6 +26,10 @@ from .row import (
     steps,
 )
 from .sparse_attend import is_aligned, nothing
+
+# Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.
+MOST_FRESH = 8
+MOST_WEIGHTS = 128 * 256
 
 
 def write_hash_attend(
@@ -51,8 +55,9 @@ def write_hash_attend(
     scale: float,
     softcap: float | None,
     return_lse: bool,
+    same: bool,
 ) -> None:
-    """Write the launches of a decode step into a plan."""
+    """Write the launches of a decode step into a plan; `same`: keys and queries share a projection."""
     batch, heads, tokens, _ = q.shape
     _, kv_heads, slots, lanes = values.shape
     dtype, bits = problem.dtype, projection.shape[2]
@@ -61,32 +66,32 @@ def write_hash_attend(
     lse = plan.output((batch, heads, tokens), "float32") if return_lse else None
     # A budget of more keys than there are slots is one of all of them, and costs no more.
     budget = budget._replace(k=max(min(budget.k, slots), 1))
-    overlap = bool(config["overlap"]) and plan.device.architecture >= 90
+    fresh = min(fresh, slots)
     spans = span_fields(plan, lengths, starts)
-
-    jobs = []
-    if q_codes is None:
-        code_steps = heads * tokens * width, tokens * width, width
-        query_codes = plan.piece(batch * heads * tokens * width)
-        group = heads // kv_heads
-        jobs.append(
-            Job(q, query_projection, query_bias, query_codes, code_steps, True, None)
-        )
-    else:
-        code_steps, query_codes = q_codes.strides[:3], plan.address(q_codes)
-        group = q_codes.shape[1] // kv_heads
-    if min(fresh, slots):
-        codes = plan.address(key_codes)
-        words = key_codes.in_units_of(4, 1)
-        jobs.append(
-            Job(keys, projection, bias, codes, key_codes.strides[:3], words, key_norms,
-                min(fresh, slots))
-        )  # fmt: skip
-    step = {**config, "tiles": 1, "loops": 1}
-    launch_jobs(plan, dtype, jobs, step, spans, slots, overlap)
-
     rows = batch * kv_heads * tokens
     shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens)
+
+    group = heads // kv_heads
+    fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
+    fused = fused and may_fuse(dtype, projection, query_projection)
+    overlap = bool(config["overlap"]) and plan.device.architecture >= 90 and not fused
+    jobs = []
+    if q_codes is not None:
+        code_steps, query_codes = q_codes.strides[:3], plan.address(q_codes)
+        group = q_codes.shape[1] // kv_heads
+    else:
+        code_steps = heads * tokens * width, tokens * width, width
+        query_codes = NONE if fused else plan.piece(batch * heads * tokens * width)
+        jobs.append(Job(q, query_projection, query_bias, query_codes, code_steps, True, None))
+    if fresh:
+        words = key_codes.in_units_of(4, 1)
+        codes = plan.address(key_codes)
+        steps_of = key_codes.strides[:3]
+        jobs.append(Job(keys, projection, bias, codes, steps_of, words, key_norms, fresh))
+    if not fused:
+        step = {**config, "tiles": 1, "loops": 1}
+        launch_jobs(plan, dtype, jobs, step, spans, slots, overlap)
+
     fields = {
         "q_codes": query_codes,
         "codes": plan.address(key_codes),
@@ -115,11 +120,36 @@ def write_hash_attend(
         "scale": scale,
         "softcap": softcap or 0.0,
     }
-    scanned = selecting(
-        shape, problem, group, bits, key_codes, key_norms is not None, config["ahead"]
+    if fused:
+        fields |= {
+            "query_projection": plan.address(query_projection),
+            "query_bias": plan.address(query_bias),
+            "projection": plan.address(projection),
+            "bias": plan.address(bias),
+            **steps("query_projection", query_projection, 2),
+            **steps("query_bias", query_bias, 1),
+            **steps("projection", projection, 2),
+            **steps("bias", bias, 1),
+            "query_bias_kind": kind(query_bias, dtype),
+            "bias_kind": kind(bias, dtype),
+        }
+    more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
+    scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"])
+    aligned = is_aligned(dtype, q, keys, values)
+    attended = attending(shape, problem, heads // kv_heads, aligned, scanned.counters)
+    launch_rows(
+        plan, "hash_attend", problem, shape, rows, fields, scanned, attended, more, overlap
     )
-    attended = attending(shape, problem, heads // kv_heads, is_aligned(dtype, q, keys, values))
-    launch_rows(plan, "hash_attend", shape, rows, fields, scanned, attended, overlap)
+
+
+def may_fuse(dtype: str, projection: View, query_projection: View) -> bool:
+    """Whether the blocks of a row can make the codes: on tensor cores, from weights in pairs."""
+    _, depth, bits = projection.shape
+    return (
+        dtype != "float32"
+        and depth * bits <= MOST_WEIGHTS
+        and all(x.dtype == dtype and x.in_units_of(4, 2) for x in (projection, query_projection))
+    )
 
 
 def launch(
@@ -154,6 +184,7 @@ def launch(
         q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
         lengths, starts, key_norms, sink_logits,
     )  # fmt: skip
-    options = fresh, dense_below, budget, scale, softcap, return_lse
+    same = query_projection is projection and query_bias is bias
+    options = fresh, dense_below, budget, scale, softcap, return_lse, same
     made = planned(write_hash_attend, problem, config, fw, arrays, *options)
     return made[0], made[1] if return_lse else None

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from hata.arrays import Framework
@@ -18,7 +20,7 @@ from hata.backend import Config
 from hata.problem import Problem
 
 from . import driver
-from .driver import Device, Kernel, Launch
+from .driver import Described, Device, Kernel, Launch
 
 
 class Address(NamedTuple):
@@ -36,7 +38,7 @@ _SCRATCH = -2
 class Plan:
     """The launches of a call."""
 
-    def __init__(self, arrays: Sequence[Any], device: Device) -> None:
+    def __init__(self, arrays: Sequence[Any], device: Described) -> None:
         self.device = device
         self._slots = {id(x): i for i, x in enumerate(arrays) if x is not None}
         self._given = len(arrays)
@@ -103,6 +105,9 @@ class Plan:
 
     def run(self, fw: Framework, arrays: Sequence[Any]) -> list[Any]:
         """Allocate and launch; `arrays` are those of this call. Returns what was allocated."""
+        if _preparing.get():
+            self.load()
+            return [None] * len(self._made)
         like = arrays[0]
         made = [fw.empty(shape, dtype, like) for shape, dtype in self._made]
         pointers = [0 if x is None else fw.pointer(x) for x in (*arrays, *made)]
@@ -111,14 +116,34 @@ class Plan:
         with_stream(fw, like, self._launch, pointers)
         return made
 
+    def load(self) -> None:
+        """Compile and load what the launches need."""
+        assert isinstance(self.device, Device)
+        for launch, *_ in self.launches:
+            self.device.load(launch.kernel)
+
     def _launch(self, pointers: list[int], stream: int) -> None:
         device = self.device
+        assert isinstance(device, Device)
         if self._zeroed is not None:
             (slot, offset), count = self._zeroed
             device.zero(pointers[slot] + offset, count, stream)
         for launch, head, addresses, packed in self.launches:
             data = head.pack(*[pointers[slot] + offset for slot, offset in addresses]) + packed
             device.launch(launch, data, stream)
+
+
+_preparing: ContextVar[bool] = ContextVar("hata_cupy_preparing", default=False)
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Plans that are run in this context load their kernels, and allocate and launch nothing."""
+    token = _preparing.set(True)
+    try:
+        yield
+    finally:
+        _preparing.reset(token)
 
 
 def with_stream(

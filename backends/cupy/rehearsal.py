@@ -1,4 +1,4 @@
-"""Which kernels a problem needs, without data: what `prepare` loads and the tests compile.
+"""Which kernels a problem needs, without data: what can be compiled ahead, without a GPU.
 
 The launchers write their plans for arrays that have a layout and no memory. Whatever a call may add
 without changing the problem (a bias, sinks, ragged lengths) is an argument of the same kernels.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hata.backend import Budget
 from hata.problem import Problem
 
-from .driver import Device, Kernel
+from .driver import Described, Kernel
 from .encode import write_encode
 from .hamming_topk import write_hamming_topk
 from .hash_attend import write_hash_attend
@@ -35,7 +35,7 @@ class Layout(View):
         self._strides = tuple(reversed(steps))
 
 
-def kernels(backend: CuPyBackend, problem: Problem, device: Device) -> list[Kernel]:
+def kernels(backend: CuPyBackend, problem: Problem, device: Described) -> list[Kernel]:
     """Every kernel that calls of this problem may launch."""
     found: dict[Kernel, None] = {}
     config = backend.config(problem)
@@ -83,4 +83,4 @@ def _calls(
             q, keys, values, key_codes, projection, None, projection, None, given, None, None,
             norms, None,
         )  # fmt: skip
-        yield write_hash_attend, arrays, (fresh, 0, budget, 1.0, None, False)
+        yield write_hash_attend, arrays, (fresh, 0, budget, 1.0, None, False, True)

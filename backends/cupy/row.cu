@@ -8,12 +8,18 @@
 //   2  they count arrivals in global memory. Blocks start in the order of their numbers and a row's
 //      are neighbours, so at most one row of a launch waits for blocks that have not started.
 //
-// PARTS, JOINED, THREADS, EXCHANGE (bytes of an exchange area, a multiple of 16).
+// PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
+// EXCHANGE bytes that other blocks may see, QUERIES bytes of queries, then the keys to select by, and
+// after them, in the same place, what the warps have to merge.
+
+// Words of a code.
+#define W (R / 32)
 
 struct Params {
     const char *q_codes, *codes;
     const u16* norms;
     const char *q, *keys, *values, *sinks;
+    const char *query_projection, *query_bias, *projection, *bias;
     char* out;
     float* lse;
     // Positions [row, k], ascending: what hamming_topk returns, or what is attended to.
@@ -24,9 +30,11 @@ struct Params {
     i64 q_codes_b, q_codes_h, q_codes_t, codes_b, codes_h, codes_s, norms_b, norms_h, norms_s;
     i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s;
     i64 positions_b, positions_h, positions_t, ratio;
+    i64 query_projection_h, query_projection_d, query_bias_h, projection_h, projection_d, bias_h;
     // Rows of a batch row and token; of those, rows of a KV head.
     int heads, share, tokens, slots, length_step, start_step;
     int k, least, sink, recent, dense_below, capacity, sinks_kind;
+    int query_bias_kind, bias_kind;
     float scale, softcap;
 };
 

@@ -23,17 +23,23 @@ _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 LAYOUT = {
     **dict.fromkeys(
         (
-            *_CODES, "sinks", "out", "lse", "positions", "lengths", "starts", "exchange", "scores",
+            *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse", "positions", "lengths", "starts", "exchange", "scores",
             "arrivals",
         ),
         "P",
     ),
     **{f"{name}_{axis}": "q" for name in _CODES for axis in (0, 1, 2)},
-    **dict.fromkeys(("positions_0", "positions_1", "positions_2", "ratio"), "q"),
+    **dict.fromkeys(
+        (
+            "positions_0", "positions_1", "positions_2", "ratio", "query_projection_0",
+            "query_projection_1", "query_bias_0", "projection_0", "projection_1", "bias_0",
+        ),
+        "q",
+    ),
     **dict.fromkeys(
         (
             "heads", "share", "tokens", "slots", "length_step", "start_step", "k", "least", "sink",
-            "recent", "dense_below", "capacity", "sinks_kind",
+            "recent", "dense_below", "capacity", "sinks_kind", "query_bias_kind", "bias_kind",
         ),
         "i",
     ),
@@ -109,13 +115,10 @@ class Selecting(NamedTuple):
 
     macros: dict[str, int]
     counters: int
-    spill: bool
     itemsize: int
 
 
-def selecting(
-    shape: Shape, problem: Problem, group: int, bits: int, codes: View, norms: bool, ahead: int
-) -> Selecting:
+def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Selecting:
     """Which scan a call takes."""
     how = counting(group, bits, norms)
     width = bits // 8
@@ -133,15 +136,12 @@ def selecting(
         and slots * width % 16 == 0
     ):
         unit, keys = 16, 16 // width
-    # By the bucket of the slots, so that a cache that grows takes the same kernel.
-    counters = how.rounds * how.bins * 4
-    spill = counters + capacity_of(shape, problem.slots) * how.itemsize > shape.room
     macros = {
         "R": bits, "GROUP": group, "PLANES": group.bit_length(), "NORMS": int(norms),
         "ROUNDS": how.rounds, "BINS": how.bins, "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
-        "AHEAD": max(min(ahead, 16 // (keys * bits // 32)), 1), "SPILL": int(spill),
+        "AHEAD": max(min(ahead, 32 // (keys * bits // 32)), 1),
     }  # fmt: skip
-    return Selecting(macros, counters, spill, how.itemsize)
+    return Selecting(macros, how.rounds * how.bins * 4, how.itemsize)
 
 
 class Attending(NamedTuple):
@@ -149,22 +149,29 @@ class Attending(NamedTuple):
 
     macros: dict[str, int]
     area: int
+    queries: int
     partials: int
 
 
-def attending(shape: Shape, problem: Problem, members: int, aligned: bool) -> Attending:
-    """Which attention a call takes."""
+def attending(
+    shape: Shape, problem: Problem, members: int, aligned: bool, counters: int = 0
+) -> Attending:
+    """Which attention a call takes; its areas lie where `counters` bytes of counters lay."""
     lanes = 64 if problem.value_dim <= 64 else 128
-    heads = min(members, 8 if problem.dtype == "float32" else 16)
-    warps = shape.threads // 32
-    while heads > 1 and warps * heads * (lanes + 6) * 4 > shape.room - (heads * lanes * 4 + 256):
+    chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
+    heads = min(members, 16 if chunks else 8)
+    while True:
+        area = 0 if shape.parts == 1 else (heads * lanes + 2 * heads + 1) * 4
+        queries = -(-heads // 8) * chunks * 512
+        partials = shape.threads // 32 * heads * (lanes + 6) * 4
+        if heads == 1 or max(area, counters) + 16 + queries + partials <= shape.room:
+            break
         heads = -(-heads // 2)
-    area = 0 if shape.parts == 1 else (heads * lanes + 2 * heads + 1) * 4
     macros = {
         "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
     }  # fmt: skip
-    return Attending(macros, area, warps * heads * (lanes + 6) * 4)
+    return Attending(macros, area, queries, partials)
 
 
 def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
@@ -199,35 +206,43 @@ def span_fields(plan: Plan, lengths: View | None, starts: View | None) -> dict[s
 def launch_rows(
     plan: Plan,
     name: str,
+    problem: Problem,
     shape: Shape,
     rows: int,
     fields: dict[str, Address | int | float],
     selecting: Selecting | None = None,
     attending: Attending | None = None,
+    more: dict[str, int] | None = None,
     overlap: bool = False,
 ) -> None:
     """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch."""
-    macros = {"PARTS": shape.parts, "JOINED": shape.joined, "THREADS": shape.threads}
-    exchange = shared = 0
-    if selecting is not None:
-        macros |= selecting.macros
-        exchange = selecting.counters
-        capacity = capacity_of(shape, int(fields["slots"]))
-        fields["capacity"] = capacity
-        if selecting.spill:
-            fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
-        else:
-            shared = capacity * selecting.itemsize
+    macros = {"PARTS": shape.parts, "JOINED": shape.joined, "THREADS": shape.threads, **(more or {})}
+    exchange = queries = shared = 0
     if attending is not None:
         macros |= attending.macros
-        exchange = max(exchange, attending.area)
-        shared = max(shared, attending.partials)
+        exchange, queries, shared = attending.area, attending.queries, attending.partials
+    if selecting is not None:
+        exchange = max(exchange, selecting.counters)
+        capacity = fields["capacity"] = capacity_of(shape, int(fields["slots"]))
+        # By the bucket of the slots, so that a cache that grows takes the same kernel.
+        most = capacity_of(shape, problem.slots) * selecting.itemsize
+        spill = exchange + 16 + queries + most > shape.room
+        macros |= {**selecting.macros, "SPILL": int(spill)}
+        if spill:
+            fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
+        else:
+            shared = max(shared, capacity * selecting.itemsize)
     exchange = -(-exchange // 16) * 16
     if shape.joined == 2:
         fields["exchange"] = plan.piece(rows * shape.parts * exchange)
         fields["arrivals"] = arrivals = plan.piece(rows * 4)
         plan.zero(arrivals, rows)
-    macros |= {"EXCHANGE": exchange, "RESIDENT": shape.resident, "OVERLAP": int(overlap)}
+    macros |= {
+        "EXCHANGE": exchange, "QUERIES": queries, "RESIDENT": shape.resident,
+        "OVERLAP": int(overlap),
+    }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
     kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster)
-    plan.launch(kernel, rows * shape.parts, exchange + shared, fields, LAYOUT, overlap)
+    plan.launch(
+        kernel, rows * shape.parts, exchange + queries + shared, fields, LAYOUT, overlap
+    )

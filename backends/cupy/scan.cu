@@ -12,9 +12,7 @@
 //
 // R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 8, 4, 1),
 // KEYS (codes in a 16-byte vector, where they are shorter), AHEAD (vectors a thread loads ahead),
-// SPILL (keys to select by lie in global memory).
-
-#define W (R / 32)
+// SPILL (keys to select by lie in global memory), FUSED (see codes.cu).
 
 #if ROUNDS == 1
 typedef u16 order_t;
@@ -41,7 +39,7 @@ INLINE Part find_part(const Params& p, const Row& row) {
 #if SPILL
     part.keys = reinterpret_cast<order_t*>(p.scores) + (row.index * PARTS + row.part) * p.capacity;
 #else
-    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE);
+    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES);
 #endif
     return part;
 }
@@ -87,14 +85,12 @@ INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
     }
 }
 
-// The bit planes of a row's query codes, in shared memory.
-INLINE void make_planes(const Params& p, const Row& row, u32* planes) {
-    const u8* codes = reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
-        + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t;
+// The bit planes of a row's query codes, which are `step` bytes apart, in shared memory.
+INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
     for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
         int count = 0;
         if (bit < R)
-            for (int i = 0; i < GROUP; ++i) count += codes[i * p.q_codes_h + bit / 8] >> bit % 8 & 1;
+            for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
         bool above = count >= 1 << (PLANES - 1);
         if (above) count -= weight_of(PLANES - 1);
         for (int plane = 0; plane < PLANES; ++plane) {
@@ -146,26 +142,49 @@ INLINE u32* counters(char* exchange, int round) {
     return reinterpret_cast<u32*>(exchange) + round * BINS;
 }
 
+// The key to select by of one stored key.
+INLINE u32 key_of(const Params& p, const Row& row, int position, u32 distance, u16 norm) {
+    if (position < row.start + p.sink || position >= row.stop - p.recent) return 0;
+#if NORMS
+    return reversed(__fmul_rn(float(GROUP * R - 2 * int(distance)), widen_fp16(norm)));
+#else
+    return (distance >> HALVE) + 1;
+#endif
+}
+
 // Fill the part's keys to select by, up to a multiple of 64, and count their first digits.
 INLINE void scan(const Params& p, const Row& row, const Part& part) {
     __shared__ u32 shared_planes[PLANES * W];
-    for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) counters(memory, 0)[i] = 0;
-    make_planes(p, row, shared_planes);
-    u32 planes[PLANES * W];
-#pragma unroll
-    for (int i = 0; i < PLANES * W; ++i) planes[i] = shared_planes[i];
     const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
-#if NORMS
-    const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
-#endif
     u32* bins = counters(memory, 0);
     const int padded = (part.count + 63) & ~63, stride = THREADS * KEYS;
-    u32 next[AHEAD][KEYS * W];
     int mine = threadIdx.x * KEYS;
+    // The first codes are on their way while planes are made.
+    u32 next[AHEAD][KEYS * W];
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a)
         if (mine + a * stride < part.count)
             load_codes(next[a], codes + (part.low + mine + a * stride) * p.codes_s);
+    for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
+    int unscanned = row.stop;
+#if FUSED
+    __shared__ u32 made[COLUMNS * W];
+    __shared__ u16 made_norms[8];
+    Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
+    make_codes(p, row, fresh, made, made_norms);
+    make_planes(reinterpret_cast<const u8*>(made), R / 8, shared_planes);
+    if (FRESH > 0) unscanned = fresh.from;
+#else
+    make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
+                    + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
+                p.q_codes_h, shared_planes);
+#endif
+    u32 planes[PLANES * W];
+#pragma unroll
+    for (int i = 0; i < PLANES * W; ++i) planes[i] = shared_planes[i];
+#if NORMS
+    const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
+#endif
     for (; mine < padded; mine += AHEAD * stride) {
         u32 now[AHEAD][KEYS * W];
 #pragma unroll
@@ -183,19 +202,26 @@ INLINE void scan(const Params& p, const Row& row, const Part& part) {
             for (int i = 0; i < KEYS; ++i) {
                 int at = mine + a * stride + i, position = part.low + at;
                 bool inside = at < part.count && position >= row.start;
-                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr), key;
+                // Fresh keys are scored below.
+                if (FUSED && inside && position >= unscanned) continue;
+                u16 norm = 0;
 #if NORMS
-                if (inside) {
-                    float norm = widen_fp16(norms[position * p.norms_s]);
-                    key = reversed(__fmul_rn(float(GROUP * R - 2 * int(distance)), norm));
-                }
-#else
-                key = (distance >> HALVE) + 1;
+                if (inside) norm = norms[position * p.norms_s];
 #endif
-                if (position < row.start + p.sink || position >= row.stop - p.recent) key = 0;
+                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr);
+                u32 key = key_of(p, row, position, distance, norm);
                 part.keys[at] = inside ? key : NEVER;
                 if (inside) atomicAdd(bins + digit_of(key, 0), 1);
             }
         }
     }
+#if FUSED && FRESH > 0
+    for (int position = fresh.first + int(threadIdx.x); position < fresh.end; position += THREADS) {
+        int i = position - fresh.first;
+        u32 distance = tally<0, 0>(made + (GROUP + i) * W, planes, nullptr);
+        u32 key = key_of(p, row, position, distance, made_norms[i]);
+        part.keys[position - part.low] = key;
+        atomicAdd(bins + digit_of(key, 0), 1);
+    }
+#endif
 }

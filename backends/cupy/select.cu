@@ -114,9 +114,18 @@ INLINE void write_positions(const Part& part, const Threshold& found, int* list)
     }
 }
 
-// Scan a row, unless all of its keys are taken, and leave the positions of the selected ones.
+// Scan a row, unless all of its keys are taken, and leave the positions of the selected ones. Codes of
+// fresh keys are made either way.
 INLINE void select(const Params& p, const Row& row, int* list, u32& met) {
-    if (row.everything) return;
+    if (row.everything) {
+#if FUSED && FRESH > 0
+        __shared__ u32 made[COLUMNS * W];
+        __shared__ u16 made_norms[8];
+        if (row.part == 0 && row.token == p.tokens - 1)
+            make_codes(p, row, find_fresh(p, row, 0, 0), made, made_norms);
+#endif
+        return;
+    }
     Part part = find_part(p, row);
     scan(p, row, part);
     Threshold found = find_threshold(p, row, part, met);

@@ -12,5 +12,7 @@ sparse_attend(const __grid_constant__ Params p) {
     row.everything = false;
     const int* list = p.positions + row.batch * p.positions_b + row.head * p.positions_h
         + row.token * p.positions_t;
-    attend(p, row, list, p.k, met);
+    Share share = find_share(p, row, list, p.k);
+    keep_queries(p, share, 0);
+    attend(p, row, share, met);
 }

@@ -63,9 +63,8 @@ def write_sparse_attend(
         "softcap": softcap or 0.0,
     }
     chosen = attending(shape, problem, heads // lists, aligned)
-    launch_rows(
-        plan, "sparse_attend", shape, batch * lists * tokens, fields, attending=chosen
-    )
+    rows = batch * lists * tokens
+    launch_rows(plan, "sparse_attend", problem, shape, rows, fields, attending=chosen)
 
 
 def nothing(fw: Framework, q: Any, problem: Problem, return_lse: bool) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@
 // j, product 2u + 1 takes 8j+4..8j+7; every kernel deals them out alike, so that a sum over the
 // dimensions is the same sum wherever it is taken.
 //
-// DATA: 0 fp32, 1 fp16, 2 bf16. ALIGNED: rows are made of whole 16-byte vectors.
+// D; DATA: 0 fp32, 1 fp16, 2 bf16. ALIGNED: rows are made of whole 16-byte vectors.
 
 #if DATA == 0
 typedef float data_t;
@@ -72,4 +72,18 @@ INLINE u16 norm_of(float squares) {
     float norm = __fsqrt_rn(squares);
     norm = norm == norm ? norm : 0.f;
     return narrow_fp16(fminf(norm, 65504.f));
+}
+
+// Sum of squares of a vector, of which this lane takes the dimensions from 8j on in each chunk. The
+// order is fixed: a norm depends on its vector alone.
+INLINE float squares_of(const data_t* x, bool inside, int j) {
+    float sum = 0.f;
+    for (int u = 0; u < (D + 31) / 32; ++u)
+        for (int i = 0; i < 8; ++i) {
+            int d = 32 * u + 8 * j + i;
+            float y = inside && d < D ? widen(x[d]) : 0.f;
+            sum = fmaf(y, y, sum);
+        }
+    sum += across(sum, 1);
+    return sum + across(sum, 2);
 }

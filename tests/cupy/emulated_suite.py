@@ -44,11 +44,6 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
             config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
         return config
 
-    def prepare(self, problem):
-        rehearsal = importlib.import_module("hata.backends.cupy.rehearsal")
-        for kernel in rehearsal.kernels(self, problem, DEVICE):
-            DEVICE.load(kernel)
-
 
 module = types.ModuleType("hata_emulated")
 module.EmulatedBackend = EmulatedBackend

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
+driver = importlib.import_module("hata.backends.cupy.driver")
 
 HERE = Path(__file__).parent
 _SHARED_ARRAY = "extern __shared__ __align__(16) char memory[];"
@@ -72,8 +75,8 @@ def build(name: str, macros, read) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-class Device:
-    """Stands in for `driver.Device`."""
+class Device(driver.Device):
+    """Stands in for a GPU."""
 
     def __init__(self, read, architecture=90, sms=4, shared=227 * 1024, clusters=8) -> None:
         self.read = read
