@@ -16,7 +16,7 @@ from hata import checks, registry
 from hata.backend import Backend, Budget
 from hata.device import Fingerprint
 from hata.problem import Problem
-from tune import ahead, check, cost, cuda, measure, propose, search, space
+from tune import ahead, check, cost, cuda, measure, propose, search, session, space
 from tune.__main__ import main
 from tune.ahead import Ahead
 from tune.check import Checker
@@ -507,6 +507,16 @@ def test_configurations_are_compiled_ahead_without_a_gpu(mine):
         (mine / "right").unlink()
         compiler.compile([(ENCODE, {"how": "right"})])
         assert not (mine / "right").exists()
+
+
+def test_what_a_check_runs_is_compiled_ahead():
+    """The awkward call beside the problem's has kernels of its own."""
+    asked = []
+    compiler = SimpleNamespace(compile=asked.extend)
+    evaluator = session._Evaluator(None, compiler, ENCODE)  # type: ignore[arg-type]
+    evaluator.expect([{"how": "right"}, {"how": "full"}])
+    assert [problem for problem, _ in asked] == [ENCODE, check.awkward_problem(ENCODE)] * 2
+    assert [config["how"] for _, config in asked] == ["right", "right", "full", "full"]
 
 
 def test_a_backend_that_compiles_nothing_ahead_starts_no_process(monkeypatch):

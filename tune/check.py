@@ -280,16 +280,24 @@ def _plain(
     return rounded(np.einsum("bhtk,bhkd->bhtd", shares, v32)).astype(np.float64)
 
 
-def _awkward(backend: Backend, problem: Problem) -> tuple[Arrays, Call]:
-    """A small call of the same kernel with everything that kernels get wrong."""
-    slots, lengths = 203, np.array([203, 37], np.int32)
-    small = replace(
+_AWKWARD_SLOTS = 203
+
+
+def awkward_problem(problem: Problem) -> Problem:
+    """The small problem of the same kernel whose awkward call is checked beside the problem's."""
+    return replace(
         problem,
         batch=2,
         tokens=3 if problem.op == "encode" else 1,
-        slots=slots if problem.slots else 0,
+        slots=_AWKWARD_SLOTS if problem.slots else 0,
         k=min(problem.k, 64),
     )
+
+
+def _awkward(backend: Backend, problem: Problem) -> tuple[Arrays, Call]:
+    """A small call with everything that kernels get wrong."""
+    small, slots = awkward_problem(problem), _AWKWARD_SLOTS
+    lengths = np.array([slots, 37], np.int32)
     inputs = Inputs(backend, small, seed=1, pool=0)
     arrays, call = inputs.arrays, inputs.calls[0]
     if problem.op == "encode":

@@ -21,6 +21,7 @@ from hata.profile import (
 )
 from tune import capture, cost, search, space
 from tune.ahead import Ahead
+from tune.check import awkward_problem
 from tune.plan import Plan, check_folder, check_numbers, make_plan
 from tune.propose import suggestions
 from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
@@ -134,7 +135,9 @@ class _Evaluator:
         self._worker, self._ahead, self._problem = worker, ahead, problem
 
     def expect(self, configs: Sequence[Config]) -> None:
-        self._ahead.compile([(self._problem, config) for config in configs])
+        # A check runs both of them.
+        both = (self._problem, awkward_problem(self._problem))
+        self._ahead.compile([(problem, config) for config in configs for problem in both])
 
     def check(self, config: Config) -> Failure | None:
         return self._worker.check(self._problem, config)
@@ -198,7 +201,9 @@ class _Session:
                     left = [item for item in left if item[0] is not backend]
                     continue
                 self.machines[backend.name] = machine
-                self._compile(backend, worker, ahead)
+                if self.plan.device == "cpu":
+                    # A GPU's kernels are compiled ahead, configuration by configuration.
+                    self._compile(backend, worker)
                 for problem in self.plan.problems[backend.name]:
                     began = time.monotonic()
                     seconds = seconds_left / len(left)
@@ -212,7 +217,7 @@ class _Session:
                     self._tune(backend, problem, evaluator, machine, max(seconds, 0.1), title)
                     seconds_left -= time.monotonic() - began
 
-    def _compile(self, backend: Backend, worker: Worker, ahead: Ahead) -> None:
+    def _compile(self, backend: Backend, worker: Worker) -> None:
         """Run every op once on little data, so that compiling does not eat the time to search."""
         self.report.begin(f"compiling {backend.name}")
         for problem in {p.op: p for p in self.plan.problems[backend.name]}.values():
@@ -220,7 +225,6 @@ class _Session:
             small = dataclasses.replace(
                 problem, tokens=tokens, slots=min(problem.slots, 256), k=min(problem.k, 16)
             )
-            ahead.compile([(small, backend.default(small))])
             # What fails here fails again on the problem itself, and is told there.
             worker.check(small, backend.default(small))
 

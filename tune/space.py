@@ -49,8 +49,8 @@ class Effort:
 EFFORT = {
     ("cpu", False): Effort(100.0, 40),
     ("cpu", True): Effort(25.0, 12),
-    ("cuda", False): Effort(240.0, 64),
-    ("cuda", True): Effort(60.0, 40),
+    ("cuda", False): Effort(270.0, 64),
+    ("cuda", True): Effort(75.0, 40),
 }
 # Decode steps of the common layout on a GPU: batch, slots, bits; the most useful first.
 GPU_STEPS = (
