@@ -1,0 +1,40 @@
+"""The kernels themselves, without a GPU: compiled for the CPU and run through the suite."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUITE = Path(__file__).with_name("emulated_suite.py")
+# Some of the suite in every way in which the blocks of a row can meet; the rest is for a GPU.
+RUNS = {
+    "cluster": "(test_hash_attend or test_fault_07) and (float16 or bfloat16)",
+    "counters": "test_hash_attend and float32",
+    "spill": "test_hamming_topk",
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
+@pytest.mark.parametrize("mode", RUNS)
+def test_kernels_on_a_cpu(mode, repo_root):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            RUNS[mode],
+            str(SUITE),
+        ],
+        cwd=repo_root,
+        env={**os.environ, "EMULATED": mode, "EMULATED_DIM": "80", "EMULATED_EXAMPLES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,233 @@
+"""Launchers without a GPU: what they would launch, on a device that writes it down."""
+
+import importlib
+import re
+import struct
+
+import numpy as np
+import pytest
+
+import hata
+from hata import registry
+
+cupy_backend = importlib.import_module("hata.backends.cupy")
+compiler = importlib.import_module("hata.backends.cupy.compiler")
+driver = importlib.import_module("hata.backends.cupy.driver")
+encode = importlib.import_module("hata.backends.cupy.encode")
+plan = importlib.import_module("hata.backends.cupy.plan")
+row = importlib.import_module("hata.backends.cupy.row")
+
+
+class Recorder(driver.Device):
+    """A device that writes down what it is told to do."""
+
+    def __init__(self, architecture=90):
+        driver.Described.__init__(self, architecture)
+        self.launched, self.zeroed, self.loaded = [], [], []
+
+    def load(self, kernel, stream=0):
+        self.loaded.append(kernel)
+
+    def launch(self, launch, data, stream):
+        self.launched.append((launch, data))
+
+    def zero(self, address, count, stream):
+        self.zeroed.append((address, count))
+
+
+class Recorded(cupy_backend.CuPyBackend):
+    name = "cupy-recorded"
+    devices = frozenset({"cpu"})
+    frameworks = frozenset({"numpy"})
+
+    @classmethod
+    def missing(cls):
+        return None
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The device that the ops run on in a test; `device.architecture` may be changed first."""
+    found = Recorder()
+    monkeypatch.setattr(plan, "device_of", lambda fw, x: found)
+    monkeypatch.setattr(plan, "with_stream", lambda fw, like, act, pointers: act(pointers, 0))
+    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setitem(registry._state.backends, "cupy-recorded", Recorded())
+    with hata.use_backend("cupy-recorded"):
+        yield found
+
+
+def step(batch=1, heads=32, kv_heads=8, slots=4096, dim=128, bits=128, tokens=1):
+    """Arguments of a decode step."""
+    kv = np.zeros((batch, kv_heads, slots, dim), np.float16)
+    return {
+        "q": np.zeros((batch, heads, tokens, dim), np.float16),
+        "keys": kv,
+        "values": kv.copy(),
+        "key_codes": np.zeros((batch, kv_heads, slots, bits // 8), np.uint8),
+        "projection": np.zeros((kv_heads, dim, bits), np.float16),
+        "k": 512,
+    }
+
+
+def fields(data, layout):
+    """Fields of a packed argument by name."""
+    names, codes = zip(*layout.items(), strict=True)
+    return dict(
+        zip(names, struct.unpack_from("<" + "".join(codes).replace("P", "Q"), data), strict=True)
+    )
+
+
+def declared(text):
+    """Names and codes of the fields of a struct in a source, in order."""
+    found = []
+    for line in re.sub(r"//.*", "", text).split(";"):
+        words = line.replace("const ", "").strip()
+        if not words:
+            continue
+        kind, _, names = words.partition(" ")
+        for name in names.split(","):
+            name = name.strip()
+            pointer = "*" in name or kind.endswith("*")
+            code = "P" if pointer else {"i64": "q", "int": "i", "float": "f"}[kind]
+            found.append((name.strip("* "), code))
+    return found
+
+
+def body(source, name):
+    return re.search(rf"struct {name} \{{(.*?)\}};", compiler.read(source), re.DOTALL)[1]
+
+
+AXES = {
+    "b": "0", "h": "1", "t": "2", "s": "2",
+}  # fmt: skip
+
+
+def axis_name(name):
+    """`keys_s` of a source is `keys_2` of a layout; weights have no batch."""
+    stem, _, axis = name.rpartition("_")
+    if stem.endswith(("projection", "bias")) and axis in ("h", "d"):
+        return f"{stem}_{'hd'.index(axis)}"
+    return f"{stem}_{AXES[axis]}" if axis in AXES and stem else name
+
+
+def test_arguments_of_rows_are_those_of_the_source():
+    expected = [(axis_name(name), code) for name, code in declared(body("row.cu", "Params"))]
+    assert list(row.LAYOUT.items()) == expected
+
+
+def test_arguments_of_encode_are_those_of_the_source():
+    arrays = declared(body("encode.cu", "Arrays"))
+    job = [(axis_name(name), code) for name, code in declared(body("encode.cu", "Job"))]
+    expected = [(f"{name}{i}", code) for i in (0, 1) for name, code in arrays]
+    expected += [("lengths", "P"), ("starts", "P")]
+    expected += [(f"{name}{i}", code) for i in (0, 1) for name, code in job]
+    expected += [(name, "i") for name in ("kv_heads", "length_step", "start_step", "slots")]
+    assert list(encode.LAYOUT.items()) == expected
+
+
+def test_a_decode_step_is_one_launch(device):
+    arguments = step()
+    hata.hash_attend(**arguments, fresh=1)
+    [(launch, data)] = device.launched
+    macros = dict(launch.kernel.macros)
+    assert (macros["FUSED"], macros["FRESH"], macros["SAME"]) == (1, 1, 1)
+    assert launch.kernel.cluster == macros["PARTS"] > 1
+    assert launch.grid == 8 * macros["PARTS"]
+    assert not device.zeroed
+    given = fields(data, row.LAYOUT)
+    assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
+    assert (given["keys_0"], given["keys_1"], given["keys_2"]) == (0, 4096 * 128, 128)
+    assert (given["k"], given["heads"], given["slots"]) == (512, 8, 4096)
+    assert given["lse"] == given["lengths"] == 0
+
+
+def test_given_codes_need_no_encode(device):
+    arguments = step()
+    q_codes = np.zeros((1, 16, 1, 16), np.uint8)
+    hata.hash_attend(**arguments, q_codes=q_codes)
+    [(launch, data)] = device.launched
+    macros = dict(launch.kernel.macros)
+    assert (macros["FUSED"], macros["GROUP"], macros["G"]) == (0, 2, 4)
+    assert fields(data, row.LAYOUT)["q_codes"] == q_codes.__array_interface__["data"][0]
+
+
+def test_long_projections_are_a_launch_of_their_own(device):
+    arguments = step(bits=512)
+    hata.hash_attend(**arguments, fresh=1)
+    (first, _), (second, _) = device.launched
+    assert (first.kernel.name, second.kernel.name) == ("encode", "hash_attend")
+    assert not first.overlap
+    assert second.overlap
+
+
+def test_old_gpus_count_arrivals(device):
+    device.architecture, device.clusters = 80, 1
+    hata.hash_attend(**step(), fresh=1)
+    [(launch, data)] = device.launched
+    macros = dict(launch.kernel.macros)
+    assert (macros["JOINED"], launch.kernel.cluster, launch.overlap) == (2, 1, False)
+    [(address, count)] = device.zeroed
+    assert address == fields(data, row.LAYOUT)["arrivals"]
+    assert count == 8
+
+
+def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
+    q_codes = np.zeros((1, 4, 1, 16), np.uint8)
+    small = np.zeros((1, 1, 4096, 16), np.uint8)
+    large = np.broadcast_to(small[:, :, :1], (1, 1, 2**22, 16))
+    for codes in (small, large):
+        hata.hamming_topk(q_codes, codes, 9)
+    spilled = [dict(launch.kernel.macros)["SPILL"] for launch, _ in device.launched]
+    assert spilled == [0, 1]
+    assert all(launch.shared <= device.shared for launch, _ in device.launched)
+
+
+def test_a_plan_serves_other_arrays(device):
+    for turn in range(3):
+        arguments = step()
+        hata.hash_attend(**arguments)
+        assert len(plan._plans) == 1
+        given = fields(device.launched[turn][1], row.LAYOUT)
+        assert given["q"] == arguments["q"].__array_interface__["data"][0]
+    # One array in two roles of a call, then two.
+    arguments = step()
+    hata.hash_attend(**{**arguments, "values": arguments["keys"]})
+    hata.hash_attend(**arguments)
+    given = fields(device.launched[-1][1], row.LAYOUT)
+    assert given["values"] == arguments["values"].__array_interface__["data"][0]
+
+
+def test_a_growing_cache_compiles_nothing_new(device):
+    for slots in (3000, 3001, 3500, 4096):
+        hata.hash_attend(**step(slots=slots), fresh=1)
+    assert len({launch.kernel for launch, _ in device.launched}) == 1
+
+
+def test_prepare_loads_and_launches_nothing(device):
+    hata.prepare("hash_attend", **step(), fresh=1)
+    assert not device.launched
+    hata.hash_attend(**step(), fresh=1)
+    assert [launch.kernel for launch, _ in device.launched] == device.loaded
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("threads", [128, 256, 512, 1024])
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_shared_memory_fits(device, parts, threads, architecture):
+    described = driver.Described(architecture)
+    device.architecture, device.clusters = architecture, described.clusters
+    device.sms, device.shared = described.sms, described.shared
+    arguments = step(batch=4, heads=128, kv_heads=8, slots=2**13)
+    problem_config = {
+        "columns": 32, "encode_warps": 4, "parts": parts, "threads": threads, "joined": "cluster",
+        "ahead": 4, "fused": True, "overlap": True,
+    }  # fmt: skip
+    with hata.backend.use_config("cupy-recorded", "hash_attend", problem_config):
+        hata.hash_attend(**arguments)
+    for launch, _ in device.launched:
+        macros = dict(launch.kernel.macros)
+        assert launch.grid % launch.kernel.cluster == 0
+        assert launch.kernel.cluster <= described.clusters
+        held = macros.get("RESIDENT", 1) * (launch.shared + 1024 + 2048)
+        assert held <= described.shared + 1024
