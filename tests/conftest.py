@@ -57,11 +57,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker("hf")
         if "model_path" in getattr(item, "fixturenames", ()):
             item.add_marker("model")
+        if is_suite_of_a_gpu(item):
+            item.add_marker("gpu")
+
+
+def is_suite_of_a_gpu(item):
+    """Whether a test is the conformance suite of a backend for GPUs."""
+    return getattr(item.cls, "device", None) == "cuda" and hasattr(item.cls, "backend")
 
 
 def pytest_runtest_setup(item):
     """Skip `gpu` tests where there is no CUDA device."""
-    if item.get_closest_marker("gpu") is not None:
+    # The suite says by itself what a backend is missing.
+    if item.get_closest_marker("gpu") is not None and not is_suite_of_a_gpu(item):
         torch = pytest.importorskip("torch", reason="the gpu tests use torch")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")

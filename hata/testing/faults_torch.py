@@ -8,6 +8,7 @@ Tests are named after the rows of the scorecard of faults; a row's number never 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,10 @@ class TorchFaults(Properties):
             for name in list(tensors)[1:]:
                 if tensors[name] is None:
                     continue
-                moved = {**tensors, name: tensors[name].to("meta")}
-                with pytest.raises(HataDeviceError, match=f"{name}: .*meta.*{self.device}"):
-                    getattr(hata, op)(**moved, **options)
+                for other in {"meta", "cpu"} - {self.device}:
+                    moved = {**tensors, name: tensors[name].to(other)}
+                    with pytest.raises(HataDeviceError, match=f"{name}: .*{other}.*{self.device}"):
+                        getattr(hata, op)(**moved, **options)
 
     def test_fault_42_gradients(self, torch_kit: TorchKit) -> None:
         import torch
@@ -148,23 +150,105 @@ class TorchFaults(Properties):
                 tensors["q"][None]
             )
 
-    def test_fault_44_graph_capture(self, torch_kit: TorchKit) -> None:
+    def captured(self, op: str, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
+        """A graph of one prepared call, and what the call returned."""
+        import torch
+
+        hata.prepare(op, **tensors, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = getattr(hata, op)(**tensors, **options)
+        return graph, result
+
+    @pytest.mark.parametrize("op", ["hamming_topk", "hash_attend"])
+    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    def test_fault_44_graph_capture(self, torch_kit: TorchKit, op: str, norms: bool) -> None:
         if self.device == "cpu":
             pytest.skip("a CPU captures no graphs")
         import torch
 
-        case = changed(SMALL, slots=500, k=50, lengths=(100, 7), fresh=1)
-        tensors, options = self.tensors(torch_kit, case, "hash_attend")
-        hata.prepare("hash_attend", **tensors, **options)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = hata.hash_attend(**tensors, **options)
-        for lengths in ((100, 7), (101, 8), (500, 250)):
+        case = changed(
+            SMALL, slots=500, k=50, lengths=(100, 7), starts=(0, 3), fresh=1, norms=norms,
+            dense_below=60,
+        )  # fmt: skip
+        tensors, options = self.tensors(torch_kit, case, op)
+        graph, out = self.captured(op, tensors, options)
+        # Fewer keys than the budget, than dense_below, many, none: one graph for all of them.
+        for lengths in ((100, 7), (101, 8), (55, 62), (500, 250), (0, 500)):
             tensors["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
             graph.replay()
             got = out.clone()
-            assert torch.equal(got, hata.hash_attend(**tensors, **options))
+            assert torch.equal(got, getattr(hata, op)(**tensors, **options))
+
+    @pytest.mark.parametrize("op", ["encode", "sparse_attend"])
+    def test_fault_44_graph_capture_of_the_others(self, torch_kit: TorchKit, op: str) -> None:
+        if self.device == "cpu":
+            pytest.skip("a CPU captures no graphs")
+        import torch
+
+        tensors, options = self.tensors(torch_kit, changed(SMALL, slots=500, k=50), op)
+        graph, out = self.captured(op, tensors, options)
+        first = next(iter(tensors.values()))
+        for factor in (1, -1, 3):
+            first.mul_(factor)
+            graph.replay()
+            assert torch.equal(out, getattr(hata, op)(**tensors, **options))
+
+    def test_fault_44_prepared_query_codes(self, torch_kit: TorchKit) -> None:
+        """Query codes of other head counts than q's are scored by kernels of their own."""
+        if self.device == "cpu":
+            pytest.skip("a CPU captures no graphs")
+        import torch
+
+        for group in (1, 3, 8):
+            case = changed(SMALL, slots=90, given_codes=True, code_group=group, fresh=2)
+            tensors, options = self.tensors(torch_kit, case, "hash_attend")
+            graph, out = self.captured("hash_attend", tensors, options)
+            graph.replay()
+            assert torch.equal(out, hata.hash_attend(**tensors, **options))
+
+    def test_fault_44_nothing_waits_for_the_gpu(self, torch_kit: TorchKit) -> None:
+        if self.device == "cpu":
+            pytest.skip("a CPU is never waited for")
+        import torch
+
+        case = changed(SMALL, lengths=(40, 9), starts=(0, 3), fresh=1, norms=True, ratio=0.5)
+        calls = [(op, *self.tensors(torch_kit, case, op)) for op in OPS]
+        for op, tensors, options in calls:
+            self.run(op, **tensors, **options)
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            # torch says that it may not see every wait.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for op, tensors, options in calls:
+                    getattr(hata, op)(**tensors, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+    def test_fault_17_hundred_replays(self, torch_kit: TorchKit) -> None:
+        """Bits do not depend on the run, the replay, or what the graph was replayed with before."""
+        if self.device == "cpu":
+            pytest.skip("a CPU captures no graphs")
+        import torch
+
+        case = changed(SMALL, slots=3000, k=200, flavour="few", lengths=(3000, 40), norms=True)
+        for op in ("hamming_topk", "hash_attend"):
+            tensors, options = self.tensors(torch_kit, case, op)
+            graph, out = self.captured(op, tensors, options)
+            found: dict[tuple[int, int], Any] = {}
+            for turn in range(100):
+                lengths = ((3000, 40), (1999, 3000), (201, 199))[turn % 3]
+                tensors["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
+                graph.replay()
+                if lengths in found:
+                    assert torch.equal(out, found[lengths])
+                else:
+                    found[lengths] = out.clone()
+                    for _ in range(3):
+                        assert torch.equal(out, getattr(hata, op)(**tensors, **options))
 
     @pytest.mark.parametrize("fresh", [0, 2])
     def test_fault_45_compiled(self, torch_kit: TorchKit, fresh: int) -> None:

@@ -149,6 +149,14 @@ class Kit:
         """A framework's array as a NumPy array."""
         raise NotImplementedError
 
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """An array with undefined contents, of which memory is taken only where it is touched."""
+        raise NotImplementedError
+
+    def free_bytes(self) -> int:
+        """Free memory of the device; a CPU's is taken where it is touched, so all is free there."""
+        return 1 << 62
+
     def adapter(self) -> adapters.Framework:
         """The ops' adapter of this framework."""
         return adapters.framework("x", self.put(np.zeros(1, np.float32)))
@@ -173,6 +181,10 @@ class NumPyKit(Kit):
         """See `Kit`."""
         steps = tuple(s * memory.itemsize for s in strides)
         return np.lib.stride_tricks.as_strided(memory[offset:], shape, steps)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See `Kit`."""
+        return np.empty(shape, numpy_dtype(dtype))
 
     def get(self, array: Any) -> np.ndarray:
         """See `Kit`."""
@@ -199,6 +211,18 @@ class TorchKit(Kit):
     ) -> Any:
         """See `Kit`."""
         return memory.as_strided(shape, strides, offset)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See `Kit`."""
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def free_bytes(self) -> int:
+        """See `Kit`."""
+        import torch
+
+        return super().free_bytes() if self.device == "cpu" else torch.cuda.mem_get_info()[0]
 
     def get(self, array: Any) -> np.ndarray:
         """See `Kit`."""
@@ -228,6 +252,18 @@ class CuPyKit(Kit):
         from cupy.lib.stride_tricks import as_strided
 
         return as_strided(memory[offset:], shape, tuple(s * memory.itemsize for s in strides))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See `Kit`."""
+        import cupy
+
+        return cupy.empty(shape, dtype)
+
+    def free_bytes(self) -> int:
+        """See `Kit`."""
+        import cupy
+
+        return cupy.cuda.runtime.memGetInfo()[0]
 
     def get(self, array: Any) -> np.ndarray:
         """See `Kit`."""

@@ -33,6 +33,10 @@ RICH = Case(
 )  # fmt: skip
 
 
+# Parts of the test that runs every configuration.
+CONFIG_PARTS = 8
+
+
 class Properties(Harness):
     """The ops, one by one and together."""
 
@@ -160,17 +164,23 @@ class Properties(Harness):
                 share = (n * round(ratio * 2**32)) >> 32
                 assert got == min(n, k, max(1, k_min, sink + recent, share))
 
+    # In parts, so that several processes can share what compiles a kernel for each configuration.
+    @pytest.mark.parametrize("part", range(CONFIG_PARTS))
     @pytest.mark.parametrize("op", OPS)
-    def test_every_configuration_is_right(self, kit: Kit, op: str) -> None:
+    def test_every_configuration_is_right(self, kit: Kit, op: str, part: int) -> None:
         """The default is among the allowed values; each allowed value gives right results."""
         problem = self.problem_of(kit, RICH, op)
         knobs = self.loaded.tunables(op, problem)
         default = dict(self.loaded.default(problem))
         assert set(default) == set(knobs)
         assert all(default[name] in allowed for name, allowed in knobs.items())
-        configs = [default]
-        configs += [{**default, knob: value} for knob in knobs for value in knobs[knob]]
-        for config in configs:
+        others = [
+            {**default, knob: value}
+            for knob in knobs
+            for value in knobs[knob]
+            if value != default[knob]
+        ]
+        for config in [default, *others][part::CONFIG_PARTS]:
             with use_config(self.backend, op, config):
                 getattr(self, "check_" + op)(kit, RICH)
 

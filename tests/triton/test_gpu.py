@@ -1,0 +1,83 @@
+"""The Triton backend's own promises about launches, on a GPU."""
+
+import importlib
+
+import pytest
+
+import hata
+from hata.errors import HataCaptureError
+from hata.testing.faults_values import SMALL, changed
+from hata.testing.kits import TorchKit
+from hata.testing.properties import Properties
+
+torch = pytest.importorskip("torch", reason="the Triton backend needs it")
+pytest.importorskip("triton", reason="the Triton backend needs it")
+
+launch = importlib.import_module("hata.backends.triton.launch")
+plan = importlib.import_module("hata.backends.triton.plan")
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def unprepared(monkeypatch):
+    """No kernel is loaded, as in a new process."""
+    monkeypatch.setattr(launch, "_bound", {})
+    plan._plans.clear()
+    with hata.use_backend("triton"):
+        yield
+    plan._plans.clear()
+
+
+def step(**changes):
+    kit = TorchKit("cuda")
+    placed, options = Properties().arguments(kit, changed(SMALL, **changes), "hash_attend")
+    return {name: p and p.array for name, p in placed.items()}, options
+
+
+def test_an_unprepared_call_under_capture_is_refused_and_harms_nothing(unprepared):
+    tensors, options = step(fresh=1)
+    with (
+        pytest.raises(HataCaptureError, match=r"not prepared.*hata\.prepare"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        hata.hash_attend(**tensors, **options)
+    hata.prepare("hash_attend", **tensors, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hata.hash_attend(**tensors, **options)
+    graph.replay()
+    assert torch.equal(out, hata.hash_attend(**tensors, **options))
+
+
+@pytest.mark.parametrize("group", [1, 5])
+def test_prepare_is_all_that_a_capture_needs(unprepared, group):
+    tensors, options = step(given_codes=True, code_group=group, norms=True, slots=77)
+    hata.prepare("hash_attend", **tensors, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hata.hash_attend(**tensors, **options)
+    graph.replay()
+    assert torch.equal(out, hata.hash_attend(**tensors, **options))
+
+
+def test_compiled_ahead_is_what_is_loaded(unprepared, tmp_path, monkeypatch):
+    """What `compile` leaves in the cache without a GPU, a launch on one finds there."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors, options = step(slots=64, fresh=1, bits=128)
+    backend = hata.registry.load("triton")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(backend), "prepare_call", lambda self, launcher, problem, *_: seen.append(problem)
+        )
+        hata.prepare("hash_attend", **tensors, **options)
+    major, minor = torch.cuda.get_device_capability()
+    backend.compile(seen[0], 10 * major + minor)
+    before = {file.name for file in tmp_path.iterdir()}
+    assert before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_bound", {})
+        plan._plans.clear()
+        hata.hash_attend(**tensors, **options)
+    assert {file.name for file in tmp_path.iterdir()} == before
