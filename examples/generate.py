@@ -2,6 +2,9 @@
 
     python examples/generate.py --model PATH --needle 4096 --n 40     # retrieval, counted
     python examples/generate.py --model PATH --prompt "def main():"   # one answer of each
+    python examples/generate.py --model PATH --device cuda --backend triton --needle 4096 --n 40
+
+With `--k` at or above the context, both answers are the same.
 
 Every prompt is prefilled once, by the model's own attention, and both answers start from copies of
 that cache, so that all of an answer's tokens are decoded the way that is being compared. The rate
@@ -180,7 +183,7 @@ def count_needles(model: Any, tokenizer: Any, attach: Any, args: argparse.Namesp
         pairs=args.pairs,
         seed=args.seed,
     )
-    right = {"dense": 0, "hash": 0}
+    right, same = {"dense": 0, "hash": 0}, 0
     steps: dict[str, list[float]] = {"dense": [], "hash": []}
     prefills = []
     for number, prompt in enumerate(prompts, 1):
@@ -190,6 +193,7 @@ def count_needles(model: Any, tokenizer: Any, attach: Any, args: argparse.Namesp
         for way in right:
             right[way] += texts[way].startswith(prompt.value)
             steps[way] += times[way]
+        same += texts["dense"] == texts["hash"]
         print(
             f"{number:3d}/{args.n}  {prompt.name} = {prompt.value}   "
             f"dense {texts['dense'][:DIGITS]!r}   hash {texts['hash'][:DIGITS]!r}",
@@ -197,7 +201,10 @@ def count_needles(model: Any, tokenizer: Any, attach: Any, args: argparse.Namesp
         )
     print()
     report(steps, prefills, args.needle)
-    print(f"needles: dense {right['dense']}/{args.n}, hash {right['hash']}/{args.n}")
+    print(
+        f"needles: dense {right['dense']}/{args.n}, hash {right['hash']}/{args.n}; "
+        f"equal answers: {same}/{args.n}"
+    )
 
 
 def one_prompt(model: Any, tokenizer: Any, attach: Any, args: argparse.Namespace) -> None:
@@ -207,6 +214,7 @@ def one_prompt(model: Any, tokenizer: Any, attach: Any, args: argparse.Namespace
     texts, steps, seconds = both(model, tokenizer, attach, ids, args.max_new_tokens)
     for way, text in texts.items():
         print(f"--- {way}\n{args.prompt}{text}\n")
+    print(f"the answers {'are equal' if texts['dense'] == texts['hash'] else 'differ'}")
     report(steps, [seconds], len(tokens))
 
 
