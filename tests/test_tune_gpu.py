@@ -528,18 +528,28 @@ def test_a_backend_that_compiles_nothing_ahead_starts_no_process(monkeypatch):
 
 
 def test_the_bench_checks_triton_kernels_in_the_interpreter(repo_root):
-    """Inputs, oracle and verdict meet the kernels of a GPU, as far as a CPU can run them."""
+    """Inputs drawn on the device, oracle and verdict meet a GPU's kernels, as far as a CPU can."""
     pytest.importorskip("triton", reason="the Triton backend needs it")
     script = """
 from dataclasses import replace
-from tune import space
-from tune.worker import Bench
+import torch
 from hata import registry
-layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "float32", 4096)
+from tune import check, inputs, space
+from tune.worker import Bench
+
+def stand_in(self, backend, device, dtype):
+    # A device that is not called "cpu" and is one all the same.
+    self.device, self.name, self._torch = torch.device("cpu"), "torch", torch
+
+inputs.Arrays.__init__ = stand_in
+check._MOST_SCORES, check._MOST_VECTORS = 0, 4
+layout = space.Layout("tiny", "synthetic", 2, 6, 3, 16, "float32", 4096)
 bench, backend = Bench("triton", pool=0), registry.load("triton")
-for p in space.problems(layout, "cuda", ["float32"], quick=True)[1:]:
-    p = replace(p, device="cpu", batch=1, tokens=min(p.tokens, 8),
-                slots=min(p.slots, 128), k=min(p.k, 16))
+for p in space.problems(layout, "cuda", ["float32"], quick=True, norms=True)[1:]:
+    p = replace(p, batch=min(p.batch, 2), tokens=min(p.tokens, 8), slots=min(p.slots, 128),
+                k=min(p.k, 16))
+    held = bench._problem(p)
+    assert all(x.device.type == "cpu" for x in held.inputs.calls[0].args if hasattr(x, "device"))
     print(p.op, bench.check(p, backend.default(p)))
 """
     done = subprocess.run(

@@ -1,0 +1,157 @@
+"""The tuner on a GPU for real: its clock, its way back from a lost GPU, a short run."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
+pytest.importorskip("torch", reason="the GPU tests use torch")
+pytest.importorskip("triton", reason="the planted kernels are in Triton")
+
+import torch
+
+from hata import device, registry
+from hata.problem import Problem
+from hata.profile import Profile
+from tune import capture, cuda, measure, space
+from tune.__main__ import main
+from tune.inputs import Candidate
+from tune.worker import CRASH, MEMORY, WRONG, Worker
+
+pytestmark = pytest.mark.gpu
+ENCODE = Problem(
+    op="encode", device="cuda", dtype="float32", projection_dtype="float32", head_dim=16, bits=32
+)
+BACKEND = """
+import torch
+import triton
+import triton.language as tl
+from hata.backend import Backend
+
+@triton.jit
+def _astray(out):
+    tl.store(out + (1 << 40), 1)
+
+class Bad(Backend):
+    name = "bad"
+    devices = frozenset({"cuda"})
+    frameworks = frozenset({"torch"})
+    dtypes = frozenset({"float32"})
+
+    def tunables(self, op, problem):
+        return {"how": ("slow", "fast", "wrong", "illegal", "full")}
+
+    def default(self, problem):
+        return {"how": "slow"}
+
+    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
+        how = self.config(problem)["how"]
+        group = x.shape[1] // projection.shape[0]
+        if how == "full":
+            fw.empty((1 << 44,), "uint8", x)
+        if how == "illegal":
+            _astray[(1,)](fw.empty((4,), "int32", x))
+        weights = projection.repeat_interleave(group, 0)
+        values = x @ weights
+        for _ in range(20 if how == "slow" else 0):
+            values = values + 0
+        bits = (values > 0).reshape(*x.shape[:3], -1, 8)
+        places = torch.arange(8, device=x.device)
+        codes = (bits.int() << places).sum(-1).to(torch.uint8)
+        return codes ^ 1 if how == "wrong" else codes
+
+    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+"""
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    info = site / "bad-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "bad_gpu.py").write_text(BACKEND)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hata.backends]\nbad = bad_gpu:Bad\n")
+    monkeypatch.syspath_prepend(str(site))
+    yield
+    registry.reset()
+    sys.modules.pop("bad_gpu", None)
+
+
+def test_the_fingerprint_is_what_torch_sees():
+    found = device.fingerprint("cuda")
+    properties = torch.cuda.get_device_properties(0)
+    assert found.name == properties.name
+    assert found.cores == properties.multi_processor_count
+    assert found.sm == 10 * properties.major + properties.minor
+    assert device.has_cuda()
+
+
+def test_the_clock_sees_what_memory_costs():
+    """A copy of much memory takes longer than one of little."""
+
+    def copies(size):
+        x = torch.zeros(2, size, dtype=torch.uint8, device="cuda")
+
+        class Call:
+            op, args, kwargs = "encode", (), {}
+
+            def __call__(self):
+                x[0].copy_(x[1])
+
+        return Candidate(SimpleNamespace(problem=ENCODE, calls=[Call()] * 2), {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda.hata, "prepare", lambda *_, **__: None)
+        samples = measure.race(
+            SimpleNamespace(name="any"), [copies(1 << 20), copies(1 << 29)], seconds=0.2
+        )
+    assert np.median(samples[0]) < np.median(samples[1])
+
+
+def test_fault_58_a_lost_gpu_costs_a_process_and_nobody_else(bad):
+    with Worker("bad", first_seconds=120, check_seconds=60) as worker:
+        assert worker.check(ENCODE, {"how": "fast"}) is None
+        found = {how: worker.check(ENCODE, {"how": how}) for how in ("wrong", "illegal", "full")}
+        assert {how: failure.kind for how, failure in found.items()} == {
+            "wrong": WRONG,
+            "illegal": CRASH,
+            "full": MEMORY,
+        }
+        assert "the GPU is lost to it" in found["illegal"].detail
+        assert worker.restarts == 2
+        assert worker.check(ENCODE, {"how": "fast"}) is None
+        samples = worker.race([(ENCODE, {"how": how}) for how in ("slow", "fast")], 0.1)
+        assert np.median(samples[0]) > np.median(samples[1])
+
+
+@pytest.mark.parametrize("name", ["triton", "cupy"])
+def test_a_short_run_tunes_every_op(name, tmp_path, monkeypatch, capsys):
+    absent = registry.missing(name)
+    if absent is not None:
+        pytest.skip(f"backend {name!r}: {absent}")
+    found = space.problems(space.COMMON, "cuda", ["bfloat16"], quick=True)
+    small = [replace(p, slots=min(p.slots, 4096), k=min(p.k, 256)) for p in found[1:]]
+    monkeypatch.setattr(space, "problems", lambda *args, **kwargs: small)
+    monkeypatch.setattr(capture, "TOKENS", 1024)
+    out = tmp_path / "p.yaml"
+    arguments = ["--gpu", "auto", "--backend", name, "--quick", "--trials", "4", "--budget", "8"]
+    arguments += ["--out", str(out), "--storage", str(tmp_path / "s.db")]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1] == str(out)
+    profile = Profile.load(out)
+    assert profile.fingerprint.device == "cuda"
+    assert profile.measured.method == "cuda_graph"
+    assert {entry.op for entry in profile.entries} == {p.op for p in small}
+    for entry in profile.entries:
+        assert 0 < entry.us.median <= entry.default_us
+    backend = registry.load(name)
+    for problem in small:
+        match = profile.lookup(
+            name, backend.kernel_hash(problem.op), problem, backend.tunables(problem.op, problem)
+        )
+        assert match.reason == "exact"
