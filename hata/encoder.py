@@ -3,6 +3,8 @@
 A layer's projection is a `[kv_heads, head_dim, bits]` matrix; a vector's code is the signs of its
 product with the projection of its KV head (`hata.encode`). Codes nest: the first 32, 64, 128 ...
 columns are a usable encoder of their own, so attaching with fewer bits slices the projection.
+Queries may be hashed with projections of their own, and hidden layers may come before a projection
+(`hata.encoder_layer`).
 
 File layout, format `hata.encoder/1`:
 
@@ -12,6 +14,14 @@ File layout, format `hata.encoder/1`:
   `head_dim`, `bits`, `key_norms` ("true" or "false"), `dense_layers` (a JSON list) and `made`
   (a JSON object that says how it was made).
 
+Format `hata.encoder/2` is written where a layer has more than that. The projection and bias are
+then those of keys, and may have H heads instead of Hkv (one key code per query head); added are
+
+- `layers.{i}.query_projection` `[Cq, in, r]` and `layers.{i}.query_bias` `[Cq, r]`;
+- `layers.{i}.hidden.{n}.weight` `[heads, in, out]` and `.bias` `[heads, out]`, before the
+  projection of keys, and `layers.{i}.query_hidden.{n}...`, before that of queries;
+- metadata `activation`, always "silu".
+
 Everything here is NumPy: no framework is imported.
 """
 
@@ -19,19 +29,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from hata import encoder_file
+from hata.encoder_file import FORMAT, FORMAT_2, assembled, flattened
+from hata.encoder_layer import Hidden, QueryHash, check_bits, check_side, query_heads
 from hata.errors import EncoderError
 
-FORMAT = "hata.encoder/1"
-_PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
-_DTYPES = frozenset({"float32", "float16", "bfloat16"})
+_Part = TypeVar("_Part")
+
+__all__ = ["FORMAT", "Encoder", "Hidden", "ModelShape", "QueryHash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +114,13 @@ class Encoder:
         shape: The model they fit.
         bits: Bits of a code, r; a multiple of 32.
         projections: One per layer, `[kv_heads, head_dim, bits]`; `None` where the layer is dense.
+            Those of an encoder that hashes keys once per query head have `heads` of them, and
+            after hidden layers it is their width that goes in.
         biases: One per layer, `[kv_heads, bits]`, or `None` where a layer has none.
         key_norms: Whether scores are weighted with the norms of the keys.
         made: How it was made: strings and numbers only.
+        queries: One per layer: how queries are hashed, or `None` where like keys.
+        hidden: One per layer: the hidden layers of keys, from first to last; mostly none.
 
     Example:
         >>> from types import SimpleNamespace
@@ -119,35 +135,76 @@ class Encoder:
     biases: tuple[np.ndarray | None, ...] = ()
     key_norms: bool = False
     made: Mapping[str, Any] = field(default_factory=dict)
+    queries: tuple[QueryHash | None, ...] = ()
+    hidden: tuple[tuple[Hidden, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        count = len(self.projections)
         object.__setattr__(self, "projections", tuple(self.projections))
-        biases = tuple(self.biases) or (None,) * len(self.projections)
-        object.__setattr__(self, "biases", biases)
+        object.__setattr__(self, "biases", tuple(self.biases) or (None,) * count)
+        object.__setattr__(self, "queries", tuple(self.queries) or (None,) * count)
+        hidden = tuple(tuple(Hidden(*one) for one in layer) for layer in self.hidden)
+        object.__setattr__(self, "hidden", hidden or ((),) * count)
         object.__setattr__(self, "made", dict(self.made))
-        _check_bits(self.bits)
-        for name, arrays in (("projections", self.projections), ("biases", self.biases)):
-            if len(arrays) != self.shape.num_layers:
+        check_bits(self.bits)
+        for name in ("projections", "biases", "queries", "hidden"):
+            found = len(getattr(self, name))
+            if found != self.shape.num_layers:
                 raise EncoderError(
-                    f"{name}: got {len(arrays)} layers, expected {self.shape.num_layers}, one per "
+                    f"{name}: got {found} layers, expected {self.shape.num_layers}, one per "
                     "layer of the model; put None for a dense layer"
                 )
-        shape = self.shape
-        for layer, (projection, bias) in enumerate(zip(self.projections, self.biases, strict=True)):
-            if projection is None:
-                if bias is not None:
-                    raise EncoderError(
-                        f"layers.{layer}.bias: got a bias but no projection, expected both or "
-                        "neither"
-                    )
-                continue
-            _check_array(
-                f"layers.{layer}.projection",
-                projection,
-                (shape.kv_heads, shape.head_dim, self.bits),
-            )
+        for layer in range(count):
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: int) -> None:
+        shape, name = self.shape, f"layers.{layer}."
+        projection, bias = self.projections[layer], self.biases[layer]
+        query, hidden = self.queries[layer], self.hidden[layer]
+        if projection is None:
             if bias is not None:
-                _check_array(f"layers.{layer}.bias", bias, (shape.kv_heads, self.bits))
+                raise EncoderError(
+                    f"{name}bias: got a bias but no projection, expected both or neither"
+                )
+            if query is not None or hidden:
+                raise EncoderError(
+                    f"{name}projection: got none, but a query projection or hidden layers; "
+                    "expected all of them or none"
+                )
+            return
+        heads = shape.kv_heads
+        # Only an array of three dimensions can say how many heads it has.
+        if query is not None and projection.ndim == 3 and len(projection) == shape.heads:
+            heads = shape.heads
+        check_side(name, projection, bias, hidden, heads, shape.head_dim, self.bits)
+        if query is None:
+            if hidden:
+                raise EncoderError(
+                    f"{name}hidden: got hidden layers for keys alone; expected a query projection "
+                    "beside them"
+                )
+            return
+        if hidden and self.key_norms:
+            raise EncoderError(
+                f"{name}hidden: got hidden layers and key norms, expected one of both; a norm "
+                "behind hidden layers is not that of a key"
+            )
+        codes = len(query.projection) if query.projection.ndim == 3 else 0
+        if codes < 1 or codes % heads:
+            raise EncoderError(
+                f"{name}query_projection: got shape {query.projection.shape}, expected a multiple "
+                f"of {heads} heads"
+            )
+        query_heads(shape.heads, codes)
+        check_side(
+            f"{name}query_",
+            query.projection,
+            query.bias,
+            query.hidden,
+            codes,
+            shape.head_dim,
+            self.bits,
+        )
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -176,7 +233,7 @@ class Encoder:
             EncoderError: The configuration lacks a number, or bits is not a multiple of 32.
         """
         shape = ModelShape.of(config)
-        _check_bits(bits)
+        check_bits(bits)
         blocks = -(-bits // shape.head_dim)
         projections = []
         for layer in range(shape.num_layers):
@@ -191,7 +248,7 @@ class Encoder:
             )
             # [Hkv * blocks, D columns, D] -> [Hkv, D, blocks * D]
             wide = columns.reshape(shape.kv_heads, blocks * shape.head_dim, shape.head_dim)
-            projections.append(_round_to_bfloat16(wide.transpose(0, 2, 1)[..., :bits]))
+            projections.append(round_to_bfloat16(wide.transpose(0, 2, 1)[..., :bits]))
         made = {"recipe": "random", "seed": seed, "blocks": "orthogonal"}
         return cls(shape, bits, tuple(projections), key_norms=key_norms, made=made)
 
@@ -203,79 +260,24 @@ class Encoder:
             EncoderError: The file is absent, a pickle, truncated, of another format, or does not
                 hold what its metadata says.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if path.suffix.lower() in _PICKLES:
-            raise EncoderError(
-                f"encoder: got {path}, a pickle, which can run code when it is read; expected a "
-                f"safetensors file; HATA's weights are converted with: hata convert {path.parent} "
-                "--config MODEL --out encoder.safetensors"
-            )
-        try:
-            found = path.is_file()
-        except (OSError, ValueError):
-            found = False
-        if not found:
-            raise EncoderError(
-                f"encoder: got {path}, which is not a file; expected a safetensors file, or "
-                '"random" for the untrained encoder'
-            )
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                found = header.get("format", "none")
-                if found != FORMAT:
-                    raise EncoderError(
-                        f"encoder: got {path} of format {found!r}, expected {FORMAT!r}; "
-                        "write one with Encoder.save"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError) as error:
-            raise EncoderError(
-                f"encoder: got {path}, which cannot be read as safetensors ({error}); expected a "
-                "whole file of known dtypes; fetch or write it again"
-            ) from error
-        return _assemble(path, header, tensors)
+        header, tensors = encoder_file.read(Path(path))
+        return _assemble(Path(path), header, tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all: a temporary file beside it, then a rename."""
-        from safetensors.numpy import save
-
-        path = Path(path)
-        if path.suffix.lower() != ".safetensors":
-            raise EncoderError(
-                f"path: got {path}, expected a name that ends in .safetensors; rename it"
-            )
-        tensors = {}
-        for layer, (projection, bias) in enumerate(zip(self.projections, self.biases, strict=True)):
-            if projection is not None:
-                tensors[f"layers.{layer}.projection"] = np.ascontiguousarray(projection)
-            if bias is not None:
-                tensors[f"layers.{layer}.bias"] = np.ascontiguousarray(bias)
+        tensors = flattened(self.projections, self.biases, self.queries, self.hidden)
+        more = any(query is not None for query in self.queries)
         header = {
-            "format": FORMAT,
+            "format": FORMAT_2 if more else FORMAT,
             **{f.name: str(getattr(self.shape, f.name)) for f in fields(self.shape)},
             "bits": str(self.bits),
             "key_norms": "true" if self.key_norms else "false",
             "dense_layers": json.dumps(list(self.dense_layers)),
             "made": json.dumps(dict(self.made), sort_keys=True),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, metadata=header))
-                file.flush()
-                os.fsync(file.fileno())
-            # A temporary file is private; the encoder gets what `open` would have given it.
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink()
-            raise
+        if more:
+            header["activation"] = "silu"
+        encoder_file.write(Path(path), tensors, header)
 
     def check(self, config: Any) -> None:
         """Raise `EncoderError`, naming both sides, unless this encoder was made for `config`."""
@@ -306,7 +308,16 @@ class Encoder:
         bias = self._layer(self.biases, layer)
         return None if bias is None else bias[..., : self._width(bits)]
 
-    def _layer(self, arrays: tuple[np.ndarray | None, ...], layer: int) -> np.ndarray | None:
+    def query(self, layer: int, bits: int | None = None) -> QueryHash | None:
+        """How a layer's queries are hashed, or `None` where like its keys."""
+        query = self._layer(self.queries, layer)
+        if query is None:
+            return None
+        width = self._width(bits)
+        bias = None if query.bias is None else query.bias[..., :width]
+        return QueryHash(query.projection[..., :width], bias, query.hidden)
+
+    def _layer(self, arrays: tuple[_Part, ...], layer: int) -> _Part:
         if not 0 <= layer < len(arrays):
             raise EncoderError(f"layer: got {layer}, expected 0 to {len(arrays) - 1}")
         return arrays[layer]
@@ -314,7 +325,7 @@ class Encoder:
     def _width(self, bits: int | None) -> int:
         if bits is None:
             return self.bits
-        _check_bits(bits)
+        check_bits(bits)
         if bits > self.bits:
             raise EncoderError(
                 f"bits: got {bits}, expected at most {self.bits}, the bits of this encoder; "
@@ -335,24 +346,6 @@ class Encoder:
         )
 
 
-def _check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits < 32 or bits % 32:
-        raise EncoderError(f"bits: got {bits!r}, expected a positive multiple of 32")
-
-
-def _check_array(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise EncoderError(f"{name}: got shape {array.shape}, expected {expected}")
-    if array.dtype.name in _DTYPES and not np.isfinite(array.astype(np.float32)).all():
-        raise EncoderError(
-            f"{name}: got NaN or infinite numbers, with which all codes are alike; train it again"
-        )
-    if array.dtype.name not in _DTYPES:
-        raise EncoderError(
-            f"{name}: got dtype {array.dtype.name}, expected one of {', '.join(sorted(_DTYPES))}"
-        )
-
-
 def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Encoder:
     """Build an encoder of a file's parts; every disagreement is an `EncoderError`."""
     try:
@@ -366,33 +359,26 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
         made = json.loads(header["made"])
         if not isinstance(made, dict) or not isinstance(dense, list):
             raise ValueError("made is no object, or dense_layers no list")
+        if header["format"] == FORMAT_2 and header["activation"] != "silu":
+            raise ValueError(f"activation {header['activation']!r}")
         # Before anything is as long as the number of layers: each is either here or in the list.
         if not 0 < shape.num_layers <= len(tensors) + len(dense):
             raise ValueError(f"num_layers {shape.num_layers} for {len(tensors)} tensors")
     except (KeyError, ValueError, RecursionError) as error:
         raise EncoderError(
             f"encoder: got {path} with metadata that is absent or malformed ({error!r}), expected "
-            "that of " + FORMAT + "; write it again with Encoder.save"
+            f"that of {header['format']}; write it again with Encoder.save"
         ) from error
-    names = {
-        f"layers.{layer}.{part}"
-        for layer in range(shape.num_layers)
-        for part in ("projection", "bias")
-    }
-    if unknown := sorted(set(tensors) - names):
-        raise EncoderError(
-            f"encoder: got {path} with tensors {unknown[:4]}, expected layers.N.projection and "
-            f"layers.N.bias with N below {shape.num_layers}"
-        )
-    projections = tuple(tensors.get(f"layers.{i}.projection") for i in range(shape.num_layers))
-    biases = tuple(tensors.get(f"layers.{i}.bias") for i in range(shape.num_layers))
+    projections, biases, queries, hidden = assembled(
+        path, tensors, shape.num_layers, more=header["format"] == FORMAT_2
+    )
     if [i for i, p in enumerate(projections) if p is None] != dense:
         raise EncoderError(
             f"encoder: got {path} that declares the dense layers {dense} but has no projection for "
             f"{[i for i, p in enumerate(projections) if p is None]}; the file is damaged, fetch or "
             "write it again"
         )
-    return Encoder(shape, bits, projections, biases, key_norms, made)
+    return Encoder(shape, bits, projections, biases, key_norms, made, queries, hidden)
 
 
 def _gaussian(stream: tuple[int, ...], size: int) -> np.ndarray:
@@ -416,7 +402,7 @@ def _orthonormal(vectors: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Round to the nearest bfloat16, ties to even, kept as float32."""
     words = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = words + 0x7FFF + ((words >> 16) & 1)

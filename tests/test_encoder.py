@@ -176,7 +176,7 @@ def test_fault_66_truncated_file(path, kept):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "hata.encoder/2"}, "format 'hata.encoder/2', expected 'hata.encoder/1'"),
+        ({"format": "hata.encoder/3"}, "format 'hata.encoder/3', expected 'hata.encoder/1'"),
         ({"format": None}, "format 'none'"),
         ({"bits": None}, "metadata that is absent or malformed"),
         ({"bits": "many"}, "metadata that is absent or malformed"),

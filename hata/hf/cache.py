@@ -20,7 +20,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hata
-from hata.hf.plan import LayerPlan, Placed
+from hata.hf.plan import LayerPlan, Placed, covered
 
 # The last dimension of codes is bytes; norms have none, so slots are dimension 2 of everything.
 SLOTS = 2
@@ -32,8 +32,8 @@ class _Coded:
     plan: LayerPlan
     # These three are None until keys are there.
     placed: Any = None  # Placed
-    codes: Any = None  # [B, Hkv, slots, r/8] uint8
-    norms: Any = None  # [B, Hkv, slots] float16; None as well where scores have no norms
+    codes: Any = None  # [B, Hkv or H, slots, r/8] uint8
+    norms: Any = None  # [B, Hkv or H, slots] float16; None as well where scores have no norms
     # Whether the mask of this cache hides left padding at most; None: nobody looked yet.
     left_padded: bool | None = None
     keys: Any
@@ -53,7 +53,7 @@ class _Coded:
 
     def _buffers(self, keys: torch.Tensor, slots: int) -> None:
         """Allocate codes and norms for `slots` keys."""
-        shape = (*keys.shape[:2], slots)
+        shape = (keys.shape[0], self.placed.key_heads, slots)
         width = self.plan.selection.bits // 8
         self.codes = torch.zeros((*shape, width), dtype=torch.uint8, device=keys.device)
         if self.plan.key_norms:
@@ -82,6 +82,21 @@ class _Coded:
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         selection, placed = self.plan.selection, self.placed
+        budget = {
+            "lengths": lengths,
+            "starts": starts,
+            "ratio": selection.ratio,
+            "k_min": selection.k_min,
+            "sink": selection.sink,
+            "recent": selection.recent,
+            "key_norms": norms,
+        }
+        rest = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        q_codes = placed.query_codes(query)
+        if placed.key_heads != self.plan.kv_heads:
+            # One key code per query head: no fused op knows those, the three steps do.
+            indices = hata.hamming_topk(q_codes, codes, selection.k, **budget)
+            return hata.sparse_attend(query, self.keys, self.values, indices, **rest)
         return hata.hash_attend(
             query,
             self.keys,
@@ -90,18 +105,13 @@ class _Coded:
             placed.projection,
             selection.k,
             bias=placed.bias,
+            query_projection=placed.query_projection,
+            query_bias=placed.query_bias,
+            q_codes=q_codes,
             fresh=fresh,
             dense_below=self.plan.dense_below,
-            lengths=lengths,
-            starts=starts,
-            ratio=selection.ratio,
-            k_min=selection.k_min,
-            sink=selection.sink,
-            recent=selection.recent,
-            key_norms=norms,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sink_logits,
+            **budget,
+            **rest,
         )
 
 
@@ -155,7 +165,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     def _encode_up_to(self, length: int) -> None:
         """Make room for all codes, and encode the keys before `length` that have none."""
         total = self.keys.shape[SLOTS]
-        placed = self._place(self.keys) if self.placed is None else self.placed
+        placed = self.placed or self._place(self.keys)
         codes: Any = self.codes
         norms: Any = self.norms
         if codes is None or codes.shape[SLOTS] < total or _sealed(codes):
@@ -168,7 +178,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         if self.coded < length:
             new = slice(self.coded, length)
             hata.encode(
-                self.keys[:, :, new].detach(),
+                placed.key_features(self.keys[:, :, new].detach()),
                 placed.projection,
                 placed.bias,
                 out=codes[:, :, new],
@@ -186,13 +196,15 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     ) -> torch.Tensor:
         """Hash attention of one query per row, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
         length = self.keys.shape[SLOTS]
-        self.coded = min(self.coded, length - 1)
-        self._encode_up_to(length - 1)
+        # The newest key is left to `hash_attend` where it can hash it.
+        fresh = int((self.placed or self._place(self.keys)).plain_keys)
+        self.coded = min(self.coded, length - fresh)
+        self._encode_up_to(length - fresh)
         out = self._attend(
             query,
             self.codes[:, :, :length],
             None if self.norms is None else self.norms[:, :, :length],
-            1,
+            fresh,
             None,
             starts,
             scale,
@@ -269,7 +281,13 @@ class HashStaticLayer(_Coded, StaticLayer):
         self._start()
 
     def _start(self) -> None:
-        self._place(self.keys)
+        placed, plan = self._place(self.keys), self.plan
+        if placed.key_heads != plan.kv_heads and plan.dense_below > covered(plan.selection):
+            raise hata.AttachError(
+                f"selection: got min_length {plan.dense_below} above k with an encoder that hashes "
+                "keys once per query head, which a static cache cannot hold; use a dynamic cache, "
+                "or leave min_length out"
+            )
         self._buffers(self.keys, self.max_cache_len)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.codes)
@@ -278,7 +296,7 @@ class HashStaticLayer(_Coded, StaticLayer):
 
     def _write(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         """Encode `keys` into `slots`."""
-        keys = keys.detach()
+        keys = self.placed.key_features(keys.detach())
         if self.norms is None:
             codes = hata.encode(keys, self.placed.projection, self.placed.bias)
         else:
@@ -287,15 +305,19 @@ class HashStaticLayer(_Coded, StaticLayer):
             self.norms.index_copy_(SLOTS, slots, norms)
         self.codes.index_copy_(SLOTS, slots, codes)
 
+    def _catch_up(self) -> None:
+        """Encode the key of the last decode step."""
+        last = self.cumulative_length.reshape(1) - 1
+        self._write(last, self.keys.index_select(SLOTS, last))
+        self.pending = False
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values; keys of a step of several tokens are encoded."""
         if self.pending:
             # The last decode step ran dense: its key is encoded now.
-            last = self.cumulative_length.reshape(1) - 1
-            self._write(last, self.keys.index_select(SLOTS, last))
-            self.pending = False
+            self._catch_up()
         super().update(key_states, value_states, *args, **kwargs)
         tokens = key_states.shape[-2]
         if tokens > 1:
@@ -314,6 +336,8 @@ class HashStaticLayer(_Coded, StaticLayer):
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hash attention of one query per row, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
+        if self.pending and not self.placed.plain_keys:
+            self._catch_up()
         out = self._attend(
             query,
             self.codes,

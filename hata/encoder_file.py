@@ -1,0 +1,192 @@
+"""Encoder files as bytes: reading, naming the tensors of a layer, writing whole or not at all.
+
+`hata.encoder` describes the format. Files are safetensors, which hold numbers and strings only:
+nothing in one is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hata.encoder_layer import Hidden, QueryHash
+from hata.errors import EncoderError
+
+FORMAT = "hata.encoder/1"
+FORMAT_2 = "hata.encoder/2"
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+# More hidden layers than anybody trains, and few enough that a hostile file costs nothing.
+_MOST_HIDDEN = 16
+_NAME = re.compile(
+    r"layers\.(0|[1-9]\d{0,5})\."
+    r"(?:(projection|bias|query_projection|query_bias)"
+    r"|(query_hidden|hidden)\.(\d|1[0-5])\.(weight|bias))"
+)
+
+Layers = tuple[
+    tuple[np.ndarray | None, ...],
+    tuple[np.ndarray | None, ...],
+    tuple[QueryHash | None, ...],
+    tuple[tuple[Hidden, ...], ...],
+]
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the tensors of an encoder file.
+
+    Raises:
+        EncoderError: The file is absent, a pickle, truncated or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() in _PICKLES:
+        raise EncoderError(
+            f"encoder: got {path}, a pickle, which can run code when it is read; expected a "
+            f"safetensors file; HATA's weights are converted with: hata convert {path.parent} "
+            "--config MODEL --out encoder.safetensors"
+        )
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found:
+        raise EncoderError(
+            f"encoder: got {path}, which is not a file; expected a safetensors file, or "
+            '"random" for the untrained encoder'
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            found = header.get("format", "none")
+            if found not in (FORMAT, FORMAT_2):
+                raise EncoderError(
+                    f"encoder: got {path} of format {found!r}, expected {FORMAT!r} or "
+                    f"{FORMAT_2!r}; write one with Encoder.save"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise EncoderError(
+            f"encoder: got {path}, which cannot be read as safetensors ({error}); expected a "
+            "whole file of known dtypes; fetch or write it again"
+        ) from error
+    return header, tensors
+
+
+def assembled(
+    path: Path, tensors: Mapping[str, np.ndarray], num_layers: int, *, more: bool
+) -> Layers:
+    """The parts of every layer, by the names of their tensors.
+
+    Args:
+        path: For errors.
+        tensors: All of the file.
+        num_layers: Layers of the model.
+        more: Whether the format is the second, which knows query projections and hidden layers.
+
+    Raises:
+        EncoderError: A name is unknown, a hidden layer lacks its bias, or a query its projection.
+    """
+    known = ("projection", "bias")
+    for name in sorted(tensors):
+        match = _NAME.fullmatch(name)
+        if not match or int(match[1]) >= num_layers or not (more or match[2] in known):
+            raise EncoderError(
+                f"encoder: got {path} with tensors {[name]}, expected layers.N.projection and "
+                f"layers.N.bias with N below {num_layers}"
+                + (", query_projection, query_bias, hidden and query_hidden" if more else "")
+            )
+
+    def part(layer: int, name: str) -> np.ndarray | None:
+        return tensors.get(f"layers.{layer}.{name}")
+
+    def hidden(layer: int, side: str) -> tuple[Hidden, ...]:
+        found = []
+        for number in range(_MOST_HIDDEN):
+            pair = [part(layer, f"{side}.{number}.{one}") for one in ("weight", "bias")]
+            if pair[0] is not None and pair[1] is not None and number == len(found):
+                found.append(Hidden(pair[0], pair[1]))
+            elif pair != [None, None]:
+                raise EncoderError(
+                    f"encoder: got {path} with half of layers.{layer}.{side}.{number}, or one "
+                    "after a gap; expected a weight and a bias each, numbered from 0; fetch or "
+                    "write it again"
+                )
+        return tuple(found)
+
+    def query(layer: int) -> QueryHash | None:
+        projection, bias = part(layer, "query_projection"), part(layer, "query_bias")
+        before = hidden(layer, "query_hidden")
+        if projection is not None:
+            return QueryHash(projection, bias, before)
+        if bias is not None or before:
+            raise EncoderError(
+                f"encoder: got {path} with parts of layers.{layer}.query_projection but not that; "
+                "fetch or write it again"
+            )
+        return None
+
+    layers = range(num_layers)
+    return (
+        tuple(part(layer, "projection") for layer in layers),
+        tuple(part(layer, "bias") for layer in layers),
+        tuple(query(layer) for layer in layers),
+        tuple(hidden(layer, "hidden") for layer in layers),
+    )
+
+
+def flattened(
+    projections: Sequence[np.ndarray | None],
+    biases: Sequence[np.ndarray | None],
+    queries: Sequence[QueryHash | None],
+    hidden: Sequence[Sequence[Hidden]],
+) -> dict[str, np.ndarray]:
+    """The tensors of all layers, by name: the inverse of `assembled`."""
+    tensors: dict[str, np.ndarray | None] = {}
+    for layer, projection in enumerate(projections):
+        query = queries[layer]
+        tensors[f"layers.{layer}.projection"] = projection
+        tensors[f"layers.{layer}.bias"] = biases[layer]
+        sides = {"hidden": hidden[layer]}
+        if query is not None:
+            tensors[f"layers.{layer}.query_projection"] = query.projection
+            tensors[f"layers.{layer}.query_bias"] = query.bias
+            sides["query_hidden"] = query.hidden
+        for side, found in sides.items():
+            for number, (weight, bias) in enumerate(found):
+                tensors[f"layers.{layer}.{side}.{number}.weight"] = weight
+                tensors[f"layers.{layer}.{side}.{number}.bias"] = bias
+    return {name: np.ascontiguousarray(x) for name, x in tensors.items() if x is not None}
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
+    """Write the file, whole or not at all: a temporary file beside it, then a rename.
+
+    Raises:
+        EncoderError: The name does not end in .safetensors.
+    """
+    from safetensors.numpy import save
+
+    if path.suffix.lower() != ".safetensors":
+        raise EncoderError(
+            f"path: got {path}, expected a name that ends in .safetensors; rename it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(dict(tensors), metadata=dict(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private; the encoder gets what `open` would have given it.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink()
+        raise

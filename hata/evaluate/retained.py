@@ -1,0 +1,139 @@
+"""The share of attention that selectors keep, layer by layer.
+
+For the last queries of a sequence: *retained mass* is the share of the GQA group's attention mass,
+the mean over its query heads, that lies on the chosen keys; *kept* is that mass over what exact
+top-k on summed q.k retains with the same budget; *recall* is the share of exact top-k's keys that
+were chosen. Exact top-k ranks by the sum of q.k and not by mass, so kept may exceed 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hata.evaluate.mass import group_mass, hidden_keys
+from hata.evaluate.selectors import Asked, Exact, Selector
+from hata.learn import recorder
+
+QUERIES = 256
+
+
+@dataclass
+class Sums:
+    """Running sums over sequences of one selector at one budget, by layer."""
+
+    mass: dict[int, float] = field(default_factory=dict)
+    exact: dict[int, float] = field(default_factory=dict)
+    hits: dict[int, float] = field(default_factory=dict)
+    count: dict[int, int] = field(default_factory=dict)
+
+    def add(self, layer: int, mass: float, exact: float, hits: float) -> None:
+        """One sequence of one layer."""
+        for table, value in ((self.mass, mass), (self.exact, exact), (self.hits, hits)):
+            table[layer] = table.get(layer, 0.0) + value
+        self.count[layer] = self.count.get(layer, 0) + 1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a selector keeps of a model's attention at one budget.
+
+    Attributes:
+        selector: Its name.
+        bits: Bits of its codes.
+        tokens: Length of the sequences.
+        k: Budget, in keys.
+        mass: Layer -> retained mass.
+        kept: Layer -> that over what exact top-k retains.
+        recall: Layer -> share of exact top-k's keys that were chosen.
+    """
+
+    selector: str
+    bits: int
+    tokens: int
+    k: int
+    mass: Mapping[int, float]
+    kept: Mapping[int, float]
+    recall: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """`kept`, the mean over layers."""
+        return float(np.mean(list(self.kept.values())))
+
+    @property
+    def mean_recall(self) -> float:
+        """`recall`, the mean over layers."""
+        return float(np.mean(list(self.recall.values())))
+
+
+def measure(
+    asked: Asked, scale: float, selectors: Iterable[Selector], budgets: Sequence[int]
+) -> dict[tuple[str, int, int], tuple[float, float, float]]:
+    """One sequence of one layer: `(name, bits, k)` -> retained mass, exact top-k's, recall."""
+    mass = torch.stack(
+        [group_mass(q, keys, scale, asked.hidden)[0] for q, keys in zip(*asked[1:3], strict=True)]
+    )
+    best = {k: Exact().choose(asked, k) for k in budgets}
+    exact = {k: float(mass.gather(2, best[k]).sum(-1).mean()) for k in budgets}
+    found = {}
+    for selector in selectors:
+        for k in budgets:
+            chosen = selector.choose(asked, k)
+            retained = float(mass.gather(2, chosen).sum(-1).mean())
+            marked = torch.zeros_like(mass, dtype=torch.bool).scatter_(2, chosen, True)
+            recall = float(marked.gather(2, best[k]).float().mean())
+            found[selector.name, selector.bits, k] = (retained, exact[k], recall)
+    return found
+
+
+def evaluate(
+    model: Any,
+    ids: np.ndarray,
+    selectors: Sequence[Selector],
+    budgets: Sequence[int],
+    *,
+    queries: int = QUERIES,
+    on_sequence: Callable[[int], None] = lambda _: None,
+) -> list[Kept]:
+    """Let a model read, and measure every selector on every layer as it does.
+
+    Nothing is stored: each layer is measured while the model attends.
+
+    Args:
+        model: Of `hata.learn.recorder.load_model`.
+        ids: `[n, T]` token ids.
+        selectors: What is compared.
+        budgets: In keys.
+        queries: How many of the last queries are looked at.
+        on_sequence: Called with how many are read.
+    """
+    sums: dict[tuple[str, int, int], Sums] = {}
+
+    def visit(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        last = q[0, :, -queries:].float().unflatten(0, (keys.shape[1], -1))
+        hidden = hidden_keys(last.shape[2], keys.shape[2], keys)
+        asked = Asked(layer, last, keys[0].float(), hidden)
+        for name, found in measure(asked, scale, selectors, budgets).items():
+            sums.setdefault(name, Sums()).add(layer, *found)
+
+    shown = recorder.Recorder(visit)
+    for number, row in enumerate(ids, 1):
+        recorder.read(model, torch.from_numpy(row)[None], shown)
+        on_sequence(number)
+    return [
+        Kept(
+            name,
+            bits,
+            ids.shape[1],
+            k,
+            {layer: total.mass[layer] / n for layer, n in sorted(total.count.items())},
+            {layer: total.mass[layer] / total.exact[layer] for layer in sorted(total.count)},
+            {layer: total.hits[layer] / n for layer, n in sorted(total.count.items())},
+        )
+        for (name, bits, k), total in sums.items()
+    ]

@@ -1,0 +1,135 @@
+"""Our recipe: rank the keys of a GQA group as its attention does, for every number of bits at once.
+
+A step takes some queries of one sequence and all keys that they see. Scores of the first 32, 64,
+128, ... bits come from one pass, since each is the one before plus the agreement of its own bits,
+and every one of them is trained as if it were used alone. In the first part of the training scores
+learn the attention (`objectives.listwise`); then the mass on the best keys is raised directly
+(`objectives.kept_mass`), for budgets drawn anew for every query, so that the hard negatives are
+those at the budget's edge, wherever it is. Signs are tanh that sharpen, and at last signs.
+
+Half of the steps see short contexts, half long ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hata.learn import objectives
+from hata.learn.hasher import Hasher, Sign, soft_sign, straight_through
+from hata.learn.recipe import Learned, Recipe, Watcher
+from hata.learn.samples import Batch, LayerSamples
+
+
+@dataclass(frozen=True)
+class Listwise(Recipe):
+    """See the module.
+
+    Attributes:
+        queries: Queries of a step.
+        query_codes: Codes of a KV head's queries, at least one per query head; more of them make
+            finer weights and a slower scan.
+        rate: Learning rate of Adam; rises over 20 steps, then falls along a cosine.
+        listwise: Share of the steps that learn the attention; the rest raise the kept mass.
+        straight: Share of the steps, the last ones, with signs instead of tanh.
+        sharpness: Of tanh at the start, and where it ends.
+        width: Softness of a budget's edge, in units of a score over the root of its bits.
+        budgets: Smallest and largest share of the visible keys that budgets are drawn from.
+        short: Share of the sequence that a short context has at most.
+        least: Smallest budget, in keys.
+    """
+
+    name: str = "listwise"
+    steps: int = 2000
+    nested: bool = True
+    queries: int = 128
+    query_codes: int = 8
+    rate: float = 1e-2
+    listwise: float = 0.3
+    straight: float = 0.25
+    sharpness: tuple[float, float] = (1.0, 4.0)
+    width: float = 0.075
+    budgets: tuple[float, float] = (1 / 128, 1 / 16)
+    short: float = 0.3
+    least: int = 8
+
+    def train(
+        self, samples: LayerSamples, bits: int, steps: int, seed: int, watch: Watcher
+    ) -> Learned:
+        """See `Recipe`."""
+        generator = torch.Generator().manual_seed(seed)
+        hasher = Hasher(
+            *samples.start(),
+            group=samples.group,
+            bits=bits,
+            codes=max(1, self.query_codes // samples.group),
+            generator=generator,
+        )
+        prefixes = prefixes_of(bits)
+        # Products of codes to logits; what a layer needs depends on how sharply it attends.
+        start = torch.tensor([math.log(6 / n**0.5) for n in prefixes])
+        factors = torch.nn.Parameter(start.repeat(samples.kv_heads, 1).to(samples.device))
+        parameters = [*hasher.parameters(), factors]
+        optimiser = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.98))
+        for step in range(steps):
+            done = step / steps
+            for settings in optimiser.param_groups:
+                settings["lr"] = self.rate * _schedule(step, done)
+            before = samples.tokens if step % 2 else math.ceil(samples.tokens * self.short)
+            batch = samples.batch(step, self.queries, before, generator)
+            loss = self._loss(hasher, factors, prefixes, samples.scale, batch, done, generator)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            watch(step, float(loss.detach()), hasher.export)
+        return hasher.export()
+
+    def _loss(
+        self,
+        hasher: Hasher,
+        factors: torch.Tensor,
+        prefixes: tuple[int, ...],
+        scale: float,
+        batch: Batch,
+        done: float,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        q, keys, visible, hidden = batch
+        target = objectives.group_target(q, keys, scale, hidden)
+        sign = self._sign(done)
+        k_codes, q_codes = hasher.encode_keys(keys, sign), hasher.encode_queries(q, sign)
+        low, high = (math.log2(share) for share in self.budgets)
+        shares = 2 ** (low + (high - low) * torch.rand(len(visible), generator=generator))
+        budgets = (visible * shares.to(visible.device)).long().clamp_min(self.least)
+        budgets = budgets.minimum(visible)
+        scores = torch.zeros((), device=keys.device)
+        loss = torch.zeros((), device=keys.device)
+        first = 0
+        for i, last in enumerate(prefixes):
+            scores = scores + q_codes[..., first:last] @ k_codes[..., first:last].mT
+            first = last
+            unit = scores / last**0.5
+            if done < self.listwise:
+                logits = unit * factors[:, i].exp()[:, None, None]
+                loss = loss + objectives.listwise(logits, target, hidden)
+            else:
+                kept = objectives.kept_mass(unit, target, hidden, budgets, self.width)
+                loss = loss - 2 * kept
+        return loss
+
+    def _sign(self, done: float) -> Sign:
+        soft, sharp = self.sharpness
+        if done >= 1 - self.straight:
+            return straight_through(sharp / 2)
+        return soft_sign(soft * (sharp / soft) ** (done / (1 - self.straight)))
+
+
+def prefixes_of(bits: int) -> tuple[int, ...]:
+    """The numbers of bits that are trained to be used alone: powers of two, and all."""
+    return (*(n for n in (32, 64, 128, 256, 512) if n < bits), bits)
+
+
+def _schedule(step: int, done: float) -> float:
+    return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))

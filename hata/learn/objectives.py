@@ -1,0 +1,113 @@
+"""What a hash is trained for, as torch functions of its scores.
+
+Ours are listwise: a row is one query of a GQA group, its entries are the keys it sees, and the
+target is the share of attention mass that each key gets from the group's heads together. `listwise`
+is the cross-entropy against that share; `kept_mass` is the share that the best keys hold, smoothed
+at the budget's edge, so that a step moves the keys that are about to enter or to leave.
+
+The other two are baselines: `pairwise` is HATA's (arXiv 2506.02572), `matching` HashAttention's
+(arXiv 2412.14468).
+"""
+
+from __future__ import annotations
+
+import torch
+
+LOWEST = -1e30
+
+
+def group_target(
+    q: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Share of a group's attention mass on each key.
+
+    Args:
+        q: `[N, G, Q, D]`, N KV heads.
+        keys: `[N, S, D]`.
+        scale: Factor of the logits.
+        hidden: `[Q, S]`, true where a query does not see a key.
+
+    Returns:
+        `[N, Q, S]`; a row adds up to 1.
+    """
+    heads, group, queries, size = q.shape
+    logits = (q.reshape(heads, group * queries, size) @ keys.mT).unflatten(1, (group, queries))
+    return (logits * scale).masked_fill(hidden, LOWEST).softmax(-1).mean(1)
+
+
+def listwise(scores: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of softmax(scores) against the target, `[N, Q, S]` -> a mean over rows."""
+    logged = scores.masked_fill(hidden, LOWEST).log_softmax(-1)
+    return -(target * logged.masked_fill(hidden, 0.0)).sum(-1).mean()
+
+
+def kept_mass(
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    hidden: torch.Tensor,
+    budgets: torch.Tensor,
+    width: float,
+) -> torch.Tensor:
+    """Target mass on the best `budgets` keys of each row, smoothed: a mean over rows, to maximise.
+
+    A key counts sigmoid((score - edge) / width), `edge` being the score of the last key within the
+    budget. The edge moves with the scores such that the counts keep their sum, so a key gains only
+    as far as it holds more mass than its rivals at the edge.
+
+    Args:
+        scores: `[N, Q, S]`.
+        target: `[N, Q, S]`.
+        hidden: `[Q, S]`.
+        budgets: `[Q]` int64, in keys.
+        width: Softness of the edge, in units of the scores.
+    """
+    with torch.no_grad():
+        best = scores.masked_fill(hidden, LOWEST).topk(int(budgets.max()), -1).values
+        edge = best.gather(2, (budgets - 1).expand(len(scores), -1).unsqueeze(-1))
+    count = torch.sigmoid((scores - edge) / width).masked_fill(hidden, 0.0)
+    with torch.no_grad():
+        slope = count * (1 - count)
+        rival = (slope * target).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-6)
+    return ((target - rival) * count).sum(-1).mean()
+
+
+def pairwise(
+    hashed_q: torch.Tensor,
+    hashed_k: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    similarity: float,
+    balance: float,
+    orthogonality: float,
+) -> torch.Tensor:
+    """HATA's loss over N pairs of a query and a key.
+
+    Args:
+        hashed_q: Relaxed codes of the queries, `[Hkv, G, N, r]`.
+        hashed_k: Relaxed codes of the keys, `[Hkv, 1, N, r]`.
+        labels: `[Hkv, G, N]`, positive where the codes should agree.
+        weights: The projection, `[Hkv, D, r]`.
+        similarity: Factor of `sum(labels * |h(q) - h(k)|^2) / N`.
+        balance: Factor of `|mean over pairs of (h(q) + h(k)) / r|^2`, summed over heads.
+        orthogonality: Factor of `|W'W - I|`, the norm over all heads together.
+    """
+    pairs, bits = hashed_q.shape[-2:]
+    apart = (labels * (hashed_q - hashed_k).square().sum(-1)).sum() / pairs
+    bias = ((hashed_q + hashed_k).mean(-2) / bits).square().sum()
+    unit = torch.eye(bits, dtype=weights.dtype, device=weights.device)
+    turned = torch.linalg.vector_norm(weights.mT @ weights - unit)
+    return similarity * apart + balance * bias + orthogonality * turned
+
+
+def matching(scores: torch.Tensor, wanted: torch.Tensor, weight: float) -> torch.Tensor:
+    """HashAttention's loss: weighted binary cross-entropy of sigmoid(scores).
+
+    Args:
+        scores: Products of relaxed codes, `[..., S]`.
+        wanted: The same shape, 1 where a key is among the exact best, else 0.
+        weight: Weight of a wanted key against another.
+    """
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        scores, wanted, pos_weight=scores.new_tensor(weight)
+    )

@@ -1,0 +1,139 @@
+"""Text to learn from: files to one string, a string to sequences of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hata.errors import HataError
+
+SUFFIXES = frozenset(
+    {".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".cpp", ".html", ".tex", ".jsonl"}
+)
+LEAST_TOKENS = 1024
+# Text per token that is looked at, in characters; tokenizers of words need more than bytes do.
+_CHARACTERS = 12
+
+
+class CaptureError(HataError, ValueError):
+    """The model or the text cannot be used to learn or to choose from."""
+
+
+def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> str:
+    """The text of files; a folder stands for the text files below it, in order of their names.
+
+    Args:
+        paths: Files and folders.
+        without: Names of folders whose files are left out: text held out for judging.
+
+    Raises:
+        CaptureError: One is missing or no text.
+    """
+    texts = []
+    for name in paths:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            texts.append(_read(path))
+            continue
+        found = [
+            p
+            for p in sorted(path.rglob("*"))
+            if p.suffix in SUFFIXES
+            and p.is_file()
+            and not set(without).intersection(p.relative_to(path).parts)
+        ]
+        if not found:
+            raise CaptureError(f"--text: got folder {name} without text files; name files")
+        for file in found:
+            try:
+                texts.append(_read(file))
+            except UnicodeDecodeError:
+                continue
+    return "\n".join(texts)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CaptureError(
+            f"--text: {path} cannot be read ({error.strerror or error}); check the path"
+        ) from None
+
+
+def load_tokenizer(path: Path) -> Callable[[str], list[int]]:
+    """Text to token ids, without special ones.
+
+    Raises:
+        CaptureError: The folder has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Tokenizers are of many makes, and each fails in its own way.
+    except Exception as error:
+        settings = path / "tokenizer_config.json"
+        named = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+        if '"ByT5Tokenizer"' in named:
+            return lambda text: [byte + 3 for byte in text.encode()]
+        raise CaptureError(
+            f"--model: {path} has no tokenizer that can be loaded ({first_line(error)})"
+        ) from None
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def sequences(
+    encode: Callable[[str], list[int]], text: str, count: int, tokens: int, least: int
+) -> np.ndarray:
+    """Token ids of `count` stretches of a text, spread over all of it, `[count, tokens]`.
+
+    Where the text is short, there are fewer, or shorter, ones.
+
+    Raises:
+        CaptureError: There are fewer than `least` tokens.
+    """
+    window = tokens * _CHARACTERS
+    starts = np.linspace(0, max(len(text) - window, 0), count).astype(int)
+    found: list[list[int]] = []
+    for start in dict.fromkeys(starts.tolist()):
+        found.append(encode(text[start : start + window])[:tokens])
+    length = max(map(len, found), default=0)
+    if length < least:
+        raise CaptureError(
+            f"--text: got {length} tokens, expected at least {least}, better {tokens}; name more "
+            "or longer files"
+        )
+    return np.array([ids for ids in found if len(ids) == length], np.int64)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def load_config(model: str | Path) -> Any:
+    """The configuration of a model's folder.
+
+    Raises:
+        CaptureError: It is no folder of a model.
+    """
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        raise CaptureError(
+            f"--model: got {model}, expected a folder with config.json; give the path of a model "
+            "saved by transformers"
+        )
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise CaptureError(
+            f"--model: needs transformers ({error}); pip install 'hata-attention[hf]'"
+        ) from None
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CaptureError(f"--model: {model}: {first_line(error)}") from None
