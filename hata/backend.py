@@ -101,6 +101,14 @@ class Backend(ABC):
         """The configuration of an untuned problem: for each knob one of its allowed values."""
         return {}
 
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        """Why a configuration cannot run here although each of its values is allowed.
+
+        Asked of the entry of a profile that would serve, once per problem: kernels may need more
+        shared memory than a GPU has, which no single knob shows. `None`: it can.
+        """
+        return None
+
     def kernel_hash(self, op: str) -> str:
         """SHA-256 (hex) of the sources behind an op; a tuned entry is valid for one hash only.
 

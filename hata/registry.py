@@ -280,6 +280,7 @@ def _match(backend: Backend, problem: Problem) -> Match | None:
         backend.kernel_hash(problem.op),
         problem,
         backend.tunables(problem.op, problem),
+        refuse=lambda config: backend.refusal(problem, config),
     )
 
 

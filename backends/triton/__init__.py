@@ -11,7 +11,7 @@ import os
 from typing import Any, ClassVar
 
 from hata.arrays import Framework
-from hata.backend import Backend, Budget, Config
+from hata.backend import Backend, Budget, Config, use_config
 from hata.problem import Problem
 
 OLDEST = (8, 0)
@@ -62,6 +62,19 @@ class TritonBackend(Backend):
         from . import defaults
 
         return defaults.KNOBS[op]
+
+    def refusal(self, problem: Problem, config: Config) -> str | None:
+        """Say why kernels of a configuration do not fit the GPU; they are compiled to see."""
+        if INTERPRETED:
+            return None
+        from hata import device
+
+        from . import launch, rehearsal
+
+        here = device.fingerprint("cuda")
+        with use_config(self.name, problem.op, config):
+            kernels = rehearsal.kernels(self, problem)
+        return launch.misfit(kernels, here.sm or 0, here.smem_optin or 0)
 
     def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
         """Compile and load what this call launches, on the device of its arrays."""

@@ -215,10 +215,26 @@ def load_all(kernels: list[Bound], device: int) -> None:
         kernel.load(device)
 
 
-def compile_all(kernels: list[Bound], sm: int) -> None:
+def compile_all(kernels: list[Bound], sm: int) -> list[Any]:
     """Compile kernels for a compute capability (90 is 9.0), into Triton's cache."""
-    for kernel in kernels:
-        kernel.compile_for(GPUTarget("cuda", sm, 32))
+    target = GPUTarget("cuda", sm, 32)
+    with ThreadPoolExecutor(max(len(kernels), 1)) as threads:
+        return list(threads.map(lambda kernel: kernel.compile_for(target), kernels))
+
+
+def misfit(kernels: list[Bound], sm: int, shared: int) -> str | None:
+    """Why kernels cannot run on a GPU with `shared` bytes of shared memory a block, if so."""
+    try:
+        compiled = compile_all(kernels, sm)
+    except KernelError as error:
+        return str(error)
+    for kernel, made in zip(kernels, compiled, strict=True):
+        if made.metadata.shared > shared:
+            return (
+                f"{kernel.fn.__name__} needs {made.metadata.shared} bytes of shared memory, and "
+                f"a block of this GPU has {shared}"
+            )
+    return None
 
 
 _bound: dict[tuple, Bound] = {}

@@ -1,10 +1,14 @@
 """What `prepare` loads is what a call launches, whatever heads its query codes have."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 
 import hata
+from hata.device import Fingerprint
+from hata.problem import Problem
+from hata.profile import Entry, Measured, Profile, ProfileWarning, Timing
 from hata.testing.faults_values import SMALL, changed
 from hata.testing.kits import TorchKit
 from hata.testing.properties import Properties
@@ -74,9 +78,43 @@ def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch):
         launch.Bound, "compile_for", lambda self, target: compiled.append((self, target.arch))
     )
     backend = triton_backend()
-    problem = hata.problem.Problem(
+    problem = Problem(
         "hamming_topk", "cuda", "uint8", heads=8, kv_heads=2, bits=128, k=64, slots=4096
     )
     backend.compile(problem, 90)
     assert {kernel for kernel, _ in compiled} == set(rehearsal.kernels(backend, problem))
     assert {arch for _, arch in compiled} == {90}
+
+
+# 227 KB, what a block of an H200 may have, and the least that any GPU gives.
+@pytest.mark.parametrize(("shared", "why"), [(232448, None), (64, "bytes of shared memory")])
+def test_fault_52_kernels_that_do_not_fit_are_refused(tmp_path, monkeypatch, shared, why):
+    """Of a profile's entry: the default runs, with one warning."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    here = Fingerprint("cuda", "NVIDIA H200", 132, sm=90, smem_optin=shared)
+    monkeypatch.setattr("hata.device.fingerprint", lambda kind="cpu": here)
+    monkeypatch.setattr(triton_backend, "missing", classmethod(lambda cls: None))
+    problem = Problem(
+        "sparse_attend", "cuda", "bfloat16", heads=8, kv_heads=2, head_dim=64, value_dim=64, k=64,
+        slots=512,
+    )  # fmt: skip
+    backend = hata.registry.load("triton")
+    knobs = backend.tunables(problem.op, problem)
+    config = {name: values[-1] for name, values in knobs.items()}
+    kernels = {"triton": {problem.op: backend.kernel_hash(problem.op)}}
+    hata.use_profile(
+        Profile(
+            fingerprint=replace(here, kernels=kernels),
+            measured=Measured("2026-01-01", "cuda_graph", 9, True, 1.0, 9, 0),
+            entries=(Entry("triton", problem, config, Timing(1.0, 1.0, 1.0), 2.0),),
+            selections=(),
+        )
+    )
+    try:
+        if why is None:
+            assert backend.config(problem) == config
+        else:
+            with pytest.warns(ProfileWarning, match=why):
+                assert backend.config(problem) == backend.default(problem)
+    finally:
+        hata.registry.reset()
