@@ -16,7 +16,8 @@ from hata import checks, registry
 from hata.backend import Backend, Budget
 from hata.device import Fingerprint
 from hata.problem import Problem
-from tune import ahead, check, cost, cuda, measure, propose, search, session, space
+from hata.profile import Profile
+from tune import ahead, check, cost, cuda, inputs, measure, propose, search, session, space
 from tune.__main__ import main
 from tune.ahead import Ahead
 from tune.check import Checker
@@ -525,6 +526,101 @@ def test_a_backend_that_compiles_nothing_ahead_starts_no_process(monkeypatch):
     assert type(backend).compile is Backend.compile
     with Ahead(backend, 90) as compiler:
         compiler.compile([(ENCODE, {})])
+
+
+SIMULATED = """
+import importlib.util, sys
+import numpy as np
+import torch
+from hata.backend import Backend
+from tune import cost, cuda, inputs
+
+spec = importlib.util.spec_from_file_location("test_tune_gpu", TESTS)
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+gpu = tests.FakeGPU()
+cuda._torch = lambda: gpu
+cost._calibrate_cuda = lambda launch: cost.Machine(4e6, 300e6, launch, 132)
+
+def stand_in(self, backend, device, dtype):
+    self.device, self.name, self._torch = torch.device("cpu"), "torch", torch
+
+inputs.Arrays.__init__ = stand_in
+
+class Simulated(Backend):
+    name = "simulated"
+    devices = frozenset({"cpu", "cuda"})
+    frameworks = frozenset({"torch"})
+
+    def tunables(self, op, problem):
+        return {name: tuple(values) for name, values in tests.KNOBS}
+
+    def default(self, problem):
+        return tests.MIDDLE
+
+    def unsupported(self, problem):
+        return [] if problem.op == "encode" else ["only encode"]
+
+    def compile(self, problem, sm):
+        assert sm == 90
+
+    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
+        config = self.config(problem)
+        if config["n4"] == 8:
+            raise RuntimeError("planted failure")
+        # Next to nothing is the call by which launches are measured.
+        gpu.kernel("encode", 2.0 if x.shape[2] == 1 else tests.separable(config))
+        if gpu.capturing is not None:
+            return None
+        values = x.double() @ projection.double().repeat_interleave(
+            x.shape[1] // projection.shape[0], 0
+        )
+        bits = (values > 0).numpy()
+        codes = torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little"))
+        return codes ^ 1 if config["n5"] == 2 else codes
+
+    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+"""
+
+
+def test_a_whole_run_on_a_simulated_gpu(tmp_path, monkeypatch, capsys):
+    """Plan, processes, calibration, checks, clock, search, verdict and profile, on a stand-in."""
+    pytest.importorskip("torch", reason="the stand-in's arrays are torch's")
+    site = tmp_path / "site"
+    info = site / "simulated-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "simulated_gpu.py").write_text(SIMULATED.replace("TESTS", repr(__file__)))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hata.backends]\nsimulated = simulated_gpu:Simulated\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr("hata.device.has_cuda", lambda: True)
+    monkeypatch.setattr("hata.device.fingerprint", lambda kind="cpu": H200)
+    out = tmp_path / "p.yaml"
+    arguments = ["--gpu", "h200", "--backend", "simulated", "--quick", "--out", str(out)]
+    # This process loads the stand-in too, for the plan.
+    kept = cuda._torch, cost._calibrate_cuda, inputs.Arrays.__init__
+    try:
+        assert main([*arguments, "--storage", str(tmp_path / "s.db")]) == 0
+    finally:
+        cuda._torch, cost._calibrate_cuda, inputs.Arrays.__init__ = kept
+        registry.reset()
+        sys.modules.pop("simulated_gpu", None)
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1] == str(out)
+    assert "planted failure" in told.err
+    assert "bytes of codes are wrong" in told.err
+    found = Profile.load(out)
+    assert found.fingerprint.name == "NVIDIA H200"
+    assert found.measured.method == "cuda_graph"
+    (entry,) = found.entries
+    assert entry.op == "encode"
+    assert {k: entry.config[k] for k in ("n0", "n1", "n2", "way")} == {
+        "n0": 8, "n1": 16, "n2": 2, "way": True,
+    }  # fmt: skip
+    assert entry.config["n4"] != 8
+    assert entry.config["n5"] != 2
+    assert entry.us.median == pytest.approx(100.0)
+    assert entry.default_us == pytest.approx(separable(MIDDLE))
 
 
 def test_the_bench_checks_triton_kernels_in_the_interpreter(repo_root):
