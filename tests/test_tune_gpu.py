@@ -324,7 +324,8 @@ def test_gains_are_put_together_and_taken_further():
     assert {k: best[k] for k in ("n0", "n1", "n2", "way")} == {
         "n0": 8, "n1": 16, "n2": 2, "way": True,
     }  # fmt: skip
-    assert asked <= 20
+    # Few steps, and in the end all neighbours of the best.
+    assert asked <= 20 + 14
     assert propose.climb(LARGE, default, {default: 1.0}) == []
 
 

@@ -3,7 +3,8 @@
 The space of a CPU is small, and ranked by the analytic model as a whole. That of a GPU is entered
 at the default: its launches are kernels of their own, so what one knob gains adds, roughly, to what
 another gains. First come the *neighbours*, which differ from the default in one knob by one step;
-then, again and again, the gains are put together, and what moved moves a step further.
+then, again and again, the gains are put together, what moved moves a step further, and the
+neighbours of the best are tried.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def climb(configs: Space, default: int, ratios: Mapping[int, float]) -> list[int
     Args:
         configs: The space.
         default: Number of the default.
-        ratios: Number -> time over that of the default, of all that were right.
+        ratios: Number -> time over that of the default, of all that were measured, in that order.
     """
     base = configs.places(default)
     gains: dict[str, tuple[float, int]] = {}
@@ -85,12 +86,15 @@ def climb(configs: Space, default: int, ratios: Mapping[int, float]) -> list[int
         found.append(configs.number_at(together))
     # All gains first: if they add up, the rest is soon seen to be worse.
     found.reverse()
-    if ratios:
-        best = min(ratios, key=lambda number: (ratios[number], number))
-        if ratios[best] < _GAIN:
-            at = configs.places(best)
-            for name, values in configs.knobs:
-                step = (at[name] > base[name]) - (at[name] < base[name])
-                if step and 0 <= at[name] + step < len(values):
-                    found.append(configs.number_at({**at, name: at[name] + step}))
+    least = min(ratios.values(), default=1.0)
+    if least < _GAIN:
+        # Of those that are as good the one that was met first: nothing is gained by moving on.
+        best = next(number for number, ratio in ratios.items() if ratio <= least / _GAIN)
+        at = configs.places(best)
+        for name, values in configs.knobs:
+            step = (at[name] > base[name]) - (at[name] < base[name])
+            if step and 0 <= at[name] + step < len(values):
+                found.append(configs.number_at({**at, name: at[name] + step}))
+        # What gained may have changed what the other knobs should be.
+        found += neighbours(configs, best)
     return [number for number in dict.fromkeys(found) if number not in ratios][:_AT_ONCE]

@@ -364,9 +364,9 @@ class _Search:
             if waiting:
                 self.study.optimize(self.objective, n_trials=waiting)
                 continue
-            ratios = {n: r["ratio"] for n, r in self.known.items() if not r["failure"]}
-            tried = dict.fromkeys(self.failures, _FAILED) | ratios
-            self.enqueue(climb(self.space, self.default, tried))
+            # Failures too, as what was tried and is no gain.
+            ratios = {number: result["ratio"] for number, result in self.known.items()}
+            self.enqueue(climb(self.space, self.default, ratios))
             if not self._waiting:
                 # Nothing is left that the times suggest: the sampler looks elsewhere.
                 self.study.optimize(self.objective)
