@@ -5,7 +5,7 @@
 // gathered row goes from memory straight into the operands, in 16-byte loads. Warps, then parts,
 // leave a maximum, a sum and an unnormalised output, which are merged in a fixed order.
 //
-// G (heads that share keys), HEADS and LANES (heads and value dimensions of a pass), D, DV.
+// G (heads that share keys), SOFTCAP (there is one), HEADS and LANES (heads and value dimensions of a pass), D, DV.
 
 #define WARPS (THREADS / 32)
 #define CHUNKS ((D + 31) / 32)
@@ -17,6 +17,8 @@
 // Floats of shared memory that a warp leaves its share in, and of an exchange area.
 #define PEAKS (WARPS * HEADS * ROW_STRIDE)
 #define AREA_PEAKS (HEADS * LANES)
+// Lanes that merge an element.
+#define SPREAD (PARTS > 16 ? 32 : PARTS > 8 ? 16 : PARTS > 4 ? 8 : PARTS > 2 ? 4 : 2)
 
 struct Share {
     int first, end;
@@ -24,16 +26,21 @@ struct Share {
     const data_t *q, *keys, *values;
 };
 
+INLINE const data_t* queries_of(const Params& p, const Row& row) {
+    return reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b + i64(row.head) * G * p.q_h
+        + row.token * p.q_t;
+}
+
 INLINE int position_at(const Params& p, const Row& row, const Share& share, int rank) {
     if (rank >= share.end) return -1;
-    int position = row.everything ? row.start + rank : load_shared_by_blocks(share.list + rank);
+    int position = row.everything ? row.start + rank : __ldcg(share.list + rank);
     return position < p.slots ? position : -1;
 }
 
 // A logit in units of log 2.
 INLINE float capped(const Params& p, float dot) {
     float logit = dot * p.scale;
-    if (p.softcap > 0.f) logit = p.softcap * tanhf(logit / p.softcap);
+    if (SOFTCAP) logit = p.softcap * tanhf(logit / p.softcap);
     return logit * LOG2E;
 }
 
@@ -42,7 +49,9 @@ INLINE float reference_of(float peak) { return peak == NOTHING ? 0.f : peak; }
 
 #if DATA == 0
 
-INLINE void keep_queries(const Params& p, const Share& share, int head) {}
+struct Queries {};
+INLINE void load_queries(const Params& p, const Row& row, int head, Queries& queries) {}
+INLINE void keep_queries(const Queries& queries) {}
 
 // The warp's share; lane i owns the value dimensions 4i..4i + 3 of the pass.
 INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int head, int lane0,
@@ -54,6 +63,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         peak[h] = NOTHING, sum[h] = 0.f;
         for (int i = 0; i < 4; ++i) acc[h][i] = 0.f;
     }
+#pragma unroll 1
     for (int rank = share.first + warp; rank < share.end; rank += WARPS) {
         i64 position = position_at(p, row, share, rank);
         if (position < 0) continue;
@@ -101,11 +111,28 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 // Queries of a pass in the order in which lanes take them: [TILES][CHUNKS][32 lanes].
 INLINE uint4* kept_queries() { return reinterpret_cast<uint4*>(memory + EXCHANGE); }
 
-INLINE void keep_queries(const Params& p, const Share& share, int head) {
-    for (int i = threadIdx.x; i < TILES * CHUNKS * 32; i += THREADS) {
-        int lane = i % 32, h = head + i / 32 / CHUNKS * 8 + lane / 4;
-        int d = i / 32 % CHUNKS * 32 + 8 * (lane % 4);
-        kept_queries()[i] = load_eight(share.q + h * p.q_h + d, h < G && d < D);
+#define KEPT (TILES * CHUNKS * 32)
+
+struct Queries {
+    uint4 at[(KEPT + THREADS - 1) / THREADS];
+};
+
+// Queries of the heads from `head` on are loaded first and kept later.
+INLINE void load_queries(const Params& p, const Row& row, int head, Queries& queries) {
+    const data_t* q = queries_of(p, row);
+#pragma unroll
+    for (int n = 0; n < (KEPT + THREADS - 1) / THREADS; ++n) {
+        int i = threadIdx.x + n * THREADS, lane = i % 32;
+        int h = head + i / 32 / CHUNKS * 8 + lane / 4, d = i / 32 % CHUNKS * 32 + 8 * (lane % 4);
+        queries.at[n] = load_eight(q + h * p.q_h + d, i < KEPT && h < G && d < D);
+    }
+}
+
+INLINE void keep_queries(const Queries& queries) {
+#pragma unroll
+    for (int n = 0; n < (KEPT + THREADS - 1) / THREADS; ++n) {
+        int i = threadIdx.x + n * THREADS;
+        if (i < KEPT) kept_queries()[i] = queries.at[n];
     }
 }
 
@@ -120,6 +147,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         peak[t][0] = peak[t][1] = NOTHING;
         sum[t][0] = sum[t][1] = 0.f;
     }
+#pragma unroll 1
     for (int rank = share.first + 16 * warp; rank < share.end; rank += 16 * WARPS) {
         int at[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
         any |= at[0] >= 0 || at[1] >= 0;
@@ -230,8 +258,10 @@ INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, flo
     float grown = fmaxf(peak, sink), reference = reference_of(grown);
     float shrink = exp2_fast(peak - reference);
     sum = sum * shrink + exp2_fast(sink - reference);
-    put(reinterpret_cast<data_t*>(p.out) + at * DV + d, any ? acc * (shrink / sum) : 0.f);
-    if (d == 0 && p.lse != nullptr) p.lse[at] = any ? (reference + log2f(sum)) * LN2 : NOTHING;
+    put(reinterpret_cast<data_t*>(p.out) + at * DV + d,
+        any ? acc * __fdividef(shrink, sum) : 0.f);
+    if (d == 0 && p.lse != nullptr)
+        p.lse[at] = any ? (reference + log2_fast(sum)) * LN2 : NOTHING;
 }
 
 // One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on.
@@ -244,13 +274,14 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     bool any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
                            peaks + warp * HEADS);
     any = __syncthreads_or(any);
+#pragma unroll 1
     for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
         int h = i / LANES, d = i % LANES;
         float peak = NOTHING, sum = 0.f, acc = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w * HEADS + h]);
         float reference = reference_of(peak);
-#pragma unroll
+#pragma unroll 4
         for (int w = 0; w < WARPS; ++w) {
             float weight = exp2_fast(peaks[w * HEADS + h] - reference);
             sum += weight * peaks[(WARPS + w) * HEADS + h];
@@ -261,36 +292,38 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
             finish(p, row, head + h, lane0 + d, acc, peak, sum, any);
 #else
         area[i] = acc;
-        if (d == 0) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = sum;
-        if (i == 0) area[AREA_PEAKS + 2 * HEADS] = any;
+        // A part without keys says so by a negative zero.
+        if (d == 0) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = any ? sum : -0.f;
 #endif
     }
 #if PARTS > 1
-    publish(p, row, 0, (AREA_PEAKS + 2 * HEADS + 1) * 4);
+    publish(p, row, 0, (AREA_PEAKS + 2 * HEADS) * 4);
     meet(p, row, met);
+    // A lane takes one part of an element, and lanes that follow one another add them up: the sums
+    // are trees of a fixed form.
     constexpr int EACH = (HEADS * LANES + PARTS - 1) / PARTS;
-    int end = min((row.part + 1) * EACH, HEADS * LANES);
-    for (int i = row.part * EACH + threadIdx.x; i < end; i += THREADS) {
-        int h = i / LANES, d = i % LANES;
-        float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], found = 0.f, peak = NOTHING;
-#pragma unroll
-        for (int n = 0; n < PARTS; ++n) {
-            const float* other = reinterpret_cast<const float*>(exchange_of(p, row, n));
-            part_peak[n] = peer(other + AREA_PEAKS + h);
-            part_sum[n] = peer(other + AREA_PEAKS + HEADS + h);
-            part_acc[n] = peer(other + i);
-            found = fmaxf(found, peer(other + AREA_PEAKS + 2 * HEADS));
-            peak = fmaxf(peak, part_peak[n]);
+    int n = threadIdx.x % SPREAD, end = min((row.part + 1) * EACH, HEADS * LANES);
+    const float* other = reinterpret_cast<const float*>(exchange_of(p, row, min(n, PARTS - 1)));
+#pragma unroll 1
+    for (int first = row.part * EACH; first < end; first += THREADS / SPREAD) {
+        int i = first + threadIdx.x / SPREAD, h = i / LANES, d = i % LANES;
+        float own = NOTHING, sum = -0.f, acc = 0.f;
+        if (i < end && n < PARTS) {
+            own = peer(other + AREA_PEAKS + h);
+            sum = peer(other + AREA_PEAKS + HEADS + h);
+            acc = peer(other + i);
         }
-        float sum = 0.f, acc = 0.f, reference = reference_of(peak);
-#pragma unroll
-        for (int n = 0; n < PARTS; ++n) {
-            float weight = exp2_fast(part_peak[n] - reference);
-            sum += weight * part_sum[n];
-            acc += weight * part_acc[n];
+        bool found = __float_as_uint(sum) != 0x80000000u;
+        float peak = own;
+        for (int mask = 1; mask < SPREAD; mask *= 2) peak = fmaxf(peak, across(peak, mask));
+        float weight = exp2_fast(own - reference_of(peak));
+        sum *= weight, acc *= weight;
+        for (int mask = 1; mask < SPREAD; mask *= 2) {
+            sum += across(sum, mask), acc += across(acc, mask);
+            found |= across(u32(found), mask) != 0;
         }
-        if (head + h < G && lane0 + d < DV)
-            finish(p, row, head + h, lane0 + d, acc, peak, sum, found > 0.f);
+        if (n == 0 && i < end && head + h < G && lane0 + d < DV)
+            finish(p, row, head + h, lane0 + d, acc, peak, sum, found);
     }
     // Areas are written again by the next pass, and must last until all parts have read them.
     meet(p, row, met);
@@ -299,14 +332,13 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #endif
 }
 
-INLINE Share find_share(const Params& p, const Row& row, const int* list, int taken) {
-    int size = ((taken + PARTS - 1) / PARTS + 15) & ~15;
+INLINE Share find_share(const Params& p, const Row& row, const int* list) {
+    int taken = row.taken, size = ((taken + PARTS - 1) / PARTS + 15) & ~15;
     Share share;
     share.first = min(i64(row.part) * size, i64(taken));
     share.end = min(share.first + size, taken);
     share.list = list;
-    share.q = reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b + i64(row.head) * G * p.q_h
-        + row.token * p.q_t;
+    share.q = queries_of(p, row);
     share.keys = reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b
         + row.kv_head * p.keys_h;
     share.values = reinterpret_cast<const data_t*>(p.values) + row.batch * p.values_b
@@ -316,9 +348,15 @@ INLINE Share find_share(const Params& p, const Row& row, const int* list, int ta
 
 // Attend to this block's share of a row, whose first queries are kept already.
 INLINE void attend(const Params& p, const Row& row, const Share& share, u32& met) {
+#pragma unroll 1
     for (int head = 0; head < G; head += HEADS) {
-        if (head > 0) keep_queries(p, share, head);
+        if (head > 0) {
+            Queries queries;
+            load_queries(p, row, head, queries);
+            keep_queries(queries);
+        }
         __syncthreads();
+#pragma unroll 1
         for (int lane0 = 0; lane0 < DV; lane0 += LANES)
             attend_pass(p, row, share, head, lane0, met);
     }

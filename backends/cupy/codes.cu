@@ -6,7 +6,9 @@
 // same dimensions in the same order, so the codes are the same.
 //
 // Bits are the rows of the products and vectors the columns; of a tile of 16 bits lane 4g + j loads
-// bits 2g and 2g + 1 of the dimensions 8j..8j + 7 of each chunk. FUSED: codes are made here. FRESH:
+// bits 2g and 2g + 1 of the dimensions 8j..8j + 7 of each chunk.
+//
+// FUSED: codes are made here. FRESH:
 // how many fresh keys there are. SAME: keys and queries have one projection.
 
 #define COLUMNS (GROUP + FRESH)
@@ -31,6 +33,32 @@ INLINE Fresh find_fresh(const Params& p, const Row& row, int low, int high) {
 
 #if FUSED
 
+#define WEIGHT_CHUNKS ((D + 31) / 32)
+
+// Of a tile of 16 bits: the lane's pairs of bits for the dimensions of each chunk.
+struct Weights {
+    u32 at[WEIGHT_CHUNKS][8];
+};
+
+INLINE void load_tile(const char* projection, i64 head, i64 step, int tile, Weights& weights) {
+    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const data_t* at = reinterpret_cast<const data_t*>(projection) + head + 16 * tile + 2 * g;
+#pragma unroll
+    for (int u = 0; u < WEIGHT_CHUNKS; ++u)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            int d = 32 * u + 8 * j + i;
+            weights.at[u][i] = d < D ? *reinterpret_cast<const u32*>(at + d * step) : 0;
+        }
+}
+
+// The first weights are on their way before anything else is known of a row.
+INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
+    if (threadIdx.x / 32 < R / 16)
+        load_tile(p.query_projection, row.kv_head * p.query_projection_h, p.query_projection_d,
+                  threadIdx.x / 32, weights);
+}
+
 INLINE const data_t* column_at(const Params& p, const Row& row, const Fresh& fresh, int column) {
     if (column < GROUP)
         return reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b
@@ -42,29 +70,26 @@ INLINE const data_t* column_at(const Params& p, const Row& row, const Fresh& fre
         : nullptr;
 }
 
-// Codes of the columns [first, end) into `codes`, words of a column after those of the one before.
+// Codes of the columns [first, end) into `codes`, words of a column after those of the one before;
+// `weights` are those of the warp's first tile.
 INLINE void hash_columns(const Params& p, const Row& row, const Fresh& fresh, int first, int end,
-                         const char* projection, i64 projection_h, i64 projection_d,
-                         const char* bias, int bias_kind, i64 bias_h, u32* codes) {
-    constexpr int CHUNKS = (D + 31) / 32;
+                         Weights& weights, const char* projection, i64 projection_h,
+                         i64 projection_d, const char* bias, int bias_kind, i64 bias_h,
+                         u32* codes) {
     int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const data_t* weights = reinterpret_cast<const data_t*>(projection) + row.kv_head * projection_h;
     const data_t* x[COLUMN_TILES];
     for (int t = 0; t < COLUMN_TILES; ++t) {
         int column = 8 * t + g;
         x[t] = column >= first && column < end ? column_at(p, row, fresh, column) : nullptr;
     }
+#pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
-        const data_t* at = weights + 16 * tile + 2 * g;
+        if (tile >= THREADS / 32)
+            load_tile(projection, row.kv_head * projection_h, projection_d, tile, weights);
         float sum[COLUMN_TILES][4] = {};
 #pragma unroll
-        for (int u = 0; u < CHUNKS; ++u) {
-            u32 w[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                int d = 32 * u + 8 * j + i;
-                w[i] = d < D ? *reinterpret_cast<const u32*>(at + d * projection_d) : 0;
-            }
+        for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
+            u32(&w)[8] = weights.at[u];
 #pragma unroll
             for (int t = 0; t < COLUMN_TILES; ++t) {
                 int d = 32 * u + 8 * j;
@@ -93,13 +118,17 @@ INLINE void hash_columns(const Params& p, const Row& row, const Fresh& fresh, in
 
 // Codes [COLUMNS][W] of the queries, then of the block's fresh keys, whose norms go to `norms`. The
 // codes and norms of fresh keys are written to memory too, by the last token's blocks.
-INLINE void make_codes(const Params& p, const Row& row, const Fresh& fresh, u32* codes, u16* norms) {
-    hash_columns(p, row, fresh, 0, SAME ? COLUMNS : GROUP, p.query_projection,
+INLINE void make_codes(const Params& p, const Row& row, const Fresh& fresh, Weights& weights,
+                       u32* codes, u16* norms) {
+    hash_columns(p, row, fresh, 0, SAME ? COLUMNS : GROUP, weights, p.query_projection,
                  p.query_projection_h, p.query_projection_d, p.query_bias, p.query_bias_kind,
                  p.query_bias_h, codes);
-    if (!SAME && FRESH > 0)
-        hash_columns(p, row, fresh, GROUP, COLUMNS, p.projection, p.projection_h, p.projection_d,
-                     p.bias, p.bias_kind, p.bias_h, codes);
+    if (!SAME && FRESH > 0) {
+        load_tile(p.projection, row.kv_head * p.projection_h, p.projection_d,
+                  min(int(threadIdx.x / 32), R / 16 - 1), weights);
+        hash_columns(p, row, fresh, GROUP, COLUMNS, weights, p.projection, p.projection_h,
+                     p.projection_d, p.bias, p.bias_kind, p.bias_h, codes);
+    }
 #if FRESH > 0 && NORMS
     if (threadIdx.x < 32) {
         int column = GROUP + threadIdx.x / 4;
@@ -110,6 +139,7 @@ INLINE void make_codes(const Params& p, const Row& row, const Fresh& fresh, u32*
 #endif
     __syncthreads();
     if (FRESH > 0 && row.token == p.tokens - 1)
+#pragma unroll 1
         for (int i = threadIdx.x; i < (fresh.end - fresh.first) * W; i += THREADS) {
             i64 position = fresh.first + i / W;
             u32 word = codes[GROUP * W + i];
@@ -123,5 +153,10 @@ INLINE void make_codes(const Params& p, const Row& row, const Fresh& fresh, u32*
 #endif
         }
 }
+
+#else
+
+struct Weights {};
+INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {}
 
 #endif

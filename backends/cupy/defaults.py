@@ -1,13 +1,14 @@
 """The knobs of every op, and the configuration of a problem that was not tuned.
 
-    columns, encode_warps   bits a block of the encode makes, and its warps
-    tiles, loops            sets of 8 vectors that a warp takes at once, and rounds that it makes
-    parts                   blocks that share a row: its scan, its selection and its attention
-    threads                 of such a block
-    joined                  blocks of a row meet as a cluster, or by counters in global memory
-    ahead                   vectors of codes that a thread loads ahead
-    fused                   codes of a step are made by the blocks that need them, not by a launch
-    overlap                 the second launch starts while the first one drains (sm_90 and newer)
+columns, encode_warps   bits a block of the encode makes, and its warps
+tiles, loops            sets of 8 vectors that a warp takes at once, and rounds that it makes
+parts                   blocks that share a row: its scan, its selection and its attention; 0: as
+                        many as all rows find room for at the same time
+threads                 of such a block
+joined                  blocks of a row meet as a cluster, or by counters in global memory
+ahead                   vectors of codes that a thread loads ahead
+fused                   codes of a step are made by the blocks that need them, not by a launch
+overlap                 the second launch starts while the first one drains (sm_90 and newer)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ENCODE = {
 }
 STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
-    "parts": (1, 2, 4, 8, 16, 32),
+    "parts": (0, 1, 2, 4, 8, 16, 32),
     "threads": (128, 256, 512, 1024),
     "joined": ("cluster", "counters"),
 }
@@ -35,10 +36,8 @@ KNOBS = {
     "hash_attend": {**STEP, **ROWS, **SCAN, "fused": (False, True), "overlap": (False, True)},
 }
 
-# Blocks of 256 threads that a large GPU holds at once.
-_BLOCKS = 264
-# Fewest keys that are worth a block of their own.
-_LEAST = 512
+# Rows of which each may have 16 blocks on a large GPU, one a multiprocessor.
+_FEW = 8
 
 
 def share(total: int, most: int) -> int:
@@ -57,12 +56,8 @@ def of(problem: Problem) -> Config:
             "loops": share(vectors // 65536, 8),
         }
     lists = problem.heads if problem.per_head else problem.kv_heads
-    rows = max(problem.batch * lists * problem.tokens, 1)
-    work = problem.k if problem.op == "sparse_attend" else problem.slots
-    least = 64 if problem.op == "sparse_attend" else _LEAST
-    parts = share(min(_BLOCKS // rows, work // least), 16)
-    few = rows * parts <= _BLOCKS // 2
-    config = {"parts": parts, "threads": 512 if few else 256, "joined": "cluster"}
+    rows = problem.batch * lists * problem.tokens
+    config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "cluster"}
     if problem.op == "sparse_attend":
         return config
     config["ahead"] = 4

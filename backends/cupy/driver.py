@@ -18,7 +18,7 @@ from .compiler import Macros
 
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID and CUresult numbers.
 _SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97
-_MOST_SHARED, _LARGE_CLUSTERS = 8, 14
+_MOST_SHARED, _CARVEOUT, _LARGE_CLUSTERS = 8, 9, 14
 _CLUSTER, _OVERLAP = 4, 6
 _NO_CONTEXT = (201, 400)
 
@@ -126,6 +126,10 @@ class Described:
         self.shared = kilobytes * 1024
         self.clusters = 1 if architecture < 90 else {9: 16, 10: 16}.get(architecture // 10, 8)
 
+    def at_once(self, size: int, resident: int) -> int:
+        """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor."""
+        return self.sms * resident // size
+
 
 class Device(Described):
     """A GPU that is here, and the kernels loaded on it."""
@@ -181,16 +185,38 @@ class Device(Described):
             "cuModuleGetFunction",
         )
         if kernel.cluster > 8:
-            self._check(
-                library.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters"
-            )
+            self._check(library.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters")
         static = ctypes.c_int()
         self._check(library.cuFuncGetAttribute(ctypes.byref(static), 1, function), "shared memory")
         self._check(
             library.cuFuncSetAttribute(function, _MOST_SHARED, self.shared - static.value),
             "shared memory",
         )
+        # As much as there is: else the driver may leave room for one block where two would fit.
+        self._check(library.cuFuncSetAttribute(function, _CARVEOUT, 100), "shared memory")
         return self._functions.setdefault(kernel, function)
+
+    @functools.cache  # noqa: B019  devices are never dropped
+    def at_once(self, size: int, resident: int) -> int:
+        """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor.
+
+        A cluster lies within a group of multiprocessors, and how many of those a GPU has, and of
+        what sizes, differs from chip to chip: the driver knows.
+        """
+        if size > self.clusters or size == 1:
+            return super().at_once(size, resident)
+        function = self.load(Kernel("probe", (), 128, size))
+        attribute = (_Attribute * 1)()
+        attribute[0].id = _CLUSTER
+        attribute[0].value.dims[:] = (size, 1, 1)
+        room = (self.shared + 1024) // resident - 1024
+        config = _Config((size, 1, 1), (128, 1, 1), room, None, attribute, 1)
+        found = ctypes.c_int()
+        code = self._library.cuOccupancyMaxActiveClusters(
+            ctypes.byref(found), function, ctypes.byref(config)
+        )
+        self._check(code, "cuOccupancyMaxActiveClusters")
+        return found.value
 
     def launch(self, launch: Launch, data: bytes, stream: int) -> None:
         """Launch with `data` as the one argument, a struct by value."""

@@ -176,5 +176,3 @@ def launch(
         return fw.empty((*shape[:3], problem.bits // 8), "uint8", x) if out is None else out
     made = planned(write_encode, problem, config, fw, (x, projection, bias, out, norms))
     return made[0] if out is None else out
-
-

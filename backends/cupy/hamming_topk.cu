@@ -7,20 +7,23 @@
 
 #include "ptx.cu"
 #include "row.cu"
+#include "codes.cu"
 #include "scan.cu"
 #include "select.cu"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hamming_topk(const __grid_constant__ Params p) {
     u32 met = 0;
-    Row row = find_row(p);
+    Row row = name_row(p);
+    look_at_row(p, row);
     int* list = p.positions + row.index * p.k;
     int taken = min(row.taken, p.k);
     // Ranks that hold no key, and all ranks where every visible key is selected.
     int first = row.everything ? 0 : taken;
     for (i64 i = first + row.part * THREADS + threadIdx.x; i < p.k; i += PARTS * THREADS)
         list[i] = i < taken ? row.start + i : -1;
-    select(p, row, list, met);
+    Weights weights;
+    select(p, row, weights, list, met);
 #if JOINED == 1
     // Exchange areas must last until all parts have read them.
     meet(p, row, met);

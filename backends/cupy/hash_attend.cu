@@ -18,11 +18,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_attend(const __grid_constant__ Params p) {
     u32 met = 0;
     wait_for_previous();
-    Row row = find_row(p);
+    Row row = name_row(p);
+    Weights weights;
+    load_weights(p, row, weights);
+    Queries queries;
+    load_queries(p, row, 0, queries);
+    look_at_row(p, row);
     int* list = p.positions + row.index * p.k;
-    Share share = find_share(p, row, list, row.taken);
-    keep_queries(p, share, 0);
-    select(p, row, list, met);
+    Share share = find_share(p, row, list);
+    select(p, row, weights, list, met);
+    keep_queries(queries);
     if (!row.everything) meet(p, row, met);
     attend(p, row, share, met);
 }

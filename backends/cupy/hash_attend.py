@@ -136,10 +136,10 @@ def write_hash_attend(
     more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
     scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"])
     aligned = is_aligned(dtype, q, keys, values)
-    attended = attending(shape, problem, heads // kv_heads, aligned, scanned.counters)
-    launch_rows(
-        plan, "hash_attend", problem, shape, rows, fields, scanned, attended, more, overlap
+    attended = attending(
+        shape, problem, heads // kv_heads, aligned, softcap is not None, 4 * scanned.bins
     )
+    launch_rows(plan, "hash_attend", problem, shape, rows, fields, scanned, attended, more, overlap)
 
 
 def may_fuse(dtype: str, projection: View, query_projection: View) -> bool:

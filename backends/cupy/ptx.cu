@@ -38,6 +38,12 @@ INLINE u32 narrow_pair(float low, float high, int data) {
     return y;
 }
 
+INLINE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 INLINE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,6 +55,7 @@ INLINE float exp2_fast(float x) {
 INLINE u32 ballot(bool x) { return __ballot_sync(FULL, x); }
 INLINE u32 from_lane(u32 x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE int from_lane(int x, int lane) { return __shfl_sync(FULL, x, lane); }
+INLINE u64 from_lane(u64 x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE float from_lane(float x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE float across(float x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
 INLINE u32 across(u32 x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
@@ -89,11 +96,6 @@ INLINE uint4 load_once(const void* p) {
         : "l"(p));
     return v;
 }
-
-// What another block of this launch may have written.
-INLINE u32 load_shared_by_blocks(const u32* p) { return __ldcg(p); }
-INLINE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
-INLINE int load_shared_by_blocks(const int* p) { return __ldcg(p); }
 
 // The same address in another block of the cluster.
 INLINE char* in_block(char* p, u32 rank) {

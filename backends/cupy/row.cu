@@ -9,8 +9,8 @@
 //      are neighbours, so at most one row of a launch waits for blocks that have not started.
 //
 // PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
-// EXCHANGE bytes that other blocks may see, QUERIES bytes of queries, then the keys to select by, and
-// after them, in the same place, what the warps have to merge.
+// EXCHANGE bytes that other blocks may see, QUERIES bytes of queries, then counters and the keys to
+// select by, and after them, in the same place, what the warps have to merge.
 
 // Words of a code.
 #define W (R / 32)
@@ -47,7 +47,8 @@ struct Row {
     bool everything;
 };
 
-INLINE Row find_row(const Params& p) {
+// Which row this block works on; reads nothing.
+INLINE Row name_row(const Params& p) {
     Row row;
     row.part = blockIdx.x % PARTS;
     u32 index = blockIdx.x / PARTS;
@@ -56,6 +57,11 @@ INLINE Row find_row(const Params& p) {
     row.head = index / p.tokens % p.heads;
     row.kv_head = row.head / p.share;
     row.batch = index / p.tokens / p.heads;
+    return row;
+}
+
+// What the row sees, and how much of it is taken.
+INLINE void look_at_row(const Params& p, Row& row) {
     // Lengths are read as int32: the low half of an int64.
     int length = p.length_step < 0 ? p.slots : p.lengths[row.batch * p.length_step];
     int start = p.start_step < 0 ? 0 : p.starts[row.batch * p.start_step];
@@ -70,7 +76,6 @@ INLINE Row find_row(const Params& p) {
     }
     row.everything = seen <= max(row.budget, p.dense_below);
     row.taken = row.everything ? seen : row.budget;
-    return row;
 }
 
 // The exchange area of a part of this row; what others wrote is seen after a barrier.
@@ -86,7 +91,7 @@ INLINE char* exchange_of(const Params& p, const Row& row, int part) {
 
 template <typename T> INLINE T peer(const T* p) {
 #if JOINED == 2
-    return load_shared_by_blocks(p);
+    return __ldcg(p);
 #else
     return *p;
 #endif
@@ -98,6 +103,7 @@ INLINE void publish(const Params& p, const Row& row, int offset, int bytes) {
     __syncthreads();
     u32* to = reinterpret_cast<u32*>(exchange_of(p, row, row.part) + offset);
     const u32* from = reinterpret_cast<const u32*>(memory + offset);
+#pragma unroll 1
     for (int i = threadIdx.x; i < bytes / 4; i += THREADS) to[i] = from[i];
 #endif
 }
@@ -128,11 +134,12 @@ INLINE u64 sum_before(u64 mine, u64& all) {
     __syncthreads();
     if (lane == 31) sums[warp] = sum;
     __syncthreads();
-    u64 before = 0;
-    all = 0;
-    for (int i = 0; i < THREADS / 32; ++i) {
-        if (i == warp) before = all;
-        all += sums[i];
+    // Each warp sums up the others' sums for itself.
+    u64 other = lane < THREADS / 32 ? sums[lane] : 0, upto = other;
+    for (int distance = 1; distance < THREADS / 32; distance *= 2) {
+        u64 below = from_below(upto, distance);
+        if (lane >= distance) upto += below;
     }
-    return before + sum - mine;
+    all = from_lane(upto, THREADS / 32 - 1);
+    return from_lane(upto - other, warp) + sum - mine;
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hata.backend import Budget, Config
 from hata.problem import Problem
 
-from .driver import Device, Kernel
+from .driver import Described, Kernel
 from .plan import Address, Plan, View, row_step
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -18,6 +18,8 @@ DATA = {"float32": 0, "float16": 1, "bfloat16": 2}
 # Counters of one histogram at most; more values than this are found digit by digit.
 MOST_BINS = 4608
 DIGIT_BINS = 2048
+# Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
+MOST_PARTS, LEAST_KEYS = 16, 512
 _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 # `struct Params` of row.cu.
 LAYOUT = {
@@ -92,29 +94,38 @@ class Shape(NamedTuple):
     room: int
 
 
-def shape_of(device: Device, problem: Problem, config: Config, rows: int) -> Shape:
+def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> Shape:
     """The shape of a problem's rows on a device, of which there are about `rows`."""
-    parts = config["parts"]
+    threads = config["threads"]
+    resident = max(512 // threads, 1)
+    parts = config["parts"] or _parts(device, problem, rows, resident)
     joined = 0 if parts == 1 else 1
     if joined and (config["joined"] == "counters" or parts > device.clusters):
         joined = 2
-    threads = config["threads"]
-    resident = max(512 // threads, 1) if rows * parts > device.sms else 1
     # A block's own kilobyte, and what kernels declare statically.
     room = (device.shared + 1024) // resident - 1024 - 2048
     return Shape(parts, joined, threads, resident, room)
 
 
+def _parts(device: Described, problem: Problem, rows: int, resident: int) -> int:
+    """Most parts with which all rows find room at the same time, and no part is too small."""
+    keys, least = (problem.k, 64) if problem.op == "sparse_attend" else (problem.slots, LEAST_KEYS)
+    for parts in range(min(MOST_PARTS, keys // least), 1, -1):
+        if device.at_once(parts, resident) >= rows:
+            return parts
+    return 1
+
+
 def capacity_of(shape: Shape, slots: int) -> int:
     """Keys to select by that a part has room for, whatever the lengths are."""
-    return -(-max(slots + 15, 1) // shape.parts // 64 + 1) * 64 + 64
+    return -(-max(slots, 1) // shape.parts // 64) * 64
 
 
 class Selecting(NamedTuple):
     """The scan and the selection of a kernel: constants, and bytes of shared memory."""
 
     macros: dict[str, int]
-    counters: int
+    bins: int
     itemsize: int
 
 
@@ -141,7 +152,7 @@ def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Se
         "ROUNDS": how.rounds, "BINS": how.bins, "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
         "AHEAD": max(min(ahead, 32 // (keys * bits // 32)), 1),
     }  # fmt: skip
-    return Selecting(macros, how.rounds * how.bins * 4, how.itemsize)
+    return Selecting(macros, how.rounds * how.bins, how.itemsize)
 
 
 class Attending(NamedTuple):
@@ -154,9 +165,9 @@ class Attending(NamedTuple):
 
 
 def attending(
-    shape: Shape, problem: Problem, members: int, aligned: bool, counters: int = 0
+    shape: Shape, problem: Problem, members: int, aligned: bool, softcap: bool, seen: int = 0
 ) -> Attending:
-    """Which attention a call takes; its areas lie where `counters` bytes of counters lay."""
+    """Which attention a call takes, beside an exchange area of `seen` bytes."""
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
     heads = min(members, 16 if chunks else 8)
@@ -164,12 +175,13 @@ def attending(
         area = 0 if shape.parts == 1 else (heads * lanes + 2 * heads + 1) * 4
         queries = -(-heads // 8) * chunks * 512
         partials = shape.threads // 32 * heads * (lanes + 6) * 4
-        if heads == 1 or max(area, counters) + 16 + queries + partials <= shape.room:
+        if heads == 1 or max(area, seen) + 16 + queries + partials <= shape.room:
             break
         heads = -(-heads // 2)
     macros = {
         "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
+        "SOFTCAP": int(softcap),
     }  # fmt: skip
     return Attending(macros, area, queries, partials)
 
@@ -216,22 +228,31 @@ def launch_rows(
     overlap: bool = False,
 ) -> None:
     """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch."""
-    macros = {"PARTS": shape.parts, "JOINED": shape.joined, "THREADS": shape.threads, **(more or {})}
+    macros = {
+        "PARTS": shape.parts,
+        "JOINED": shape.joined,
+        "THREADS": shape.threads,
+        **(more or {}),
+    }
     exchange = queries = shared = 0
     if attending is not None:
         macros |= attending.macros
         exchange, queries, shared = attending.area, attending.queries, attending.partials
     if selecting is not None:
-        exchange = max(exchange, selecting.counters)
         capacity = fields["capacity"] = capacity_of(shape, int(fields["slots"]))
         # By the bucket of the slots, so that a cache that grows takes the same kernel.
-        most = capacity_of(shape, problem.slots) * selecting.itemsize
-        spill = exchange + 16 + queries + most > shape.room
-        macros |= {**selecting.macros, "SPILL": int(spill)}
+        most = capacity_of(shape, problem.slots)
+        narrow = most < 2**16
+        exchange = max(exchange, selecting.bins * (2 if narrow else 4))
+        counters = -(-selecting.bins * 4 // 16) * 16
+        spill = exchange + 16 + queries + counters + most * selecting.itemsize > shape.room
+        macros |= {
+            **selecting.macros, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
+        }  # fmt: skip
         if spill:
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
-        else:
-            shared = max(shared, capacity * selecting.itemsize)
+            capacity = 0
+        shared = max(shared, counters + capacity * selecting.itemsize)
     exchange = -(-exchange // 16) * 16
     if shape.joined == 2:
         fields["exchange"] = plan.piece(rows * shape.parts * exchange)
@@ -243,6 +264,4 @@ def launch_rows(
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
     kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster)
-    plan.launch(
-        kernel, rows * shape.parts, exchange + queries + shared, fields, LAYOUT, overlap
-    )
+    plan.launch(kernel, rows * shape.parts, exchange + queries + shared, fields, LAYOUT, overlap)

@@ -12,7 +12,7 @@
 //
 // R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 8, 4, 1),
 // KEYS (codes in a 16-byte vector, where they are shorter), AHEAD (vectors a thread loads ahead),
-// SPILL (keys to select by lie in global memory), FUSED (see codes.cu).
+// SPILL (keys to select by lie in global memory), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
 #if ROUNDS == 1
 typedef u16 order_t;
@@ -35,11 +35,12 @@ INLINE Part find_part(const Params& p, const Row& row) {
     int size = (row.stop - origin + PARTS - 1) / PARTS;
     size = (size + 63) & ~63;
     part.low = min(i64(origin) + i64(size) * row.part, i64(row.stop));
-    part.count = min(size, row.stop - part.low);
+    // A row of which all is taken is not scanned.
+    part.count = row.everything ? 0 : min(size, row.stop - part.low);
 #if SPILL
     part.keys = reinterpret_cast<order_t*>(p.scores) + (row.index * PARTS + row.part) * p.capacity;
 #else
-    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES);
+    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES + COUNTERS);
 #endif
     return part;
 }
@@ -87,6 +88,7 @@ INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
 
 // The bit planes of a row's query codes, which are `step` bytes apart, in shared memory.
 INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
+#pragma unroll 1
     for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
         int count = 0;
         if (bit < R)
@@ -138,13 +140,13 @@ INLINE int digit_of(u32 key, int round) {
     return ROUNDS == 1 ? key : round == 0 ? key >> 21 : round == 1 ? key >> 10 & 2047 : key & 1023;
 }
 
-INLINE u32* counters(char* exchange, int round) {
-    return reinterpret_cast<u32*>(exchange) + round * BINS;
+// The block's own histograms, after what others may see and the queries.
+INLINE u32* counters(int round) {
+    return reinterpret_cast<u32*>(memory + EXCHANGE + QUERIES) + round * BINS;
 }
 
-// The key to select by of one stored key.
-INLINE u32 key_of(const Params& p, const Row& row, int position, u32 distance, u16 norm) {
-    if (position < row.start + p.sink || position >= row.stop - p.recent) return 0;
+// The key to select by of a stored key that is scored.
+INLINE u32 key_of(u32 distance, u16 norm) {
 #if NORMS
     return reversed(__fmul_rn(float(GROUP * R - 2 * int(distance)), widen_fp16(norm)));
 #else
@@ -153,25 +155,27 @@ INLINE u32 key_of(const Params& p, const Row& row, int position, u32 distance, u
 }
 
 // Fill the part's keys to select by, up to a multiple of 64, and count their first digits.
-INLINE void scan(const Params& p, const Row& row, const Part& part) {
+INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& weights) {
     __shared__ u32 shared_planes[PLANES * W];
     const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
-    u32* bins = counters(memory, 0);
+    u32* bins = counters(0);
     const int padded = (part.count + 63) & ~63, stride = THREADS * KEYS;
     int mine = threadIdx.x * KEYS;
     // The first codes are on their way while planes are made.
+    const char* from = codes + (part.low + mine) * p.codes_s;
+    const i64 hop = stride * p.codes_s;
     u32 next[AHEAD][KEYS * W];
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a)
-        if (mine + a * stride < part.count)
-            load_codes(next[a], codes + (part.low + mine + a * stride) * p.codes_s);
+        if (mine + a * stride < part.count) load_codes(next[a], from + a * hop);
+#pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
     int unscanned = row.stop;
 #if FUSED
     __shared__ u32 made[COLUMNS * W];
     __shared__ u16 made_norms[8];
     Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
-    make_codes(p, row, fresh, made, made_norms);
+    make_codes(p, row, fresh, weights, made, made_norms);
     make_planes(reinterpret_cast<const u8*>(made), R / 8, shared_planes);
     if (FRESH > 0) unscanned = fresh.from;
 #else
@@ -185,15 +189,18 @@ INLINE void scan(const Params& p, const Row& row, const Part& part) {
 #if NORMS
     const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
 #endif
+    // Between these, keys are scored; elsewhere they win anyway, are not seen, or come later.
+    const int low = row.start + p.sink, high = min(row.stop - p.recent, unscanned);
+    const u32 scored = max(high - low, 0);
+#pragma unroll 1
     for (; mine < padded; mine += AHEAD * stride) {
         u32 now[AHEAD][KEYS * W];
+        from += AHEAD * hop;
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
 #pragma unroll
             for (int i = 0; i < KEYS * W; ++i) now[a][i] = next[a][i];
-            int following = mine + (AHEAD + a) * stride;
-            if (following < part.count)
-                load_codes(next[a], codes + (part.low + following) * p.codes_s);
+            if (mine + (AHEAD + a) * stride < part.count) load_codes(next[a], from + a * hop);
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
@@ -201,25 +208,31 @@ INLINE void scan(const Params& p, const Row& row, const Part& part) {
 #pragma unroll
             for (int i = 0; i < KEYS; ++i) {
                 int at = mine + a * stride + i, position = part.low + at;
-                bool inside = at < part.count && position >= row.start;
-                // Fresh keys are scored below.
-                if (FUSED && inside && position >= unscanned) continue;
-                u16 norm = 0;
+                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr), key = 0;
+                if (u32(position - low) < scored) {
 #if NORMS
-                if (inside) norm = norms[position * p.norms_s];
+                    key = key_of(distance, norms[position * p.norms_s]);
+#else
+                    key = key_of(distance, 0);
 #endif
-                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr);
-                u32 key = key_of(p, row, position, distance, norm);
-                part.keys[at] = inside ? key : NEVER;
-                if (inside) atomicAdd(bins + digit_of(key, 0), 1);
+                } else if (position < row.start || position >= row.stop) {
+                    part.keys[at] = NEVER;
+                    continue;
+                } else if (position >= unscanned) {
+                    continue;
+                }
+                part.keys[at] = key;
+                atomicAdd(bins + digit_of(key, 0), 1);
             }
         }
     }
 #if FUSED && FRESH > 0
+#pragma unroll 1
     for (int position = fresh.first + int(threadIdx.x); position < fresh.end; position += THREADS) {
         int i = position - fresh.first;
         u32 distance = tally<0, 0>(made + (GROUP + i) * W, planes, nullptr);
-        u32 key = key_of(p, row, position, distance, made_norms[i]);
+        bool scored_too = position >= low && position < row.stop - p.recent;
+        u32 key = scored_too ? key_of(distance, made_norms[i]) : 0;
         part.keys[position - part.low] = key;
         atomicAdd(bins + digit_of(key, 0), 1);
     }

@@ -12,37 +12,70 @@ struct Threshold {
     int below, equal;
 };
 
+// What other parts read of a histogram: counts of 16 bits where parts are short, four a read.
+#if NARROW
+typedef u16 count_t;
+#else
+typedef u32 count_t;
+#endif
+#define TOGETHER 4
+
+INLINE const count_t* counts(const char* exchange, int round) {
+    return reinterpret_cast<const count_t*>(exchange) + round * BINS;
+}
+
+// Four counts of a part.
+INLINE void peer_counts(const count_t* p, u32 (&found)[TOGETHER]) {
+#if NARROW
+    uint2 v = peer(reinterpret_cast<const uint2*>(p));
+    found[0] = v.x & 0xffff, found[1] = v.x >> 16, found[2] = v.y & 0xffff, found[3] = v.y >> 16;
+#else
+    uint4 v = peer(reinterpret_cast<const uint4*>(p));
+    found[0] = v.x, found[1] = v.y, found[2] = v.z, found[3] = v.w;
+#endif
+}
+
 // Find the threshold. All threads call it, after the scan.
 INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& part, u32& met) {
     __shared__ Threshold shared;
-    constexpr int EACH = (BINS + THREADS - 1) / THREADS;
+    constexpr int EACH = (BINS + TOGETHER * THREADS - 1) / (TOGETHER * THREADS) * TOGETHER;
     Threshold found = {0, row.budget, 0, 0};
+#pragma unroll 1
     for (int round = 0; round < ROUNDS; ++round) {
         if (round > 0) {
             int shift = round == 1 ? 21 : 10;
             __syncthreads();
+#pragma unroll 1
             for (int i = threadIdx.x; i < part.count; i += THREADS) {
                 u32 key = part.keys[i];
                 if (key != NEVER && key >> shift == found.key)
-                    atomicAdd(counters(memory, round) + digit_of(key, round), 1);
+                    atomicAdd(counters(round) + digit_of(key, round), 1);
             }
         }
-        publish(p, row, round * BINS * 4, BINS * 4);
+        __syncthreads();
+        count_t* own = const_cast<count_t*>(counts(memory, round));
+        for (int i = threadIdx.x; i < BINS; i += THREADS) own[i] = count_t(counters(round)[i]);
+        publish(p, row, round * BINS * int(sizeof(count_t)), BINS * int(sizeof(count_t)));
         meet(p, row, met);
         u32 total[EACH] = {}, before[EACH] = {};
         u64 both = 0;
 #pragma unroll
-        for (int b = 0; b < EACH; ++b) {
+        for (int b = 0; b < EACH; b += TOGETHER) {
             int bin = threadIdx.x * EACH + b;
             if (bin < BINS)
-#pragma unroll
+#pragma unroll 4
                 for (int i = 0; i < PARTS; ++i) {
-                    u32 count = peer(counters(exchange_of(p, row, i), round) + bin);
-                    total[b] += count;
-                    if (i < row.part) before[b] += count;
+                    u32 found[TOGETHER];
+                    peer_counts(counts(exchange_of(p, row, i), round) + bin, found);
+#pragma unroll
+                    for (int c = 0; c < TOGETHER; ++c) {
+                        total[b + c] += found[c];
+                        if (i < row.part) before[b + c] += found[c];
+                    }
                 }
-            both += u64(total[b]) << 32 | before[b];
         }
+#pragma unroll
+        for (int b = 0; b < EACH; ++b) both += u64(total[b]) << 32 | before[b];
         u64 all, earlier = sum_before(both, all);
         u32 upto = earlier >> 32, need = found.ties;
         if (upto < need && need <= upto + u32(both >> 32)) {
@@ -81,6 +114,19 @@ INLINE u32 at_most(const uint4& v, u32 key) {
 #endif
 }
 
+// Of 32 keys from vector `i` on, those below the threshold, and those at it.
+INLINE void compare(const uint4* keys, int i, int last, u32 threshold, u32& below, u32& equal) {
+    below = equal = 0;
+#pragma unroll
+    for (int v = 0; v < 32 / VECTOR; ++v)
+        if (i + v < last) {
+            uint4 four = keys[i + v];
+            below |= at_most(four, threshold - 1) << (v * VECTOR);
+            equal |= at_most(four, threshold) << (v * VECTOR);
+        }
+    equal &= ~below;
+}
+
 // Write the positions of the part's selected keys to the row's list. A thread takes vectors that
 // follow one another, an odd number of them, so that a warp meets every bank of shared memory.
 INLINE void write_positions(const Part& part, const Threshold& found, int* list) {
@@ -88,46 +134,42 @@ INLINE void write_positions(const Part& part, const Threshold& found, int* list)
     int each = (vectors + THREADS - 1) / THREADS | 1;
     int first = threadIdx.x * each, last = min(first + each, vectors);
     const uint4* keys = reinterpret_cast<const uint4*>(part.keys);
-    u32 below = 0, equal = 0;
-    for (int i = first; i < last; ++i) {
-        uint4 v = keys[i];
-        u32 chosen = at_most(v, found.key);
-        if (chosen) {
-            u32 winners = at_most(v, found.key - 1);
-            below += __popc(winners);
-            equal += __popc(chosen & ~winners);
-        }
+    u32 below, equal;
+    u64 mine = 0;
+#pragma unroll 1
+    for (int i = first; i < last; i += 32 / VECTOR) {
+        compare(keys, i, last, found.key, below, equal);
+        mine += u64(__popc(below)) << 32 | __popc(equal);
     }
-    u64 all, before = sum_before(u64(below) << 32 | equal, all);
-    if (below + equal == 0) return;
+    u64 all, before = sum_before(mine, all);
+    if (mine == 0) return;
     int ties = found.equal + int(u32(before));
     int rank = found.below + int(before >> 32) + min(ties, found.ties);
-    for (int i = first; i < last; ++i) {
-        uint4 v = keys[i];
-        u32 chosen = at_most(v, found.key);
-        if (!chosen) continue;
-        u32 winners = at_most(v, found.key - 1);
-        for (; chosen; chosen &= chosen - 1) {
-            if (!(winners & chosen & (0u - chosen)) && ties++ >= found.ties) continue;
-            list[rank++] = part.low + i * VECTOR + __ffs(chosen) - 1;
+#pragma unroll 1
+    for (int i = first; i < last; i += 32 / VECTOR) {
+        compare(keys, i, last, found.key, below, equal);
+        // Of those at the threshold, the first few win.
+        int left = max(found.ties - ties, 0);
+        ties += __popc(equal);
+        u32 winners = below | equal;
+#pragma unroll 1
+        for (; winners; winners &= winners - 1) {
+            u32 lowest = winners & (0u - winners);
+            if (equal & lowest && left-- <= 0) continue;
+            list[rank++] = part.low + i * VECTOR + __popc(lowest - 1);
         }
     }
 }
 
 // Scan a row, unless all of its keys are taken, and leave the positions of the selected ones. Codes of
 // fresh keys are made either way.
-INLINE void select(const Params& p, const Row& row, int* list, u32& met) {
-    if (row.everything) {
-#if FUSED && FRESH > 0
-        __shared__ u32 made[COLUMNS * W];
-        __shared__ u16 made_norms[8];
-        if (row.part == 0 && row.token == p.tokens - 1)
-            make_codes(p, row, find_fresh(p, row, 0, 0), made, made_norms);
-#endif
-        return;
-    }
+INLINE void select(const Params& p, const Row& row, Weights& weights, int* list, u32& met) {
+    // Codes of fresh keys are written even so, by the first block of the last token.
+    bool writes = FUSED && FRESH > 0 && row.part == 0 && row.token == p.tokens - 1;
+    if (row.everything && !writes) return;
     Part part = find_part(p, row);
-    scan(p, row, part);
+    scan(p, row, part, weights);
+    if (row.everything) return;
     Threshold found = find_threshold(p, row, part, met);
     write_positions(part, found, list);
 }

@@ -8,11 +8,15 @@
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 sparse_attend(const __grid_constant__ Params p) {
     u32 met = 0;
-    Row row = find_row(p);
+    Row row = name_row(p);
+    Queries queries;
+    load_queries(p, row, 0, queries);
+    look_at_row(p, row);
     row.everything = false;
     const int* list = p.positions + row.batch * p.positions_b + row.head * p.positions_h
         + row.token * p.positions_t;
-    Share share = find_share(p, row, list, p.k);
-    keep_queries(p, share, 0);
+    row.taken = p.k;
+    Share share = find_share(p, row, list);
+    keep_queries(queries);
     attend(p, row, share, met);
 }

@@ -62,7 +62,7 @@ def write_sparse_attend(
         "scale": scale,
         "softcap": softcap or 0.0,
     }
-    chosen = attending(shape, problem, heads // lists, aligned)
+    chosen = attending(shape, problem, heads // lists, aligned, softcap is not None)
     rows = batch * lists * tokens
     launch_rows(plan, "sparse_attend", problem, shape, rows, fields, attending=chosen)
 

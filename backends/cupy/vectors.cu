@@ -78,6 +78,7 @@ INLINE u16 norm_of(float squares) {
 // order is fixed: a norm depends on its vector alone.
 INLINE float squares_of(const data_t* x, bool inside, int j) {
     float sum = 0.f;
+#pragma unroll 1
     for (int u = 0; u < (D + 31) / 32; ++u)
         for (int i = 0; i < 8; ++i) {
             int d = 32 * u + 8 * j + i;

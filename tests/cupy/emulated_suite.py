@@ -21,7 +21,7 @@ plan = importlib.import_module("hata.backends.cupy.plan")
 DEVICES = {
     "cluster": {},
     "counters": {"architecture": 80, "clusters": 1},
-    "spill": {"shared": 24 * 1024, "clusters": 2},
+    "spill": {"shared": 56 * 1024, "clusters": 2},
 }
 MODE = os.environ.get("EMULATED", "cluster")
 DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])

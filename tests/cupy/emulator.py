@@ -98,5 +98,8 @@ class Device(driver.Device):
         assert launch.shared <= self.shared
         library.emulate(data, launch.grid, launch.kernel.threads, launch.shared, side)
 
+    def at_once(self, size, resident):
+        return driver.Described.at_once(self, size, resident)
+
     def zero(self, address: int, count: int, stream: int) -> None:
         np.ctypeslib.as_array((ctypes.c_uint32 * count).from_address(address))[:] = 0

@@ -144,6 +144,8 @@ INLINE u32 narrow_pair(float low, float high, int data) {
                      : narrow_bf16(low) | u32(narrow_bf16(high)) << 16;
 }
 INLINE float exp2_fast(float x) { return exp2f(x); }
+INLINE float log2_fast(float x) { return log2f(x); }
+static inline float __fdividef(float x, float y) { return x / y; }
 
 INLINE u32 ballot(bool x) {
     Meeting* m = warp();
@@ -158,6 +160,7 @@ static u64 exchanged(u64 x, int from) {
 }
 INLINE u32 from_lane(u32 x, int lane) { return u32(exchanged(x, lane)); }
 INLINE int from_lane(int x, int lane) { return int(exchanged(u32(x), lane)); }
+INLINE u64 from_lane(u64 x, int lane) { return exchanged(x, lane); }
 INLINE float from_lane(float x, int lane) {
     return __uint_as_float(u32(exchanged(__float_as_uint(x), lane)));
 }
@@ -206,7 +209,7 @@ INLINE uint4 load_once(const void* p) {
     memcpy(&v, p, 16);
     return v;
 }
-template <typename T> T load_shared_by_blocks(const T* p) { return *(const volatile T*)p; }
+template <typename T> T __ldcg(const T* p) { T x; memcpy(&x, (const void*)p, sizeof(T)); return x; }
 static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
 
 INLINE char* in_block(char* p, u32 rank) {
