@@ -67,8 +67,8 @@ def test_fault_15_a_step_over_equal_codes(backend, slots):
     def normal(*shape):
         return torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator)
 
-    q, keys, values = normal(1, HEADS, 1, 16), normal(1, KV_HEADS, slots, 16), None
-    values, projection = normal(1, KV_HEADS, slots, 16), normal(KV_HEADS, 16, BITS)
+    q, projection = normal(1, HEADS, 1, 16), normal(KV_HEADS, 16, BITS)
+    keys, values = normal(1, KV_HEADS, slots, 16), normal(1, KV_HEADS, slots, 16)
     positions = torch.arange(BUDGET, dtype=torch.int32, device="cuda")
     expected = hata.sparse_attend(
         q, keys, values, positions.expand(1, KV_HEADS, 1, -1).contiguous()

@@ -16,7 +16,7 @@ import torch
 from hata import device, registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import capture, cuda, measure, space
+from tune import ahead, capture, cuda, measure, space
 from tune.__main__ import main
 from tune.inputs import Candidate
 from tune.worker import CRASH, MEMORY, WRONG, Worker
@@ -137,6 +137,8 @@ def test_a_short_run_tunes_every_op(name, tmp_path, monkeypatch, capsys):
     small = [replace(p, slots=min(p.slots, 4096), k=min(p.k, 256)) for p in found[1:]]
     monkeypatch.setattr(space, "problems", lambda *args, **kwargs: small)
     monkeypatch.setattr(capture, "TOKENS", 1024)
+    # Other tests compile at the same time.
+    monkeypatch.setattr(ahead, "MOST_PROCESSES", 2)
     out = tmp_path / "p.yaml"
     arguments = ["--gpu", "auto", "--backend", name, "--quick", "--trials", "4", "--budget", "8"]
     arguments += ["--out", str(out), "--storage", str(tmp_path / "s.db")]
