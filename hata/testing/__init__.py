@@ -11,9 +11,9 @@ tested where they are installed)::
 
 Then `pytest` runs every op over drawn sizes, strides, dtypes and options against a float64 oracle,
 and every fault of the scorecard. Cases come from what the backend declares: its frameworks, dtypes
-and devices, and `unsupported(problem)`, whose reasons become skips, as does what `missing()` says. A
-backend that cannot be imported, compiled or loaded fails. Its undefined memory is poisoned, so that
-what it forgets to write shows as NaN.
+and devices, and `unsupported(problem)`, whose reasons become skips, as does what `missing()` says.
+A backend that cannot be imported, compiled or loaded fails. Its undefined memory is poisoned, so
+that what it forgets to write shows as NaN.
 """
 
 from hata.testing.suite import BackendSuite
