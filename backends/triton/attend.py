@@ -51,11 +51,12 @@ def attend_positions(
     q_h, keys_s, values_s, column,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    CHECKED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of up to M heads at `q` over `positions[first:end]`, or origin + rank.
 
-    Where launches overlap, it waits for the positions, with the queries on their way.
+    Where launches overlap, it waits for the positions, with the queries on their way. `CHECKED`:
+    positions may be negative, or otherwise no slots, and are then skipped.
 
     Returns:
         `acc` [M, BLOCK_V] unnormalised, `most` [M] (largest logit in units of log 2), `total` [M],
@@ -77,16 +78,22 @@ def attend_positions(
         inside = rank < end
         position = tl.load(positions + rank, mask=inside & (contiguous == 0), other=-1)
         position = tl.where(inside & (contiguous != 0), origin + rank, position)
-        inside = (position >= 0) & (position < slots)
-        found |= inside.to(tl.int32)
+        if CHECKED:
+            inside = (position >= 0) & (position < slots)
+            found |= inside.to(tl.int32)
         position = position.to(tl.int64)
         logits = tl.zeros([M, N], tl.float32)
         key_rows = keys + position[:, None] * (keys_s * VECTOR) + depth[None, :]
         value_rows = values + position[:, None] * (values_s * VECTOR) + lanes[None, :]
-        value_mask = inside[:, None] & (lanes < DV)[None, :]
+        value_mask = inside[:, None]
+        if DV % BLOCK_V != 0:
+            value_mask = value_mask & (lanes < DV)[None, :]
         if BLOCK_D >= D:
             # Both rows of a position are on their way before either is used.
-            key = tl.load(key_rows, mask=inside[:, None] & (depth < D)[None, :], other=0.0)
+            key_mask = inside[:, None]
+            if BLOCK_D > D:
+                key_mask = key_mask & (depth < D)[None, :]
+            key = tl.load(key_rows, mask=key_mask, other=0.0)
             value = tl.load(value_rows, mask=value_mask, other=0.0)
             logits = _add_logits(logits, query, key, IEEE)
         else:
@@ -109,146 +116,109 @@ def attend_positions(
         else:
             acc = tl.dot(weights.to(value.dtype), value, acc)
         most = grown
-    return acc, most, total, tl.max(found)
+    any_key = (first < end).to(tl.int32)
+    if CHECKED:
+        any_key = tl.max(found)
+    return acc, most, total, any_key
 
 
 @triton.jit
-def store_result(
-    out, lse, sinks_x, sinks_f, row, head, mask, acc, most, total, found, column,
-    has_sinks, has_lse, DV: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Join the sinks, normalise and store: `row` [M] are rows of `out`, `head` [M] their heads.
-
-    Heads that found no key (`found` [M or 1, 1] is 0) get zeros and -inf, whatever their sinks are.
-    """
-    lanes = column + tl.arange(0, BLOCK_V)
-    # Sink logits come in the dtype of q (1) or in float32 (2).
+def _load_sinks(sinks_x, sinks_f, head, mask, has_sinks):
+    """Sink logits in units of log 2: in the dtype of q (1), in float32 (2), or -inf for none."""
     nothing = float("-inf")
     narrow = tl.load(sinks_x + head, mask=mask & (has_sinks == 1), other=nothing).to(tl.float32)
     wide = tl.load(sinks_f + head, mask=mask & (has_sinks == 2), other=nothing)
-    sink = tl.where(has_sinks == 1, narrow, wide) * LOG2E
-    grown = tl.maximum(most, sink)
-    reference = tl.where(grown == nothing, 0.0, grown)
-    shrink = tl.exp2(most - reference)
-    total = total * shrink + tl.exp2(sink - reference)
-    scaled = tl.where(found != 0, acc * (shrink / total)[:, None], 0.0)
-    tl.store(
-        out + row[:, None] * DV + lanes[None, :],
-        scaled.to(out.dtype.element_ty),
-        mask=mask[:, None] & (lanes < DV)[None, :],
-    )
-    joined = tl.where(found != 0, ((reference + tl.log2(total)) * LN2)[:, None], nothing)
-    tl.store(lse + row[:, None], joined, mask=mask[:, None] & (has_lse != 0))
+    return tl.where(has_sinks == 1, narrow, wide) * LOG2E
 
 
 @triton.jit
-def merge_heads(
-    out, lse, sinks_x, sinks_f, partial, stats, row, head, members, step, splits, used, column,
-    has_sinks, has_lse,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Merge the splits of up to HEADS heads, in the order of the splits, and store them.
-
-    The first head is `head`, its row of `out` is `row`; the others' rows are `step` apart.
-    """
-    nothing = float("-inf")
-    member = tl.arange(0, HEADS)
-    mask = member < members
-    rows = (row + member * step).to(tl.int64)
-    lanes = column + tl.arange(0, BLOCK_V)
-    most = tl.full([HEADS], nothing, tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    found = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
-    for at in range(0, used, BLOCK_S):
-        split = at + tl.arange(0, BLOCK_S)
-        inside = mask[:, None] & (split < used)[None, :]
-        line = rows[:, None] * splits + split[None, :]
-        # Written by other programs of this launch: read from the cache that all of them share.
-        pieces = tl.load(
-            partial + line[:, :, None] * DV + lanes[None, None, :],
-            mask=inside[:, :, None] & (lanes < DV)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        peaks = tl.load(stats + line * 3, mask=inside, other=nothing, cache_modifier=".cg")
-        sums = tl.load(stats + line * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        any_key = tl.load(stats + line * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
-        grown = tl.maximum(most, tl.max(peaks, axis=1))
-        # All logits -inf so far: any finite reference gives weights of zero, not NaN.
-        reference = tl.where(grown == nothing, 0.0, grown)
-        weights = tl.exp2(peaks - reference[:, None])
-        shrink = tl.exp2(most - reference)
-        total = total * shrink + tl.sum(weights * sums, axis=1)
-        # What a share without keys left is undefined.
-        pieces = tl.where((any_key > 0)[:, :, None], pieces, 0.0)
-        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * pieces, axis=1)
-        found = tl.maximum(found, tl.max(any_key, axis=1))
-        most = grown
-    store_result(
-        out, lse, sinks_x, sinks_f, rows, head + member, mask, acc, most, total, found[:, None],
-        column, has_sinks, has_lse, DV, BLOCK_V,
-    )  # fmt: skip
+def _join_sinks(most, total, sink):
+    """Factor to scale outputs by, and natural log of the sum of weights, with sinks in it."""
+    grown = tl.maximum(most, sink)
+    reference = tl.where(grown == float("-inf"), 0.0, grown)
+    shrink = tl.exp2(most - reference)
+    total = total * shrink + tl.exp2(sink - reference)
+    return shrink / total, (reference + tl.log2(total)) * LN2
 
 
 @triton.jit
 def finish_split(
-    out, lse, sinks_x, sinks_f, partial, stats, ticket, row, head, members, step,
-    acc, most, total, found, split, splits, used, column, has_sinks, has_lse,
-    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_S: tl.constexpr, FUSED: tl.constexpr,
+    out, lse, sinks_x, sinks_f, partial, stats, row, head, members, step,
+    acc, most, total, found, split, splits, lines, column, has_sinks, has_lse,
+    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store a split's share of a group whose first head is `head`, at `row`, others `step` on.
 
-    `FUSED`: the last of the `used` splits, by a ticket, merges them; else another launch does.
+    Of `lines` (row, split) pairs, `stats` holds first the maxima, then the sums, which are -1 where
+    a share has no key. The only split there is leaves the result: zeros and -inf without a key,
+    whatever the sinks are.
     """
     member = tl.arange(0, M)
     mask = member < members
     rows = (row + member * step).to(tl.int64)
-    if used == 1:
-        store_result(
-            out, lse, sinks_x, sinks_f, rows, head + member, mask, acc, most, total,
-            tl.zeros([1, 1], tl.int32) + found, column, has_sinks, has_lse, DV, BLOCK_V,
-        )  # fmt: skip
+    lanes = column + tl.arange(0, BLOCK_V)
+    wide_mask = mask[:, None] & (lanes < DV)[None, :]
+    if splits == 1:
+        sink = _load_sinks(sinks_x, sinks_f, head + member, mask, has_sinks)
+        factor, log = _join_sinks(most, total, sink)
+        scaled = tl.where(found != 0, acc * factor[:, None], 0.0)
+        at = out + rows[:, None] * DV + lanes[None, :]
+        tl.store(at, scaled.to(out.dtype.element_ty), mask=wide_mask)
+        tl.store(lse + rows, tl.where(found != 0, log, float("-inf")), mask=mask & (has_lse != 0))
     else:
-        lanes = column + tl.arange(0, BLOCK_V)
         line = rows * splits + split
-        tl.store(
-            partial + line[:, None] * DV + lanes[None, :],
-            acc,
-            mask=mask[:, None] & (lanes < DV)[None, :],
-        )
-        tl.store(stats + line * 3, most, mask=mask)
-        tl.store(stats + line * 3 + 1, total, mask=mask)
-        tl.store(stats + line * 3 + 2, tl.zeros([M], tl.float32) + found, mask=mask)
-        if FUSED:
-            # Every thread has stored before the one that takes the ticket releases it.
-            tl.debug_barrier()
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == used - 1:
-                for i in range(0, members, HEADS):
-                    merge_heads(
-                        out, lse, sinks_x, sinks_f, partial, stats, row + i * step, head + i,
-                        members - i, step, splits, used, column, has_sinks, has_lse,
-                        DV, BLOCK_V, HEADS, BLOCK_S,
-                    )  # fmt: skip
+        tl.store(partial + line[:, None] * DV + lanes[None, :], acc, mask=wide_mask & (found != 0))
+        tl.store(stats + line, most, mask=mask)
+        tl.store(stats + lines + line, tl.where(found != 0, total, -1.0), mask=mask)
 
 
 @triton.jit
 def _merge_kernel(
-    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits,
-    has_sinks, has_lse,
+    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits, lines, has_sinks, has_lse,
     DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One program a head of one query."""
+    """Merge the splits of one head of one query, in their order."""
     row = tl.program_id(0) // COLUMNS
-    head = row // tokens % heads
+    lanes = tl.program_id(0) % COLUMNS * BLOCK_V + tl.arange(0, BLOCK_V)
+    sink = _load_sinks(sinks_x, sinks_f, row // tokens % heads, True, has_sinks)
+    nothing = float("-inf")
+    first = row.to(tl.int64) * splits
+    partial += first * DV
+    stats += first
+    most = tl.full([], nothing, tl.float32)
+    total = tl.zeros([], tl.float32)
+    found = tl.zeros([], tl.int32)
+    acc = tl.zeros([BLOCK_V], tl.float32)
     wait_for_previous(OVERLAPPED)
-    merge_heads(
-        out, lse, sinks_x, sinks_f, partial, stats, row, head, 1, 0,
-        splits, splits, tl.program_id(0) % COLUMNS * BLOCK_V, has_sinks, has_lse,
-        DV, BLOCK_V, 1, BLOCK_S,
-    )  # fmt: skip
+    for at in range(0, splits, BLOCK_S):
+        split = at + tl.arange(0, BLOCK_S)
+        inside = split < splits
+        pieces = tl.load(
+            partial + (split * DV)[:, None] + lanes[None, :],
+            mask=inside[:, None] & (lanes < DV)[None, :],
+            other=0.0,
+        )
+        peaks = tl.load(stats + split, mask=inside, other=nothing)
+        sums = tl.load(stats + lines + split, mask=inside, other=-1.0)
+        # What a share without keys left is undefined.
+        empty = sums < 0
+        grown = tl.maximum(most, tl.max(peaks))
+        # All logits -inf so far: any finite reference gives weights of zero, not NaN.
+        reference = tl.where(grown == nothing, 0.0, grown)
+        weights = tl.where(empty, 0.0, tl.exp2(peaks - reference))
+        shrink = tl.exp2(most - reference)
+        total = total * shrink + tl.sum(tl.where(empty, 0.0, weights * sums))
+        pieces = tl.where(empty[:, None], 0.0, pieces)
+        acc = acc * shrink + tl.sum(weights[:, None] * pieces, axis=0)
+        found = tl.maximum(found, tl.max((empty == 0).to(tl.int32)))
+        most = grown
+    factor, log = _join_sinks(most, total, sink)
+    scaled = tl.where(found != 0, acc * factor, 0.0)
+    tl.store(out + row.to(tl.int64) * DV + lanes, scaled.to(out.dtype.element_ty), mask=lanes < DV)
+    first_column = tl.program_id(0) % COLUMNS == 0
+    log = tl.where(found != 0, log, nothing)
+    tl.store(lse + row, log, mask=(has_lse != 0) & first_column)
 
 
 def tiling(
@@ -269,29 +239,30 @@ def tiling(
     }
 
 
-def merging(members: int, block_v: int, splits: int) -> dict[str, int]:
-    """Heads and splits that a merge holds at once."""
-    heads = min(pow2(members), max(8192 // block_v, 1))
-    return {"HEADS": heads, "BLOCK_S": min(max(8192 // block_v // heads, 1), pow2(splits))}
-
-
 def result_types(dtype: str) -> tuple[str, ...]:
     """Types of `out`, `lse`, sinks (twice), partial outputs and statistics."""
     return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", "*fp32:16", "*fp32"
 
 
-def bind_merge(
-    dtype: str, lanes: int, block_v: int, columns: int, splits: int, overlapped: bool
-) -> Bound:
-    """The launch that merges splits."""
-    return bind(
+def merge_tile(lanes: int, splits: int) -> tuple[int, int]:
+    """Elements of a head and splits that one warp merges at once: as much as it holds well."""
+    block_v = min(max(1024 // splits, 16), pow2(lanes))
+    return block_v, min(1024 // block_v, splits)
+
+
+def bind_merge(dtype: str, lanes: int, splits: int, overlapped: bool) -> tuple[Bound, int]:
+    """The launch that merges splits, and its programs a head of a query."""
+    block_v, block_s = merge_tile(lanes, splits)
+    columns = -(-lanes // block_v)
+    kernel = bind(
         _merge_kernel,
-        (*result_types(dtype), *["i32"] * 5),
-        {"DV": lanes, "BLOCK_V": block_v, "BLOCK_S": merging(1, block_v, splits)["BLOCK_S"],
-         "COLUMNS": columns, "OVERLAPPED": overlapped},
-        4,
+        (*result_types(dtype), *["i32"] * 3, "i64", "i32", "i32"),
+        {"DV": lanes, "BLOCK_V": block_v, "BLOCK_S": block_s, "COLUMNS": columns,
+         "OVERLAPPED": overlapped},
+        1,
         overlapped=overlapped,
     )  # fmt: skip
+    return kernel, columns
 
 
 def nothing(fw: Framework, q: Any, problem: Problem, return_lse: bool) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ class Counting(NamedTuple):
         halve: 1 where keys are halved distances, since all have one parity.
         drop: Low bits of a key that the first histogram leaves out.
         planes: Weighted planes of a group.
+        weights: How many of them weigh 2^i, one or two, at bits 2i and 2i + 1.
     """
 
     rounds: int
@@ -36,6 +37,7 @@ class Counting(NamedTuple):
     halve: int
     drop: int
     planes: int
+    weights: int
 
     @property
     def itemsize(self) -> int:
@@ -52,17 +54,23 @@ def counting(group: int, bits: int, norms: bool) -> Counting:
     """How to count keys for groups of `group` codes of `bits` bits."""
     halve = int(group % 2 == 0 and not norms)
     largest = group * bits >> halve
-    planes = group.bit_length()
+    planes = weights = 0
+    left, level = group, 0
+    while left:
+        # As `pieces.add_up` has it: one or two words stay, of the others three make a carry.
+        stay = 2 - left % 2
+        planes, weights = planes + stay, weights | stay << 2 * level
+        left, level = (left - stay) // 2, level + 1
     if norms or largest > MOST_BINS:
-        return Counting(3, 1 << DIGIT, halve, 2 * DIGIT, planes)
-    return Counting(1, max(pow2(largest), 32), halve, 0, planes)
+        return Counting(3, 1 << DIGIT, halve, 2 * DIGIT, planes, weights)
+    return Counting(1, max(pow2(largest), 32), halve, 0, planes, weights)
 
 
 def shared_declaration(config: Config, bins: int) -> str | None:
     """PTX that declares counters in shared memory, or `None` to count by ballots."""
     if INTERPRETED or config["histogram"] == "ballot":
         return None
-    return f"{{ .shared .align 16 .b32 hata_bins[{bins}]; mov.u32 $0, hata_bins; }}"
+    return f"{{ .shared .align 16 .b32 hata_bins[{bins + 4}]; mov.u32 $0, hata_bins; }}"
 
 
 class Rows(NamedTuple):
@@ -94,12 +102,10 @@ def parts_of(config: Config, slots: int) -> int:
     return max(min(config["parts"], pow2(-(-slots // config["tile"]))), 1)
 
 
-def lay_out(
-    scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, parts: int, tickets: int
-) -> Rows:
-    """Reserve the scratch of `rows` rows; `tickets` more counters a row are zeroed as well."""
+def lay_out(scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, parts: int) -> Rows:
+    """Reserve the scratch of `rows` rows."""
     scores_row = -(-slots // 128)
-    counters_row = how.rounds * how.bins + tickets
+    counters_row = how.rounds * how.bins
     return Rows(
         planes=scratch.piece(rows * how.planes * bits // 32),
         counters=scratch.piece(rows * counters_row),

@@ -13,7 +13,7 @@ Knobs, in the order in which a decode step meets them:
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
-    merge                 whether a launch of its own merges splits
+    early                 launches may start as soon as the one before them has started, to wait
     overlap               launches start while the one before them drains (sm_90 and newer)
 """
 
@@ -51,7 +51,7 @@ KNOBS = {
     "encode": ENCODE,
     "hamming_topk": SCAN,
     "sparse_attend": {**ATTEND, **OVERLAP},
-    "hash_attend": {**STEP, **SCAN, **ATTEND, "merge": (False, True), **OVERLAP},
+    "hash_attend": {**STEP, **SCAN, **ATTEND, **OVERLAP, "early": (False, True)},
 }
 
 
@@ -68,15 +68,14 @@ def of(problem: Problem) -> Config:
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = max(problem.batch * heads * problem.tokens, 1)
     few = rows < 32
-    # Where rows are few, parts are about 2,048 keys, so that they find room at the same time.
-    parts = share(2048 // rows, 256)
-    if few:
-        parts = min(parts, max(share(problem.slots // 2048, 64), share(problem.slots // 4096, 256)))
+    # Parts are of 512 keys at least, and a few thousand where there are many.
+    parts = share(rows * problem.slots // 2048, 2048) // rows
+    tile = min(max((2048 if few else 4096) // max(pow2(problem.bits // 32), 1), 128), 1024)
     scan = {
-        "parts": max(parts, 32 if few else 4),
-        "tile": min(max(4096 // max(pow2(problem.bits // 32), 1), 128), 2048),
-        "scan_warps": 4,
-        "ahead": few or heads == problem.heads,
+        "parts": min(max(share(parts, 256), share(512 // rows, 64), 4), 256),
+        "tile": tile,
+        "scan_warps": min(tile // 128, 4),
+        "ahead": True,
         "adders": True,
         "histogram": "shared",
         "select_tile": 1024,
@@ -85,13 +84,15 @@ def of(problem: Problem) -> Config:
     if problem.op == "hamming_topk":
         return scan
     heavy = problem.dtype == "float32" or max(problem.head_dim, problem.value_dim) > 128
+    short = few and problem.k <= 2048
     attend = {
-        "keys": 32 if heavy else 64,
-        "splits": max(share(512 // rows, 32), 2),
-        "warps": 4 if heavy or few else 2,
-        "stages": 1 if few else 2,
+        "keys": 32 if heavy else 64 if short else 128,
+        "splits": min(max(share(512 // rows, 64), 4), 64),
+        "warps": 8 if short and not heavy else 4,
+        "stages": 1 if short else 2,
         "overlap": True,
     }
     if problem.op == "sparse_attend":
         return attend
-    return {"columns": 32, "encode_warps": 4, **scan, **attend, "merge": True}
+    early = few and problem.k <= 1024
+    return {"columns": 32, "encode_warps": 8, **scan, **attend, "early": early}

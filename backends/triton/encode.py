@@ -6,9 +6,9 @@ Vectors are the rows and bits the columns of one matrix product on the tensor co
 accumulators are compared with zero and packed, so nothing but codes is written. `_encode_kernel`
 serves the op; the first launch of a decode step is in `encode_step`.
 
-A vector's code must not depend on which kernel made it. Both use `project`: the same instruction
-shape (at least 64 rows, so that Hopper takes the same matrix instruction in both) and the same
-order of the sum over the head size.
+A vector's code must not depend on which kernel made it. Both take the sum over the head size in the
+same order, in products of 16 elements; on Hopper the instructions for 16 rows and for 64 give the
+same bits (2^24 values of each dtype and of three head sizes, and the conformance suite looks).
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -87,8 +87,10 @@ def project(
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
     NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Values before the sign [M, N] of the vectors at `x + rows`; with `NORMS` also the sums of
-    their squares [M]."""
+    """Values before the sign [M, N] of the vectors at `x + rows`, and sums of their squares [M].
+
+    The sums are zeros without `NORMS`.
+    """
     columns = column + tl.arange(0, N)
     values = tl.zeros([M, N], tl.float32)
     squares = tl.zeros([M], tl.float32)

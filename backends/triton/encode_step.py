@@ -17,9 +17,9 @@ from hata.arrays import Framework
 from hata.backend import Config
 from hata.problem import Problem, pow2
 
-from .encode import IEEE_ROWS, arithmetic, columns, norm_of, project
-from .launch import bind
-from .pieces import let_next_start, pack, store_planes, store_words, visible
+from .encode import arithmetic, columns, norm_of, project
+from .launch import bind, capability
+from .pieces import columns_of, let_next_start, pack, store_planes, store_words, visible
 from .plan import POINTERS, Plan, code_pointer, data_pointer, norm_steps, steps, vector, words
 
 
@@ -27,13 +27,13 @@ from .plan import POINTERS, Plan, code_pointer, data_pointer, norm_steps, steps,
 def _step_kernel(
     q, keys, query_projection, projection, query_bias_x, query_bias_f, bias_x, bias_f,
     codes, norms, planes, counters, lengths, starts,
-    rows, tokens, slots, kv_heads, group, fresh, query_tiles, shares, length_step, start_step,
+    rows, tokens, slots, kv_heads, fresh, query_tiles, jobs, shares, length_step, start_step,
     query_has_bias, has_bias, counters_row,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, query_projection_h, query_projection_d,
     projection_h, projection_d, query_bias_h, bias_h,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
-    D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MEMBERS: tl.constexpr,
-    BLOCK_D: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr, IEEE: tl.constexpr,
     NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SINGLE: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -53,14 +53,14 @@ def _step_kernel(
         # A group is a batch row and a token; its members are the heads that share `head`.
         of_row = job * GROUPS + tl.arange(0, M) // MEMBERS
         member = tl.arange(0, M) % MEMBERS
-        mask = (of_row < rows) & (member < group)
+        mask = (of_row < rows) & (member < GROUP)
         offset = member * q_h
         if SINGLE:
             offset += of_row * q_b
         else:
             offset += (of_row // tokens) * q_b + (of_row % tokens) * q_t
         values, _ = project(
-            q + head * group * q_h * VECTOR,
+            q + head * GROUP * q_h * VECTOR,
             offset * VECTOR,
             mask,
             query_projection + head * query_projection_h * VECTOR,
@@ -71,26 +71,29 @@ def _step_kernel(
             block * N,
             D, M, N, QUERY_BLOCK_D, QUERY_IEEE, False,
         )  # fmt: skip
-        bits = ((values > 0) & mask[:, None]).to(tl.int32)
-        counts = tl.sum(tl.reshape(bits, [GROUPS, MEMBERS, N]), axis=1)
+        words = tl.reshape(pack(values > 0, M, N), [GROUPS, MEMBERS, N // 32])
+        words = tl.reshape(tl.permute(words, (0, 2, 1)), [GROUPS * (N // 32), MEMBERS])
+        words = columns_of(words, GROUPS * (N // 32), MEMBERS)
         of_group = job * GROUPS + tl.arange(0, GROUPS)
         inside = of_group < rows
         if SINGLE:
             target = of_group * kv_heads + head
         else:
             target = ((of_group // tokens) * kv_heads + head) * tokens + of_group % tokens
-        target = target.to(tl.int64)
+        at = planes + (target.to(tl.int64) * (PLANES * R // 32))[:, None] + word[None, :]
         store_planes(
-            planes + target * (PLANES * R // 32), counts, group, word, inside, R, GROUPS, N, PLANES
+            tl.reshape(at, [GROUPS * (N // 32)]),
+            words[:GROUP],
+            tl.reshape(inside[:, None] & (word >= 0)[None, :], [GROUPS * (N // 32)]),
+            R // 32,
         )
-        at = counters + target * counters_row
-        for first in range(block * COUNTERS, counters_row, R // N * COUNTERS):
-            counter = first + tl.arange(0, COUNTERS)
-            tl.store(
-                at[:, None] + counter[None, :],
-                tl.zeros([GROUPS, COUNTERS], tl.int32),
-                mask=inside[:, None] & (counter < counters_row)[None, :],
-            )
+    elif job == jobs:
+        # One program a head and block beyond the tiles zeroes a share of all counters.
+        size = (tl.zeros([], tl.int64) + counters_row) * rows * kv_heads
+        share = (head * (R // N) + block).to(tl.int64)
+        for first in range(share * COUNTERS, size, kv_heads * (R // N) * COUNTERS):
+            at = first + tl.arange(0, COUNTERS)
+            tl.store(counters + at, tl.zeros([COUNTERS], tl.int32), mask=at < size)
     else:
         # A tile holds the one fresh key of many batch rows, or many fresh keys of one batch row.
         tile = job - query_tiles
@@ -165,7 +168,9 @@ def write_step(
     constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
     of_queries = arithmetic(dtype, query_dtype, problem.head_dim)
     members = pow2(heads // kv_heads)
-    rows = max(IEEE_ROWS if constants["IEEE"] and of_queries["IEEE"] else 64, members)
+    # 16 rows make the codes that 64 make where both come from the same kind of matrix unit; data
+    # center Blackwell has one of its own for 64 rows.
+    rows = max(64 if capability(q)[0] == 10 else 16, members)
     block = columns(bits, config["columns"])
     data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
     query_weights = data_pointer(query_dtype, wide)
@@ -176,8 +181,8 @@ def write_step(
             code_pointer(unit, together), "*fp16", "*i32", "*i32", "*i32", "*i32",
             *["i32"] * 13, *["i64"] * 18,
         ),
-        {"R": bits, "M": rows, "N": block, "MEMBERS": members, "PLANES": plane_count,
-         "COUNTERS": max(4096 // rows * members, 64),
+        {"R": bits, "M": rows, "N": block, "GROUP": heads // kv_heads, "MEMBERS": members,
+         "PLANES": plane_count, "COUNTERS": 1024,
          "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
          "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
          "OVERLAPPED": overlapped, **constants},
@@ -192,13 +197,14 @@ def write_step(
     narrow_bias, wide_bias, has_bias = plan.optional(fw, bias, dtype)
     plan.launch(
         kernel,
-        kv_heads * (query_tiles + key_tiles) * (bits // block),
+        kv_heads * (query_tiles + key_tiles + 1) * (bits // block),
         plan.address(q, data), plan.address(keys, data),
         plan.address(query_projection, query_weights), plan.address(projection, weights),
         narrow_query, wide_query, narrow_bias, wide_bias,
         plan.address(codes, code_pointer(unit, together)), plan.address(norms, "*fp16"),
         planes, counters, *spans[:2],
-        groups, tokens, slots, kv_heads, heads // kv_heads, fresh, query_tiles, max(shares, 1),
+        groups, tokens, slots, kv_heads, fresh, query_tiles,
+        query_tiles + key_tiles, max(shares, 1),
         *spans[2:], query_has_bias, has_bias, counters_row,
         *steps(fw, q, wide), *steps(fw, keys, wide),
         *steps(fw, query_projection, wide), *steps(fw, projection, wide),

@@ -2,16 +2,17 @@
 
     distance_s = sum over the codes q of a group of popcount(q ^ k_s)
 
-Weighted planes. Let c_j be the number of queries that set bit j. A key with bit j clear differs
-from c_j of them, one with it set from G - c_j. If weights w_i sum to G and planes P_i hold bits
-with sum_i w_i P_ij = c_j, then distance_s = sum_i w_i popcount(P_i ^ k_s): exact, and with weights
-1, 2, 4, ... and the rest of G it takes log2(G) + 1 popcounts a word instead of G.
+Weighted planes. Full adders turn three words of one weight into one of that weight and one of twice
+it, and because sum and majority are self-dual they may be applied to the queries before the key is
+known: if sum_i w_i P_ij counts the queries that set bit j, then distance_s = sum_i w_i
+popcount(P_i ^ k_s). Adders over a group leave one or two planes of each weight: three for G = 4,
+four for G = 8, instead of G words.
 
 Counting select. Distances are small integers (and of one parity if G is even, so half of them
 serve), so a histogram gives the exact threshold. `_scan_kernel` streams the codes once: each row
 (of a query, or of a group of queries) is cut in `parts` by its own length, whatever S is; a part
 writes its keys to select by, adds to the row's histogram and leaves its own, cumulated. Then
-`find_positions` needs no further pass: it reads the threshold off the histogram, sums the parts'
+`_select_kernel` needs no further pass: it reads the threshold off the histogram, sums the parts'
 counts below and at it, and so knows where in the output each part's keys go.
 
 With key norms the key to select by is the reversed bits of the float score: 32 bits, found digit by
@@ -20,6 +21,7 @@ digit; `_refine_kernel` counts the second and the third digit among keys that ma
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# ruff: noqa: RUF005 (jitted bodies: the compiler knows fewer forms than Python)
 
 from typing import Any
 
@@ -28,7 +30,7 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Budget, Config
-from hata.problem import Problem, pow2
+from hata.problem import Problem
 
 from .counting import Counting, budget_scalars, counting, lay_out, parts_of
 from .launch import Bound, bind
@@ -51,8 +53,8 @@ from .select import bind_select
 
 @triton.jit
 def _planes_kernel(
-    q_codes, planes, counters, heads, group, tokens, counters_row, q_b, q_h, q_t,
-    R: tl.constexpr, MEMBERS: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
+    q_codes, planes, counters, heads, tokens, counters_row, q_b, q_h, q_t,
+    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Planes of given query codes; zeroes the counters. One program a row and word."""
@@ -62,16 +64,11 @@ def _planes_kernel(
     batch = (row // tokens // heads).to(tl.int64)
     head = row // tokens % heads
     token = row % tokens
-    counts = tl.zeros([32], tl.int32)
     base = q_codes + batch * q_b + token * q_t + word * (4 // UNIT)
-    for first in range(0, group, MEMBERS):
-        member = first + tl.arange(0, MEMBERS)
-        words = load_words(base + (head * group + member) * q_h, member < group, UNIT)
-        bits = (words[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
-        counts += tl.sum(bits.to(tl.int32), axis=0)
-    one = tl.arange(0, 1)
-    target = planes + (row + one).to(tl.int64) * (PLANES * R // 32)
-    store_planes(target, counts[None, :], group, word + one, one == 0, R, 1, 32, PLANES)
+    words = ()
+    for member in tl.static_range(GROUP):
+        words = words + (load_words(base + (head * GROUP + member) * q_h, True, UNIT),)
+    store_planes(planes + row.to(tl.int64) * (PLANES * R // 32) + word, words, True, R // 32)
     zero_counters(counters, row, counters_row, word, R // 32, COUNTERS)
 
 
@@ -79,8 +76,8 @@ def bind_planes(how: Counting, bits: int, group: int, unit: int, together: int) 
     """The launch that makes planes of given query codes and zeroes counters."""
     return bind(
         _planes_kernel,
-        (code_pointer(unit, together), "*i32", "*i32", *["i32"] * 4, *["i64"] * 3),
-        {"R": bits, "MEMBERS": min(pow2(group), 64), "PLANES": how.planes, "COUNTERS": 256,
+        (code_pointer(unit, together), "*i32", "*i32", *["i32"] * 3, *["i64"] * 3),
+        {"R": bits, "GROUP": group, "PLANES": how.planes, "COUNTERS": 256,
          "UNIT": unit},
         1,
     )  # fmt: skip
@@ -109,7 +106,7 @@ def write_hamming_topk(
     how = counting(group, bits, key_norms is not None)
     parts = parts_of(config, slots)
     scratch = Scratch()
-    at = lay_out(scratch, how, rows, slots, bits, parts, 0)
+    at = lay_out(scratch, how, rows, slots, bits, parts)
     memory = plan.output((scratch.size,), "uint8")
     q_unit, q_together = words(fw, q_codes)
     unit, together, per_vector = scanned_words(fw, k_codes)
@@ -119,15 +116,16 @@ def write_hamming_topk(
     limits = budget_scalars(budget)
     sizes = at.scores_row, at.counters_row
     single = tokens == 1
+    code_strides = steps(fw, k_codes, code_steps(unit, together))
     scan, rounds = bind_scan(
         config, how, bits, group, key_norms is not None, parts, single, unit, together,
-        per_vector, False,
+        per_vector, code_strides[2], False,
     )  # fmt: skip
     plan.launch(
         bind_planes(how, bits, group, q_unit, q_together),
         rows * (bits // 32),
         plan.address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
-        heads, group, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
+        heads, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
     )  # fmt: skip
     plan.launch(
         scan,
@@ -135,7 +133,7 @@ def write_hamming_topk(
         plan.address(k_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
         heads, heads // kv_heads, tokens, slots, 0, *span_steps, *limits, 0, *sizes,
-        *steps(fw, k_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
+        *code_strides, *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
         plan.launch(
@@ -147,8 +145,8 @@ def write_hamming_topk(
     plan.launch(
         bind_select(config, how, parts, single, True, False),
         rows * parts,
-        plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters, cumulated, state, below, *spans,
-        heads, tokens, slots, *span_steps, *limits, 0, *sizes,
+        plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters,
+        cumulated, state, below, *spans, heads, tokens, slots, *span_steps, *limits, 0, *sizes,
     )  # fmt: skip
 
 

@@ -1,15 +1,20 @@
-"""hash_attend: one decode step in three launches (arXiv 2506.02572, Algorithm 3).
+"""hash_attend: one decode step in five short launches (arXiv 2506.02572, Algorithm 3).
 
-1. `encode._step_kernel`: codes of the fresh keys in place, bit planes of the queries, zeroed
+1. `encode_step._step_kernel`: codes of the fresh keys in place, bit planes of the queries, zeroed
    counters.
-2. `hamming_topk._scan_kernel`: the keys to select by and their histogram, one pass over the codes.
-   (With key norms two short launches refine the threshold.)
-3. `_hash_attend_kernel`: each program takes an equal share of a row's *selected* keys, whichever
-   parts they lie in: it finds their positions (`find_positions`), attends to them, and the last
-   program of a row merges the shares in their order.
+2. `scan._scan_kernel`: the keys to select by and their histogram, one pass over the codes. (With
+   key norms two short launches refine the threshold.)
+3. `select._select_kernel`: the positions of a row's selected keys, in ascending order.
+4. `_hash_attend_kernel`: each program takes an equal share of a row's *selected* keys, whichever
+   parts they lie in, and attends to them.
+5. `attend._merge_kernel`: the shares of a row, in their order.
+
+On sm_90 and newer each launch starts while the one before it drains, reads what does not depend on
+it, and then waits. A launch costs some 0.7 us in a graph, less than the shared work of a fused
+kernel did; see docs/perf/triton.md.
 
 A query that sees no more keys than its budget, or than `dense_below`, takes all of them: nothing is
-scored for it, and the third launch walks its keys in place. Which regime holds is decided on the
+scored for it, and the attention walks its keys in place. Which regime holds is decided on the
 device, so one captured graph serves both.
 """
 
@@ -29,7 +34,6 @@ from .attend import (
     attend_positions,
     bind_merge,
     finish_split,
-    merging,
     nothing,
     result_types,
     tiling,
@@ -38,7 +42,7 @@ from .counting import budget_scalars, counting, lay_out, parts_of
 from .encode_step import write_step
 from .hamming_topk import bind_planes
 from .launch import bind, overlaps
-from .pieces import budget_of, let_next_start, place_of, visible, wait_for_previous
+from .pieces import budget_of, let_next_start, place_of, visible
 from .plan import (
     Plan,
     Scratch,
@@ -48,6 +52,7 @@ from .plan import (
     norm_steps,
     planned,
     row_step,
+    row_step_type,
     scanned_words,
     steps,
     vector,
@@ -59,16 +64,16 @@ from .select import bind_select
 
 @triton.jit
 def _hash_attend_kernel(
-    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions, counters,
-    lengths, starts,
+    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions, lengths, starts,
     kv_heads, members, tokens, slots, log_splits, length_step, start_step,
-    k, ratio, least, dense_below, counters_row, scale, softcap, has_sinks, has_lse,
+    k, ratio, least, dense_below, lines, scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, IEEE: tl.constexpr,
-    VECTOR: tl.constexpr, TICKETS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    MERGE: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
+    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAPPED & EARLY)
     splits = 1 << log_splits
     split = tl.program_id(0) & (splits - 1)
     rest = tl.program_id(0) >> log_splits
@@ -84,30 +89,22 @@ def _hash_attend_kernel(
     taken = seen if everything else budget
     size = tl.maximum(tl.cdiv((taken + splits - 1) >> log_splits, N) * N, N)
     first = split * size
-    # Without a merge in this launch, every share is stored and another launch merges them.
-    if (first < taken) | (split == 0) | (not MERGE):
-        acc, most, total, found = attend_positions(
-            q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
-            keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
-            values + (batch * values_b + kv_head * values_h) * VECTOR,
-            positions + row.to(tl.int64) * k, first, tl.minimum(first + size, taken),
-            everything.to(tl.int32), start, slots, scale, softcap,
-            members - block * M, q_h, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, OVERLAPPED,
-        )  # fmt: skip
-        let_next_start(OVERLAPPED)
-        used = tl.maximum(tl.cdiv(taken, size), 1) if MERGE else splits
-        finish_split(
-            out, lse, sinks_x, sinks_f, partial, stats,
-            counters + row.to(tl.int64) * counters_row + TICKETS + block * COLUMNS
-            + column // BLOCK_V,
-            (batch * kv_heads * members + head) * tokens + token, head,
-            tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-            split, splits, used, column, has_sinks, has_lse,
-            DV, M, BLOCK_V, HEADS, BLOCK_S, MERGE,
-        )  # fmt: skip
-    else:
-        wait_for_previous(OVERLAPPED)
+    acc, most, total, found = attend_positions(
+        q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
+        keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
+        values + (batch * values_b + kv_head * values_h) * VECTOR,
+        positions + row.to(tl.int64) * k, first, tl.minimum(first + size, taken),
+        everything.to(tl.int32), start, slots, scale, softcap,
+        members - block * M, q_h, keys_s, values_s, column,
+        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, False, OVERLAPPED,
+    )  # fmt: skip
+    let_next_start(OVERLAPPED & (not EARLY))
+    finish_split(
+        out, lse, sinks_x, sinks_f, partial, stats,
+        (batch * kv_heads * members + head) * tokens + token, head,
+        tl.minimum(members - block * M, M), tokens, acc, most, total, found,
+        split, splits, lines, column, has_sinks, has_lse, DV, M, BLOCK_V,
+    )  # fmt: skip
 
 
 def write_hash_attend(
@@ -147,7 +144,7 @@ def write_hash_attend(
     fresh, dense_below = min(fresh, slots), min(dense_below, slots)
     # A budget of more keys than there are slots is one of all of them, and costs no more.
     budget = budget._replace(k=max(min(budget.k, slots), 1))
-    overlapped = overlaps(bool(config["overlap"]), q)
+    overlapped, early = overlaps(bool(config["overlap"]), q), bool(config["early"])
 
     how = counting(group, bits, key_norms is not None)
     sizes = tiling(dtype, depth, lanes, members, config["keys"])
@@ -157,14 +154,16 @@ def write_hash_attend(
     single = tokens == 1
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
-    at = lay_out(scratch, how, rows, slots, bits, parts, blocks * columns)
+    at = lay_out(scratch, how, rows, slots, bits, parts)
     positions_at = scratch.piece(rows * budget.k)
     partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
-    stats_at = scratch.piece(batch * heads * tokens * splits * 3)
+    lines = batch * heads * tokens * splits
+    stats_at = scratch.piece(2 * lines)
     memory = plan.output((scratch.size,), "uint8")
 
     wide = vector(fw, q, keys, values)
     unit, together, per_vector = scanned_words(fw, key_codes)
+    code_strides = steps(fw, key_codes, code_steps(unit, together))
     planes, counters, scores, cumulated, state, below = at.references(plan, memory, how)
     words_of_scores = plan.address(memory, "*i32:16", at.scores)
     positions = plan.address(memory, "*i32", positions_at)
@@ -183,19 +182,22 @@ def write_hash_attend(
         unit,
         together,
         per_vector,
+        code_strides[2],
         overlapped,
+        early,
     )
     data, result = data_pointer(dtype, wide), result_types(dtype)
+    key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
     attend = bind(
         _hash_attend_kernel,
         (
-            data, data, data, *result, "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 8, "i64", *["i32"] * 3, "fp32", "fp32", "i32", "i32", *["i64"] * 9,
+            data, data, data, *result, "*i32", "*i32", "*i32",
+            *["i32"] * 8, "i64", "i32", "i32", "i64", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
+            row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
         ),
-        {**sizes, **merging(members, sizes["BLOCK_V"], splits), "VECTOR": wide,
-         "TICKETS": how.rounds * how.bins, "COLUMNS": columns, "BLOCKS": blocks,
-         "MERGE": not config["merge"] and splits > 1, "STAGES": config["stages"],
-         "SINGLE": single, "OVERLAPPED": overlapped},
+        {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
+         "STAGES": config["stages"], "SINGLE": single, "EARLY": early,
+         "OVERLAPPED": overlapped},
         config["warps"],
         config["stages"],
         overlapped,
@@ -211,7 +213,7 @@ def write_hash_attend(
             bind_planes(how, bits, group, q_unit, q_together),
             rows * (bits // 32),
             plan.address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
-            kv_heads, group, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
+            kv_heads, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
         )  # fmt: skip
     if q_codes is None or fresh:
         write_step(
@@ -225,7 +227,7 @@ def write_hash_attend(
         plan.address(key_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
         kv_heads, 1, tokens, slots, fresh, *span_steps, *limits, dense_below, *row_sizes,
-        *steps(fw, key_codes, code_steps(unit, together)), *norm_steps(fw, key_norms),
+        *code_strides, *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
         plan.launch(
@@ -235,7 +237,7 @@ def write_hash_attend(
             kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, parts, single, False, overlapped),
+        bind_select(config, how, parts, single, False, overlapped, early),
         rows * parts,
         positions, words_of_scores, counters, cumulated, state, below, *spans,
         kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
@@ -244,17 +246,18 @@ def write_hash_attend(
         attend,
         rows * blocks * columns * splits,
         plan.address(q, data), plan.address(keys, data), plan.address(values, data), *results,
-        positions, counters, *spans,
+        positions, *spans,
         kv_heads, members, tokens, slots, splits.bit_length() - 1, *span_steps,
-        *limits[:3], dense_below, at.counters_row, scale, softcap or 0.0, has_sinks,
+        *limits[:3], dense_below, lines, scale, softcap or 0.0, has_sinks,
         int(return_lse),
-        *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
+        *steps(fw, q, wide), *key_strides, *value_strides,
     )  # fmt: skip
-    if config["merge"] and splits > 1:
+    if splits > 1:
+        merge, merge_columns = bind_merge(dtype, lanes, splits, overlapped)
         plan.launch(
-            bind_merge(dtype, lanes, sizes["BLOCK_V"], columns, splits, overlapped),
-            batch * heads * tokens * columns,
-            *results, heads, tokens, splits, has_sinks, int(return_lse),
+            merge,
+            batch * heads * tokens * merge_columns,
+            *results, heads, tokens, splits, lines, has_sinks, int(return_lse),
         )  # fmt: skip
 
 

@@ -291,15 +291,20 @@ def bind(
 
 
 @functools.lru_cache
-def _capability(device: int) -> tuple[int, int]:
+def _capability_of(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def capability(x: Any) -> tuple[int, int]:
+    """Compute capability of the device of `x`.
+
+    Arrays without data stand for those of the current device or, without one, of sm_90.
+    """
+    if x.is_cuda:
+        return _capability_of(x.device.index)
+    return _capability_of(torch.cuda.current_device()) if torch.cuda.is_available() else (9, 0)
 
 
 def overlaps(wanted: bool, x: Any) -> bool:
     """Whether launches may overlap: asked for, and the device of `x` (sm_90 or newer) can."""
-    if INTERPRETED or not wanted:
-        return False
-    if x.is_cuda:
-        return _capability(x.device.index) >= (9, 0)
-    # Arrays without data stand for those of the current device, or of none.
-    return not torch.cuda.is_available() or _capability(torch.cuda.current_device()) >= (9, 0)
+    return wanted and not INTERPRETED and capability(x) >= (9, 0)

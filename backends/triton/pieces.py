@@ -8,6 +8,8 @@ the smallest win: summed distances, or reversed order-preserving bits of a float
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
+# ruff: noqa: RUF005 (jitted bodies: the compiler knows fewer forms than Python)
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,8 @@ from .launch import INTERPRETED
 
 # First positions of parts are multiples of this, so that rows of scores are read in whole vectors.
 ALIGN = tl.constexpr(128)
+# Weights of planes are powers of two below 2^LEVELS.
+LEVELS = tl.constexpr(11)
 # The interpreter knows no PTX.
 NATIVE = tl.constexpr(not INTERPRETED)
 
@@ -29,6 +33,21 @@ def popcount(x):
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def full_adder(a, b, c):
+    """Sum and carry of three bits at every place of 32-bit words."""
+    if NATIVE:
+        # As one instruction each: the compiler would rather mix them with what made the words.
+        total = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [a, b, c], tl.uint32, True, 1
+        )
+        carry = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xe8;", "=r,r,r,r", [a, b, c], tl.uint32, True, 1
+        )
+        return total, carry
+    return a ^ b ^ c, (a & b) | (c & (a | b))
 
 
 @triton.jit
@@ -70,23 +89,28 @@ def pack(bits, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def store_planes(
-    planes, counts, group, word, mask, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PLANES: tl.constexpr,
-):  # fmt: skip
-    """Write the bit planes of `counts` [M, N], how many queries of M groups set each of N bits.
+def add_up(words):
+    """Words of one weight through full adders: the one or two that stay at it, and carries."""
+    carries = ()
+    for _ in tl.static_range((len(words) - 1) // 2):
+        total, carry = full_adder(words[0], words[1], words[2])
+        words = words[3:] + (total,)
+        carries = carries + (carry,)
+    return words, carries
 
-    `planes` [M] point to the groups' planes, `word` [N / 32] are words of a plane. Plane i weighs
-    2^i, the last one what is missing to the size of the group; see `hamming_topk`.
+
+@triton.jit
+def store_planes(planes, words, mask, WORDS: tl.constexpr):
+    """Write the weighted planes of the codes of a group: `words`, one word of each member.
+
+    A plane has `WORDS` words; `planes` point to the first plane's. See `hamming_topk`.
     """
-    half: tl.constexpr = 1 << (PLANES - 1)
-    above = counts >= half
-    rest = tl.where(above, counts - (group - (half - 1)), counts)
-    for i in tl.static_range(PLANES):
-        bits = above if i == PLANES - 1 else ((rest >> i) & 1) != 0
-        at = planes[:, None] + i * (R // 32) + word[None, :]
-        words = pack(bits, M, N).to(tl.int32, bitcast=True)
-        tl.store(at, words, mask=mask[:, None] & (word >= 0)[None, :])
+    index = 0
+    for _ in tl.static_range(LEVELS):
+        here, words = add_up(words)
+        for i in tl.static_range(len(here)):
+            tl.store(planes + index * WORDS, here[i].to(tl.int32, bitcast=True), mask=mask)
+            index += 1
 
 
 @triton.jit
@@ -173,7 +197,7 @@ def float_key(score):
 
 @triton.jit
 def shared_bins(SHARED: tl.constexpr, BINS: tl.constexpr):
-    """Address of zeroed counters in shared memory; `SHARED` is PTX that declares them."""
+    """Address of zeroed counters in shared memory; `SHARED` is PTX that declares one more."""
     address = tl.inline_asm_elementwise(SHARED, "=r,r", [BINS], tl.int32, False, 1)
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; st.shared.u32 [$1], $0;",
@@ -188,12 +212,14 @@ def shared_bins(SHARED: tl.constexpr, BINS: tl.constexpr):
 
 
 @triton.jit
-def count_shared(address, digits, mask):
-    """Count each digit where `mask` holds, by atomics in shared memory."""
+def count_shared(address, digits, mask, BINS: tl.constexpr):
+    """Count each digit below `BINS` where `mask` holds, by atomics in shared memory."""
+    # What does not count goes to a counter that is never read: that costs less than a branch.
+    digits = tl.where(mask, tl.minimum(digits.to(tl.int32), BINS), BINS)
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p red.shared.add.u32 [$1], 1; }",
-        "=r,r,r",
-        [address + 4 * digits.to(tl.int32), mask.to(tl.int32)],
+        "mov.u32 $0, 0; red.shared.add.u32 [$1], 1;",
+        "=r,r",
+        [address + 4 * digits],
         tl.int32,
         False,
         1,

@@ -96,6 +96,11 @@ def code_steps(unit: int, vector: int) -> int:
     return 1 if unit == 1 else 4 * vector
 
 
+def row_step_type(step: int) -> str:
+    """Type of the step between the rows of a head: 32 bits save work wherever they are enough."""
+    return "i32" if abs(step) < 1 << 17 else "i64"
+
+
 def norm_steps(fw: Framework, norms: Any) -> tuple[int, ...]:
     """All strides of norms [B, heads, T or S]; zeros where there are none."""
     return (0, 0, 0) if norms is None else fw.strides(norms)

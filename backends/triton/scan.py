@@ -19,6 +19,8 @@ from .counting import DIGIT, Counting, shared_declaration
 from .launch import Bound, bind
 from .pieces import (
     ALIGN,
+    LEVELS,
+    add_up,
     budget_of,
     columns_of,
     count_shared,
@@ -35,7 +37,7 @@ from .pieces import (
     visible,
     wait_for_previous,
 )
-from .plan import code_pointer
+from .plan import code_pointer, row_step_type
 
 
 @triton.jit
@@ -50,48 +52,33 @@ def _load_codes(
     if KEYS > 1:
         # It is a multiple already; said like this, the compiler sees whole vectors.
         first = first // ALIGN * ALIGN
-    position = first + tl.arange(0, TILE // KEYS) * KEYS
+    place = tl.arange(0, TILE // KEYS) * KEYS
     word = tl.arange(0, KEYS * CHUNK) * (4 // UNIT)
+    base += (tl.zeros([], tl.int64) + first) * codes_s
     return load_words(
-        base + position.to(tl.int64)[:, None] * codes_s + word[None, :],
-        (position < high)[:, None],
-        UNIT,
+        base + (place * codes_s)[:, None] + word[None, :], (place < high - first)[:, None], UNIT
     )
 
 
 @triton.jit
-def _add_up(words, ADDERS: tl.constexpr):
-    """Bits of one weight in full adders: the one or two words that stay at it, and the carries."""
-    carries = ()
-    if ADDERS:
-        for _ in tl.static_range((len(words) - 1) // 2):
-            a, b, c = words[0], words[1], words[2]
-            words = words[3:] + (a ^ b ^ c,)
-            carries = carries + ((a & b) | (c & (a | b)),)
-    return words, carries
-
-
-@triton.jit
-def _distance(
-    words, planes, WORDS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
-    ADDERS: tl.constexpr,
-):  # fmt: skip
+def _distance(words, planes, WORDS: tl.constexpr, WEIGHTS: tl.constexpr, ADDERS: tl.constexpr):
     """Summed distance of keys, whose `words` are a tuple, to a group with these planes.
 
     sum_i w_i popcount(P_i ^ k) with as few popcounts as adders across words allow: they are the
     scarce instruction, 16 a clock and multiprocessor on Hopper beside 64 logical ones.
     """
-    LAST: tl.constexpr = GROUP - (1 << (PLANES - 1)) + 1
     distance = tl.zeros(words[0].shape, tl.int32)
     carried = ()
-    # At most one bit more than the last weight has, and log2 of the words of carries.
-    for level in tl.static_range(12):
+    # Carries of 16 words or fewer a plane go some weights beyond the last plane's.
+    for level in tl.static_range(LEVELS + 5):
         here = carried
-        for i in tl.static_range(PLANES):
-            if (((1 << i) if i < PLANES - 1 else LAST) >> level) & 1:
-                for w in tl.static_range(WORDS):
-                    here = here + (words[w] ^ planes[i * WORDS + w],)
-        here, carried = _add_up(here, ADDERS)
+        carried = ()
+        for _ in tl.static_range((WEIGHTS >> (2 * level)) & 3):
+            for w in tl.static_range(WORDS):
+                here = here + (words[w] ^ planes[w],)
+            planes = planes[WORDS:]
+        if ADDERS:
+            here, carried = add_up(here)
         for i in tl.static_range(len(here)):
             distance += popcount(here[i]) << level
     return distance
@@ -103,12 +90,13 @@ def _scan_kernel(
     heads, share, tokens, slots, fresh, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
-    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
-    KEYS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
-    DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr,
-    UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr, ADDERS: tl.constexpr,
-    SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WEIGHTS: tl.constexpr,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr,
+    VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr,
+    ADDERS: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAPPED & EARLY)
     WORDS: tl.constexpr = R // 32
     CHUNKS: tl.constexpr = WORDS // CHUNK
     part = tl.program_id(0) % PARTS
@@ -140,7 +128,8 @@ def _scan_kernel(
             bins = shared_bins(SHARED, BINS)
         # Keys that win unscored are not counted.
         counted_from = start + sink
-        counted_to = tl.minimum(stop - recent, high)
+        countable = tl.maximum(tl.minimum(stop - recent, high) - counted_from, 0)
+        countable = countable.to(tl.uint32, bitcast=True)
         for first in range(low, high, TILE):
             words = ()
             for c in tl.static_range(CHUNKS):
@@ -156,36 +145,34 @@ def _scan_kernel(
             distances = ()
             for i in tl.static_range(KEYS):
                 one = _distance(
-                    words[i * WORDS : (i + 1) * WORDS], weighted, WORDS, PLANES, GROUP, ADDERS
+                    words[i * WORDS : (i + 1) * WORDS], weighted, WORDS, WEIGHTS, ADDERS
                 )
                 distances = distances + (one,)
             key = interleave(distances, TILE // KEYS, KEYS)
-            position = first + tl.arange(0, TILE)
+            place = tl.arange(0, TILE)
             if NORMS:
                 norm = tl.load(
                     norms + batch * norms_b + (head // share) * norms_h
-                    + position.to(tl.int64) * norms_s,
-                    mask=position < high,
+                    + (first + place).to(tl.int64) * norms_s,
+                    mask=place < high - first,
                     other=0.0,
                 )  # fmt: skip
                 agreement = (GROUP * R - 2 * key).to(tl.float32)
                 key = float_key(agreement * norm.to(tl.float32)).to(tl.int32, bitcast=True)
             else:
                 key = key >> HALVE
-            tl.store(
-                scores + row * scores_row * ALIGN + position,
-                key.to(scores.dtype.element_ty),
-                mask=position < high,
-            )
+            stored = scores + row * scores_row * ALIGN + first
+            tl.store(stored + place, key.to(scores.dtype.element_ty), mask=place < high - first)
             digit = (key.to(tl.uint32, bitcast=True) >> DROP).to(tl.int32)
-            counted = (position >= counted_from) & (position < counted_to) & (digit < BINS)
+            # Unsigned, so that one comparison serves both ends.
+            counted = (place + (first - counted_from)).to(tl.uint32, bitcast=True) < countable
             if SHARED is None:
-                bins += tl.histogram(digit, BINS, mask=counted)
+                bins += tl.histogram(digit, BINS, mask=counted & (digit < BINS))
             else:
-                count_shared(bins, digit, counted)
+                count_shared(bins, digit, counted, BINS)
         if SHARED is not None:
             bins = read_shared(bins, BINS)
-        let_next_start(OVERLAPPED)
+        let_next_start(OVERLAPPED & (not EARLY))
         at = tl.arange(0, BINS)
         tl.store(cumulated + (row * PARTS + part) * BINS + at, tl.cumsum(bins, axis=0))
         tl.atomic_add(counters + row * counters_row + at, bins, mask=bins > 0, sem="relaxed")
@@ -246,7 +233,7 @@ def _refine_kernel(
             if SHARED is None:
                 bins += tl.histogram(digits, BINS, mask=counted)
             else:
-                count_shared(bins, digits, counted)
+                count_shared(bins, digits, counted, BINS)
         if SHARED is not None:
             bins = read_shared(bins, BINS)
         at = tl.arange(0, BINS)
@@ -266,7 +253,9 @@ def bind_scan(
     unit: int,
     together: int,
     keys: int,
+    code_step: int,
     overlapped: bool,
+    early: bool = False,
 ) -> tuple[Bound, list[Bound]]:
     """The scan, and the rounds that refine its threshold."""
     shared = shared_declaration(config, how.bins)
@@ -282,12 +271,13 @@ def bind_scan(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
-            "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6, *["i64"] * 6,
+            "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6,
+            "i64", "i64", row_step_type(code_step), *["i64"] * 3,
         ),
-        {"R": bits, "GROUP": group, "PLANES": how.planes, "CHUNK": chunk, "KEYS": keys,
-         "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together, "UNIT": unit,
-         "AHEAD": bool(config["ahead"]) and chunk == count, "ADDERS": bool(config["adders"]),
-         **constants},
+        {"R": bits, "GROUP": group, "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk,
+         "KEYS": keys, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together,
+         "UNIT": unit, "AHEAD": bool(config["ahead"]) and chunk == count,
+         "ADDERS": bool(config["adders"]), "EARLY": early, **constants},
         warps,
         overlapped=overlapped,
     )  # fmt: skip

@@ -11,6 +11,7 @@ a vector, two bits a key; all else is work on masks, which give up their few bit
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -33,6 +34,8 @@ from .pieces import (
 
 # The upper bit of each key's two.
 _UPPER = tl.constexpr(0xAAAA)
+# The sign bits of two packed keys.
+_TOPS = tl.constexpr(0x80008000)
 
 
 @triton.jit
@@ -95,8 +98,7 @@ def _load_keys(scores, unit, high, TILE: tl.constexpr, ROUNDS: tl.constexpr):
 def _compare(words, threshold, TILE: tl.constexpr, ROUNDS: tl.constexpr):
     """Masks of the 8 keys of each vector: those below the threshold, and those at it."""
     if ROUNDS == 1:
-        TOPS: tl.constexpr = 0x80008000
-        tops = tl.full([1, 1], TOPS, tl.uint32)
+        tops = tl.full([1, 1], _TOPS, tl.uint32)
         pair = threshold * 0x10001
         raised = words | tops
         reached = raised - pair
@@ -121,12 +123,13 @@ def _select_kernel(
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
     PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, SINGLE: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Positions of one row, ascending, and with `PAD` then -1; one program a part.
 
     Without `PAD` nothing is written for a row whose visible keys are all taken.
     """
+    let_next_start(OVERLAPPED & EARLY)
     part = tl.program_id(0) % PARTS
     row = tl.program_id(0) // PARTS
     batch, _, token = place_of(row, heads, tokens, SINGLE)
@@ -159,7 +162,7 @@ def _select_kernel(
             below + row * PARTS, start, stop, budget, sink, recent, part,
             ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
         )  # fmt: skip
-        let_next_start(OVERLAPPED)
+        let_next_start(OVERLAPPED & (not EARLY))
         vector = tl.arange(0, TILE // 8)
         for unit in range(low // ALIGN, tl.cdiv(high, ALIGN), TILE // ALIGN):
             winners, equals = _compare(words, threshold, TILE, ROUNDS)
@@ -195,7 +198,13 @@ def _select_kernel(
 
 
 def bind_select(
-    config: Config, how: Counting, parts: int, single: bool, padded: bool, overlapped: bool
+    config: Config,
+    how: Counting,
+    parts: int,
+    single: bool,
+    padded: bool,
+    overlapped: bool,
+    early: bool = False,
 ) -> Bound:
     """The launch that writes positions."""
     return bind(
@@ -203,7 +212,7 @@ def bind_select(
         ("*i32", "*i32:16", *["*i32"] * 6, *["i32"] * 6, "i64", *["i32"] * 6),
         {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
          "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": padded,
-         "SINGLE": single, "OVERLAPPED": overlapped},
+         "EARLY": early, "SINGLE": single, "OVERLAPPED": overlapped},
         config["select_warps"],
         overlapped=overlapped,
     )  # fmt: skip

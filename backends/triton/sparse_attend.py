@@ -21,13 +21,13 @@ from hata.problem import Problem, pow2
 from .attend import attend_positions, bind_merge, finish_split, nothing, result_types, tiling
 from .launch import bind, overlaps
 from .pieces import let_next_start, place_of
-from .plan import Plan, Scratch, data_pointer, planned, steps, vector
+from .plan import Plan, Scratch, data_pointer, planned, row_step_type, steps, vector
 
 
 @triton.jit
 def _attend_kernel(
     q, keys, values, indices, out, lse, sinks_x, sinks_f, partial, stats,
-    index_heads, members, share, tokens, slots, k, log_splits,
+    index_heads, members, share, tokens, slots, k, log_splits, lines,
     scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     indices_b, indices_h, indices_t,
@@ -52,15 +52,14 @@ def _attend_kernel(
         indices + batch * indices_b + index_head * indices_h + token * indices_t,
         split * size, tl.minimum(split * size + size, k), 0, 0, slots, scale, softcap,
         members - block * M, q_h, keys_s, values_s, column,
-        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, False,
+        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, True, False,
     )  # fmt: skip
     let_next_start(OVERLAPPED)
     finish_split(
-        out, lse, sinks_x, sinks_f, partial, stats, stats,
+        out, lse, sinks_x, sinks_f, partial, stats,
         (batch * index_heads * members + head) * tokens + token, head,
         tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-        split, splits, splits, column, has_sinks, has_lse,
-        DV, M, BLOCK_V, 1, 1, False,
+        split, splits, lines, column, has_sinks, has_lse, DV, M, BLOCK_V,
     )  # fmt: skip
 
 
@@ -92,15 +91,19 @@ def write_sparse_attend(
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
     partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
-    stats_at = scratch.piece(batch * heads * tokens * splits * 3)
+    lines = batch * heads * tokens * splits
+    stats_at = scratch.piece(2 * lines)
     memory = plan.output((scratch.size,), "uint8")
     data = data_pointer(problem.dtype, wide)
     result = result_types(problem.dtype)
+    key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
     attend = bind(
         _attend_kernel,
         (
             data, data, data, "*i32", *result,
-            *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 12,
+            *["i32"] * 7, "i64", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
+            row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
+            *["i64"] * 3,
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
          "STAGES": config["stages"], "SINGLE": tokens == 1, "OVERLAPPED": overlapped},
@@ -119,15 +122,15 @@ def write_sparse_attend(
         plan.address(q, data), plan.address(keys, data), plan.address(values, data),
         plan.address(indices, "*i32"), *results,
         index_heads, members, index_heads // kv_heads, tokens, slots, k,
-        splits.bit_length() - 1, scale, softcap or 0.0, *given,
-        *steps(fw, q, wide), *steps(fw, keys, wide), *steps(fw, values, wide),
-        *steps(fw, indices),
+        splits.bit_length() - 1, lines, scale, softcap or 0.0, *given,
+        *steps(fw, q, wide), *key_strides, *value_strides, *steps(fw, indices),
     )  # fmt: skip
     if splits > 1:
+        merge, merge_columns = bind_merge(problem.dtype, lanes, splits, overlapped)
         plan.launch(
-            bind_merge(problem.dtype, lanes, sizes["BLOCK_V"], columns, splits, overlapped),
-            batch * heads * tokens * columns,
-            *results, heads, tokens, splits, *given,
+            merge,
+            batch * heads * tokens * merge_columns,
+            *results, heads, tokens, splits, lines, *given,
         )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ CASES = {
     "decode-sm90": (DECODE, 90, {}),
     "decode-sm100": (DECODE, 100, {}),
     "decode-sm120": (DECODE, 120, {}),
-    "fused-sm90": (DECODE, 90, {"select": False, "merge": False, "histogram": "ballot"}),
+    "ballot-sm90": (DECODE, 90, {"adders": False, "ahead": False, "histogram": "ballot"}),
     "encode-sm80": (ENCODE, 80, {}),
     "encode-sm90": (ENCODE, 90, {}),
     "encode-sm100": (ENCODE, 100, {}),
