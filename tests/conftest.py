@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(items):
 
 def is_suite_of_a_gpu(item):
     """Whether a test is the conformance suite of a backend for GPUs."""
-    return getattr(item.cls, "device", None) == "cuda" and hasattr(item.cls, "backend")
+    suite = getattr(item, "cls", None)
+    return getattr(suite, "device", None) == "cuda" and hasattr(suite, "backend")
 
 
 def pytest_runtest_setup(item):
