@@ -1,4 +1,4 @@
-"""The `hata` command: `hata info`, `hata tune`, `hata convert`, `hata profile ...`.
+"""The `hata` command: info, tune, learn, eval, convert and profile.
 
 `hata tune` is the program `python -m tune`; the library knows it by name only. `hata profile`
 imports no array framework.
@@ -19,7 +19,9 @@ from typing import Any
 
 import hata
 from hata import device, registry
-from hata.errors import HataDeviceError, HataError, ProfileError
+from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
+from hata.evaluate import command as eval_command
+from hata.learn import command as learn_command
 from hata.problem import Problem
 from hata.profile import Profile, SelectionSet, default_output, find, soft_differences
 from hata.selection import Selection
@@ -75,10 +77,22 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("tune", help="tune for this machine and write a profile", add_help=False)
 
+    learn = commands.add_parser("learn", help="train an encoder on a model and some text")
+    learn_command.add_arguments(learn)
+    learn.set_defaults(run=_learn)
+
+    judge = commands.add_parser("eval", help="what an encoder keeps of a model's attention")
+    eval_command.add_arguments(judge)
+    judge.set_defaults(run=_eval)
+
     convert = commands.add_parser(
-        "convert", help="make an encoder file of weights that HATA's own trainer wrote"
+        "convert", help="make an encoder file of weights that HATA or HashAttention published"
     )
-    convert.add_argument("source", help="folder with one hash_weight_layer_N.pt per hashed layer")
+    convert.add_argument(
+        "source",
+        help="HATA: a folder with one hash_weight_layer_N.pt per hashed layer; HashAttention: a "
+        "state dictionary (.pt) or a .pkl",
+    )
     convert.add_argument("--config", required=True, help="the model's config.json, or its folder")
     convert.add_argument("--out", required=True, help="encoder to write, *.safetensors")
     convert.set_defaults(run=_convert)
@@ -121,6 +135,25 @@ def _convert(options: argparse.Namespace) -> int:
     encoder.save(options.out)
     print(f"{options.out}: {encoder!r}")
     return 0
+
+
+def _learn(options: argparse.Namespace) -> int:
+    _need_torch("learn")
+    return learn_command.run(options)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    _need_torch("eval")
+    return eval_command.run(options)
+
+
+def _need_torch(command: str) -> None:
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise BackendUnavailable(
+                f"hata {command}: needs {name}, which is not installed; "
+                "pip install 'hata-attention[learn]'"
+            )
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -42,8 +42,6 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     Raises:
         EncoderError: The file is absent, a pickle, truncated or of another format.
     """
-    from safetensors import SafetensorError, safe_open
-
     if path.suffix.lower() in _PICKLES:
         raise EncoderError(
             f"encoder: got {path}, a pickle, which can run code when it is read; expected a "
@@ -59,14 +57,31 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             f"encoder: got {path}, which is not a file; expected a safetensors file, or "
             '"random" for the untrained encoder'
         )
+    return read_tensors(path, (FORMAT, FORMAT_2))
+
+
+def read_tensors(
+    path: Path, formats: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the tensors of a safetensors file.
+
+    Args:
+        path: A file that is there.
+        formats: What its metadata may call its format, where that matters.
+
+    Raises:
+        EncoderError: It is damaged or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             found = header.get("format", "none")
-            if found not in (FORMAT, FORMAT_2):
+            if formats and found not in formats:
                 raise EncoderError(
-                    f"encoder: got {path} of format {found!r}, expected {FORMAT!r} or "
-                    f"{FORMAT_2!r}; write one with Encoder.save"
+                    f"encoder: got {path} of format {found!r}, expected "
+                    f"{' or '.join(map(repr, formats))}; write one with Encoder.save"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError) as error:

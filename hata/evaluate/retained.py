@@ -82,6 +82,8 @@ def measure(
     exact = {k: float(mass.gather(2, best[k]).sum(-1).mean()) for k in budgets}
     found = {}
     for selector in selectors:
+        if not selector.covers(asked.layer):
+            continue
         for k in budgets:
             chosen = selector.choose(asked, k)
             retained = float(mass.gather(2, chosen).sum(-1).mean())

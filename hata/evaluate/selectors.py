@@ -38,10 +38,17 @@ class Selector(ABC):
     Attributes:
         name: For tables.
         bits: Bits of what it stores of a key; 0 where that is not a code.
+        guards: Whether it can be given first and last keys that it need not choose; one that
+            consists of them cannot.
     """
 
     name: str
     bits: int = 0
+    guards: bool = True
+
+    def covers(self, layer: int) -> bool:
+        """Whether it has a way to choose in this layer."""
+        return True
 
     @abstractmethod
     def choose(self, asked: Asked, k: int) -> torch.Tensor:
@@ -74,6 +81,10 @@ class Coded(Selector):
     def __init__(self, name: str, encoder: Encoder, bits: int | None = None) -> None:
         self.name, self.bits, self._encoder = name, bits or encoder.bits, encoder
         self._plans: dict[int, LayerPlan] = {}
+
+    def covers(self, layer: int) -> bool:
+        """See `Selector`: layers that the encoder leaves dense are not hashed."""
+        return layer not in self._encoder.dense_layers
 
     def choose(self, asked: Asked, k: int) -> torch.Tensor:
         """See `Selector`."""
@@ -128,6 +139,8 @@ class Pages(Selector):
 
 class Window(Selector):
     """The first and the last keys, in the manner of StreamingLLM (arXiv 2309.17453)."""
+
+    guards = False
 
     def __init__(self, sink: int = 4) -> None:
         self.name, self._sink = f"{sink} first and the last (StreamingLLM)", sink

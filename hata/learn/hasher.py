@@ -48,10 +48,10 @@ class _StraightThrough(torch.autograd.Function):
         return hard_sign(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         soft = torch.tanh(x * ctx.sharpness)
-        return grad * (1 - soft * soft) * ctx.sharpness, None
+        return grads[0] * (1 - soft * soft) * ctx.sharpness, None
 
 
 class Hasher(nn.Module):

@@ -110,12 +110,12 @@ class Listwise(Recipe):
         for i, last in enumerate(prefixes):
             scores = scores + q_codes[..., first:last] @ k_codes[..., first:last].mT
             first = last
-            unit = scores / last**0.5
+            root = last**0.5
             if done < self.listwise:
-                logits = unit * factors[:, i].exp()[:, None, None]
+                logits = scores * (factors[:, i].exp() / root)[:, None, None]
                 loss = loss + objectives.listwise(logits, target, hidden)
             else:
-                kept = objectives.kept_mass(unit, target, hidden, budgets, self.width)
+                kept = objectives.kept_mass(scores, target, hidden, budgets, self.width * root)
                 loss = loss - 2 * kept
         return loss
 

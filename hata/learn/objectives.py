@@ -11,9 +11,14 @@ The other two are baselines: `pairwise` is HATA's (arXiv 2506.02572), `matching`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 LOWEST = -1e30
+# Shares below exp(-FAINT) are raised to it: a step does not see them, and products of smaller
+# numbers are denormal, over which CPUs take a hundred times as long.
+FAINT = 40.0
 
 
 def group_target(
@@ -31,14 +36,16 @@ def group_target(
         `[N, Q, S]`; a row adds up to 1.
     """
     heads, group, queries, size = q.shape
-    logits = (q.reshape(heads, group * queries, size) @ keys.mT).unflatten(1, (group, queries))
-    return (logits * scale).masked_fill(hidden, LOWEST).softmax(-1).mean(1)
+    logits = (q.reshape(heads, group * queries, size) * scale) @ keys.mT
+    logits = logits.unflatten(1, (group, queries)).masked_fill_(hidden, LOWEST)
+    logits = logits.sub_(logits.amax(-1, keepdim=True)).clamp_min_(-FAINT)
+    return logits.masked_fill_(hidden, LOWEST).softmax(-1).mean(1)
 
 
 def listwise(scores: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of softmax(scores) against the target, `[N, Q, S]` -> a mean over rows."""
-    logged = scores.masked_fill(hidden, LOWEST).log_softmax(-1)
-    return -(target * logged.masked_fill(hidden, 0.0)).sum(-1).mean()
+    # What is hidden has a target of 0, and LOWEST is finite.
+    return -(target * scores.masked_fill(hidden, LOWEST).log_softmax(-1)).sum(-1).mean()
 
 
 def kept_mass(
@@ -61,14 +68,36 @@ def kept_mass(
         budgets: `[Q]` int64, in keys.
         width: Softness of the edge, in units of the scores.
     """
-    with torch.no_grad():
-        best = scores.masked_fill(hidden, LOWEST).topk(int(budgets.max()), -1).values
+    return _KeptMass.apply(scores, target, hidden, budgets, width)  # type: ignore[no-any-return]
+
+
+class _KeptMass(torch.autograd.Function):
+    """`kept_mass`, whose gradient falls off while it is computed: these passes are what costs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: torch.Tensor,
+        target: torch.Tensor,
+        hidden: torch.Tensor,
+        budgets: torch.Tensor,
+        width: float,
+    ) -> torch.Tensor:
+        seen = scores.masked_fill(hidden, LOWEST)
+        best = seen.topk(int(budgets.max()), -1).values
         edge = best.gather(2, (budgets - 1).expand(len(scores), -1).unsqueeze(-1))
-    count = torch.sigmoid((scores - edge) / width).masked_fill(hidden, 0.0)
-    with torch.no_grad():
-        slope = count * (1 - count)
+        count = seen.sub_(edge).mul_(1 / width).clamp_(-FAINT, FAINT).sigmoid_()
+        kept = (target * count).sum(-1).mean()
+        slope = count.addcmul_(count, count, value=-1)
         rival = (slope * target).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-6)
-    return ((target - rival) * count).sum(-1).mean()
+        ctx.save_for_backward(slope.mul_(target - rival))
+        ctx.factor = 1 / (width * scores[..., 0].numel())
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * (grads[0] * ctx.factor), None, None, None, None
 
 
 def pairwise(

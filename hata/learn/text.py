@@ -137,3 +137,58 @@ def load_config(model: str | Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CaptureError(f"--model: {model}: {first_line(error)}") from None
+
+
+def python_sources(characters: int, *, without: Sequence[str] = (), seed: int = 0) -> str:
+    """Sources of the installed packages, files in an order drawn by the seed.
+
+    Args:
+        characters: How much is enough.
+        without: Names of packages and folders to leave out.
+        seed: Of the order.
+    """
+    root = Path(np.__file__).resolve().parent.parent
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not set(without).intersection(path.relative_to(root).parts)
+    ]
+    order = np.random.default_rng(seed).permutation(len(files))
+    texts: list[str] = []
+    size = 0
+    for number in order:
+        if size >= characters:
+            break
+        try:
+            texts.append(files[number].read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        size += len(texts[-1])
+    return "\n".join(texts)
+
+
+def dataset_text(name: str, characters: int) -> str:
+    """Text of a data set of the datasets library: the column `text` of its split `train`.
+
+    Raises:
+        CaptureError: The library, the data set or the column is not there.
+    """
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError:
+        raise CaptureError(
+            f"--dataset: got {name!r}, which needs the datasets library; pip install datasets, use "
+            '"python", or name files with --text'
+        ) from None
+    texts: list[str] = []
+    size = 0
+    try:
+        for row in load_dataset(name, split="train", streaming=True):
+            texts.append(row["text"])
+            size += len(texts[-1])
+            if size >= characters:
+                break
+    # A data set can fail in as many ways as there are places to fetch one from.
+    except Exception as error:
+        raise CaptureError(f"--dataset: {name} cannot be read: {first_line(error)}") from None
+    return "\n".join(texts)

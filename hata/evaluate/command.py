@@ -1,0 +1,303 @@
+"""`hata eval`: the command line of `hata.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hata.learn import text as texts
+from hata.learn.command import add_text_arguments, gather_text
+
+METHODS = ("exact", "random", "pages", "window")
+# Budgets that are looked at unless others are named: shares of 1.56% and 3.1%.
+SHARES = (64, 32)
+# Recipes whose codes may be cut anywhere.
+NESTED = ("listwise", "random")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be chosen. Loads no framework."""
+    parser.add_argument("--model", required=True, help="folder of a transformers model")
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--encoder", nargs="+", default=[], metavar="[NAME=]FILE", help="encoders to compare"
+    )
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=int,
+        default=[32, 64, 128, 256],
+        help="of codes that may be cut: those of recipe listwise, and random ones",
+    )
+    parser.add_argument(
+        "--at",
+        nargs="+",
+        default=["4096"],
+        metavar="TOKENS[:K,K]",
+        help="lengths, and budgets in keys (default: 4096, budgets of 1/64 and 1/32)",
+    )
+    parser.add_argument("--sequences", type=int, default=16, help="of each length (16)")
+    parser.add_argument("--queries", type=int, default=256, help="last queries looked at (256)")
+    parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="to compare with"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="*",
+        default=[],
+        metavar="TASK",
+        help="needle, multi-needle, tracking, frequency: through generate",
+    )
+    parser.add_argument("--prompts", type=int, default=200, help="of each task and length (200)")
+    parser.add_argument(
+        "--perplexity", type=int, metavar="N", help="of the last N tokens, fed one by one"
+    )
+    parser.add_argument(
+        "--dense-layers", type=int, default=2, help="first layers that decode dense (2)"
+    )
+    parser.add_argument("--sink", type=int, default=4, help="decoding: first keys taken (4)")
+    parser.add_argument("--recent", type=int, default=16, help="decoding: last keys taken (16)")
+    parser.add_argument("--no-mass", action="store_true", help="leave the attention mass out")
+    parser.add_argument("--batch", type=int, help="prompts at a time (1 on a CPU, else 20)")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", help="for decoding (float32 on a CPU, else the model's)")
+    parser.add_argument("--out", help="folder for report.md and plots")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the tables, and write them."""
+    import torch
+
+    from hata.evaluate import report, tasks
+    from hata.learn.progress import Progress
+
+    if unknown := set(options.tasks) - set(tasks.TASKS):
+        raise texts.CaptureError(
+            f"--tasks: got {sorted(unknown)}, expected some of {', '.join(tasks.TASKS)}"
+        )
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = parse_places(options.at)
+    config = texts.load_config(options.model)
+    encoders = _encoders(options, config)
+    tokenizer = texts.load_tokenizer(Path(options.model).expanduser())
+    longest = max(tokens for tokens, _ in places)
+    text = gather_text(options, longest * options.sequences)
+    progress = Progress()
+    parts = [f"# {Path(options.model).name}, {device}"]
+    found: list[Any] = []
+    if not options.no_mass:
+        found = _mass(options, config, encoders, tokenizer, text, places, device, progress)
+        parts.append(report.retained_tables(found))
+    if options.tasks or options.perplexity:
+        parts += _decode(options, encoders, tokenizer, text, places, device, progress)
+    print("\n\n".join(parts))
+    if options.out:
+        folder = Path(options.out).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        if found and not report.plot(folder / "mass.png", found):
+            progress.note("no plot: it needs matplotlib, from the learn extra")
+        progress.note(f"report: {folder / 'report.md'}")
+    return 0
+
+
+def parse_places(words: Sequence[str]) -> list[tuple[int, list[int]]]:
+    """`["4096:64,128"]` -> `[(4096, [64, 128])]`.
+
+    Raises:
+        CaptureError: One is no such thing.
+    """
+    places = []
+    for word in words:
+        length, _, budgets = word.partition(":")
+        try:
+            tokens = int(length)
+            chosen = [int(k) for k in budgets.split(",")] if budgets else []
+        except ValueError:
+            tokens, chosen = 0, []
+        chosen = chosen or [max(tokens // share, 1) for share in SHARES]
+        if tokens < 2 or min(chosen) < 1 or max(chosen) > tokens:
+            raise texts.CaptureError(
+                f"--at: got {word!r}, expected a length in tokens and budgets of no more keys, "
+                "such as 4096:64,128"
+            )
+        places.append((tokens, chosen))
+    return places
+
+
+def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, int]]:
+    """Name, encoder and bits of every code that is compared."""
+    from hata.encoder import Encoder
+
+    found = []
+    if "random" in options.methods:
+        made = Encoder.random(config, max(options.bits))
+        found += [("random hash", made, bits) for bits in options.bits]
+    for word in options.encoder:
+        name, _, file = word.rpartition("=")
+        encoder = Encoder.load(Path(file).expanduser())
+        encoder.check(config)
+        recipe = encoder.made.get("recipe", "unknown")
+        cut = [bits for bits in options.bits if bits <= encoder.bits]
+        widths = cut if recipe in NESTED and cut else [encoder.bits]
+        found += [(name or recipe, encoder, bits) for bits in widths]
+    return found
+
+
+def _mass(
+    options: argparse.Namespace,
+    config: Any,
+    encoders: Sequence[tuple[str, Any, int]],
+    tokenizer: Any,
+    text: str,
+    places: Sequence[tuple[int, list[int]]],
+    device: str,
+    progress: Any,
+) -> list[Any]:
+    from hata.evaluate import retained, selectors
+    from hata.learn import recorder
+
+    compared: list[Any] = []
+    if "exact" in options.methods:
+        compared.append(selectors.Exact())
+    if "pages" in options.methods:
+        compared.append(selectors.Pages())
+    if "window" in options.methods:
+        compared.append(selectors.Window())
+    compared += [selectors.Coded(name, encoder, bits) for name, encoder, bits in encoders]
+    model = recorder.load_model(options.model, device)
+    found: list[Any] = []
+    for tokens, budgets in places:
+        ids = texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
+        found += retained.evaluate(
+            model,
+            ids,
+            compared,
+            budgets,
+            queries=options.queries,
+            on_sequence=lambda i: progress.show(f"attention mass: sequence {i}"),
+        )
+        progress.note(f"attention mass: {len(ids)} sequences of {tokens} tokens")
+    return found
+
+
+def _decode(
+    options: argparse.Namespace,
+    encoders: Sequence[tuple[str, Any, int]],
+    tokenizer: Any,
+    text: str,
+    places: Sequence[tuple[int, list[int]]],
+    device: str,
+    progress: Any,
+) -> list[str]:
+    """Tables of the tasks and of perplexity."""
+    from hata.evaluate import decoding, report, selectors, tasks
+
+    model = decoding.load(options.model, device, options.dtype)
+    batch = options.batch or (1 if device == "cpu" else 20)
+    others: dict[str, Any] = {
+        "exact": selectors.Exact(), "pages": selectors.Pages(), "window": selectors.Window()
+    }  # fmt: skip
+    parts = []
+    for tokens, budgets in places:
+        for k in budgets:
+            policy = decoding.Policy(
+                k / tokens,
+                options.dense_layers,
+                options.sink,
+                options.recent,
+                tokens + tasks.DIGITS,
+            )
+            ways = [decoding.dense()]
+            ways += [
+                decoding.simulated(model, selector, policy)
+                for method, selector in others.items()
+                if method in options.methods
+            ]
+            ways += [
+                decoding.attached(name, model, encoder, bits, policy)
+                for name, encoder, bits in encoders
+            ]
+            columns: dict[str, dict[tuple[str, int], str]] = {}
+            for task in options.tasks:
+                right = _task(options, model, task, tokenizer, text, tokens, ways, batch, progress)
+                columns[task] = {way: f"{n}/{options.prompts}" for way, n in right.items()}
+            if options.perplexity:
+                nats = _losses(options, model, tokenizer, text, tokens, ways, batch)
+                columns["perplexity"] = {way: f"{math.exp(x):.4f}" for way, x in nats.items()}
+                base = nats["dense", 0]
+                columns["against dense"] = {
+                    way: f"{100 * (math.exp(x - base) - 1):+.2f}%" for way, x in nats.items()
+                }
+            rows = [
+                [way.name, str(way.bits or "-"), *(c[way.name, way.bits] for c in columns.values())]
+                for way in ways
+            ]
+            head = ["decoding with", "bits", *columns]
+            told = (
+                f"{tokens:,} tokens, a budget of {policy.share:.2%} ({options.sink} first and "
+                f"{options.recent} last keys within it), {options.dense_layers} dense layers"
+            )
+            parts.append(f"{told}:\n\n{report.table(head, rows)}")
+            progress.note(f"decoded: {told}")
+    return parts
+
+
+def _task(
+    options: argparse.Namespace,
+    model: Any,
+    task: str,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    ways: Sequence[Any],
+    batch: int,
+    progress: Any,
+) -> dict[tuple[str, int], int]:
+    """Right answers of every way."""
+    import torch
+
+    from hata.evaluate import decoding, tasks
+
+    made = list(tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed))
+    right = {(way.name, way.bits): 0 for way in ways}
+    for start in range(0, len(made), batch):
+        some = made[start : start + batch]
+        ids = torch.tensor([prompt.tokens for prompt in some], device=model.device)
+        wanted = [tokenizer(prompt.value) for prompt in some]
+        found = decoding.answers(model, ids, ways, max(map(len, wanted)))
+        for way, answers in found.items():
+            right[way] += sum(
+                answer[: len(one)] == one for answer, one in zip(answers, wanted, strict=True)
+            )
+        progress.show(f"{task}: {min(start + batch, len(made))} of {len(made)} prompts")
+    return right
+
+
+def _losses(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    ways: Sequence[Any],
+    batch: int,
+) -> dict[tuple[str, int], float]:
+    """Nats per token of every way, the mean over sequences."""
+    import torch
+
+    from hata.evaluate import decoding
+
+    ids = texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
+    total = {(way.name, way.bits): 0.0 for way in ways}
+    for start in range(0, len(ids), batch):
+        some = torch.from_numpy(ids[start : start + batch]).to(model.device)
+        for way, nats in decoding.losses(model, some, ways, options.perplexity).items():
+            total[way] += nats * len(some) / len(ids)
+    return total

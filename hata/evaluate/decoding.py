@@ -1,0 +1,222 @@
+"""Decoding with any selector: as dense attention, through `hata.hf.attach`, or simulated.
+
+A *way* is a name and a context manager that changes how a model decodes while it is open. Prefill
+is dense in all of them. The budget of a step is a share of the keys that it sees, for all alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
+
+import hata.hf
+from hata.encoder import Encoder
+from hata.evaluate.selectors import Asked, Selector
+from hata.learn.text import CaptureError, first_line
+from hata.selection import Selection
+
+_NAME = "hata_simulated"
+
+
+class Policy(NamedTuple):
+    """What a step may attend to, for every way that chooses.
+
+    Attributes:
+        share: Budget, as a share of the visible keys.
+        dense_layers: First layers that attend to all keys.
+        sink: First keys always taken, within the budget.
+        recent: Last keys always taken, within the budget.
+        longest: Keys that a step may see at most.
+    """
+
+    share: float
+    dense_layers: int
+    sink: int
+    recent: int
+    longest: int
+
+    def budget(self, visible: int) -> int:
+        """Keys that a step may attend to, as `hata.hamming_topk` counts them."""
+        k = (visible * round(self.share * 2**32)) >> 32
+        return max(1, self.sink + self.recent, k)
+
+
+class Way(NamedTuple):
+    """A way to decode.
+
+    Attributes:
+        name: For tables.
+        bits: Bits of its codes; 0 where it has none.
+        open: Makes the context in which the model decodes this way.
+    """
+
+    name: str
+    bits: int
+    open: Callable[[], AbstractContextManager[Any]]
+
+
+def dense() -> Way:
+    """The model's own attention."""
+    return Way("dense", 0, nullcontext)
+
+
+def attached(name: str, model: Any, encoder: Encoder, bits: int, policy: Policy) -> Way:
+    """Hash attention, through the adapter and the kernels that users get."""
+    # The share decides; k only says how much room is set aside.
+    k = max(math.ceil(policy.share * policy.longest), policy.sink + policy.recent)
+    selection = Selection(
+        bits=bits,
+        k=k,
+        ratio=policy.share,
+        sink=policy.sink,
+        recent=policy.recent,
+        dense_layers=policy.dense_layers,
+    )
+
+    def opened() -> AbstractContextManager[Any]:
+        with warnings.catch_warnings():
+            # Whatever there is to say of the encoder is in the tables.
+            warnings.simplefilter("ignore")
+            return hata.hf.attach(model, encoder, selection=selection)
+
+    return Way(name, bits, opened)
+
+
+def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
+    """Decode steps whose keys a selector chooses, by a mask over dense attention."""
+
+    @contextmanager
+    def opened() -> Iterator[None]:
+        def attend(
+            module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
+        ) -> tuple[Any, Any]:
+            layer = module.layer_idx
+            if query.shape[2] == 1 and layer >= policy.dense_layers:
+                mask = _chosen(selector, layer, query, key, policy)
+            return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+        before = model.config._attn_implementation
+        AttentionInterface.register(_NAME, attend)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+        model.set_attn_implementation(_NAME)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+    return Way(selector.name, selector.bits, opened)
+
+
+def _chosen(
+    selector: Selector, layer: int, query: torch.Tensor, key: torch.Tensor, policy: Policy
+) -> torch.Tensor:
+    """The mask `[B, H, 1, S]` of one decode step."""
+    rows, kv_heads, slots, size = key.shape
+    group = query.shape[1] // kv_heads
+    q = query.reshape(rows * kv_heads, group, 1, size).float()
+    given = torch.zeros((1, slots), dtype=torch.bool, device=key.device)
+    k = min(policy.budget(slots), slots)
+    if selector.guards and k < slots:
+        given[:, : policy.sink] = True
+        given[:, slots - policy.recent :] = True
+        k -= policy.sink + policy.recent
+    mask = given.repeat(rows * kv_heads, 1, 1)
+    if k:
+        asked = Asked(layer, q, key.flatten(0, 1).float(), given)
+        mask.scatter_(2, selector.choose(asked, k), True)
+    return mask.view(rows, kv_heads, 1, slots).repeat_interleave(group, dim=1)
+
+
+def load(model: str | Path, device: str, dtype: str | None) -> Any:
+    """A model for decoding.
+
+    Raises:
+        CaptureError: It cannot be loaded.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    wanted: Any = dtype or ("float32" if device == "cpu" else "auto")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            Path(model).expanduser(), dtype=wanted, local_files_only=True
+        )
+    # A model folder can be broken in ways only its own code knows.
+    except Exception as error:
+        raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
+    return loaded.to(device).eval()
+
+
+def prefilled(model: Any, ids: torch.Tensor) -> DynamicCache:
+    """A cache of all tokens but the last."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def answers(
+    model: Any, ids: torch.Tensor, ways: Sequence[Way], tokens: int
+) -> dict[tuple[str, int], list[list[int]]]:
+    """Greedy answers to prompts of one length, for every way, from one prefill.
+
+    Args:
+        model: Of `load`.
+        ids: `[B, T]`.
+        ways: How to decode.
+        tokens: Of an answer.
+
+    Returns:
+        `(name, bits)` -> an answer's tokens per prompt.
+    """
+    cache = prefilled(model, ids)
+    found = {}
+    for way in ways:
+        with way.open():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=copy.deepcopy(cache),
+                max_new_tokens=tokens,
+                do_sample=False,
+            )
+        found[way.name, way.bits] = out[:, ids.shape[1] :].tolist()
+    return found
+
+
+def losses(
+    model: Any, ids: torch.Tensor, ways: Sequence[Way], last: int
+) -> dict[tuple[str, int], float]:
+    """Nats per token of the last tokens, fed one by one through the cache, for every way.
+
+    Args:
+        model: Of `load`.
+        ids: `[B, T]`.
+        ways: How to decode.
+        last: Tokens that are predicted, each by a step of its own.
+    """
+    first = ids.shape[1] - last
+    cache = prefilled(model, ids[:, :first])
+    found = {}
+    for way in ways:
+        running = copy.deepcopy(cache)
+        total = torch.zeros((), dtype=torch.float64, device=ids.device)
+        with way.open(), torch.inference_mode():
+            for place in range(first - 1, ids.shape[1] - 1):
+                step = ids[:, place : place + 1]
+                logits = model(step, past_key_values=running, use_cache=True).logits[:, -1]
+                wanted = ids[:, place + 1 : place + 2]
+                total -= logits.double().log_softmax(-1).gather(1, wanted).mean()
+        found[way.name, way.bits] = float(total) / last
+    return found

@@ -1,0 +1,83 @@
+"""Tables in Markdown, and plots, of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hata.evaluate.retained import Kept
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def retained_tables(found: Sequence[Kept]) -> str:
+    """Kept mass and recall: a row per selector, a column per length and budget."""
+    places = sorted({(one.tokens, one.k) for one in found})
+    names = list(dict.fromkeys((one.selector, one.bits) for one in found))
+    cells = {(one.selector, one.bits, one.tokens, one.k): one for one in found}
+    head = ["keys chosen by", "bits", *(f"{k} of {tokens:,}" for tokens, k in places)]
+    parts = []
+    for title, value in (
+        ("Mass kept, as a share of what exact top-k keeps, mean over layers", "mean"),
+        ("Recall of exact top-k's keys, mean over layers", "mean_recall"),
+    ):
+        rows = [
+            [
+                name,
+                str(bits or "-"),
+                *(_number(cells.get((name, bits, *place)), value) for place in places),
+            ]
+            for name, bits in names
+        ]
+        parts.append(f"{title}:\n\n{table(head, rows)}")
+    for tokens, k in places:
+        here = [one for one in found if (one.tokens, one.k) == (tokens, k)]
+        layers = sorted({layer for one in here for layer in one.kept})
+        rows = [
+            [
+                one.selector,
+                str(one.bits or "-"),
+                *(f"{one.kept[layer]:.3f}" if layer in one.kept else "-" for layer in layers),
+            ]
+            for one in here
+        ]
+        exact = next((one.mass for one in here if one.selector == "exact top-k"), None)
+        told = f"Mass kept per layer, {k} of {tokens:,} keys"
+        if exact is not None:
+            kept = ", ".join(f"{exact[layer]:.3f}" for layer in layers)
+            told += f" (exact top-k itself holds {kept} of all mass)"
+        head_layers = ["keys chosen by", "bits", *(f"layer {layer}" for layer in layers)]
+        parts.append(f"{told}:\n\n{table(head_layers, rows)}")
+    return "\n\n".join(parts)
+
+
+def _number(one: Kept | None, value: str) -> str:
+    return "-" if one is None else f"{getattr(one, value):.4f}"
+
+
+def plot(path: Path, found: Sequence[Kept]) -> bool:
+    """Draw kept mass per layer, one panel per length and budget; whether matplotlib is there."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    places = sorted({(one.tokens, one.k) for one in found})
+    figure = Figure(figsize=(5 * len(places), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
+    for panel, (tokens, k) in zip(panels, places, strict=True):
+        for one in found:
+            if (one.tokens, one.k) == (tokens, k) and one.selector != "exact top-k":
+                label = f"{one.selector}, {one.bits} bits" if one.bits else one.selector
+                panel.plot(list(one.kept), list(one.kept.values()), marker=".", label=label)
+        panel.set(title=f"{k} of {tokens:,} keys", xlabel="layer")
+        panel.axhline(1.0, color="grey", linewidth=0.5)
+    panels[0].set_ylabel("mass kept, share of exact top-k's")
+    panels[-1].legend(fontsize=6)
+    figure.savefig(path)
+    return True

@@ -1,0 +1,181 @@
+"""`hata learn`: the command line of `hata.learn`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hata.encoder import ModelShape
+from hata.learn import text as texts
+
+RECIPES = ("listwise", "hata", "hashattention")
+TOKENS = 16384
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be chosen. Loads no framework."""
+    parser.add_argument("--model", required=True, help="folder of a transformers model")
+    add_text_arguments(parser)
+    parser.add_argument("--out", required=True, help="encoder to write, *.safetensors")
+    parser.add_argument("--recipe", choices=RECIPES, default="listwise", help="default: listwise")
+    parser.add_argument(
+        "--bits", type=int, default=256, help="bits of a code (256; hashattention: 32)"
+    )
+    parser.add_argument("--layers", help="such as 2-31 or 0,5,7 (default: all)")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a layer (the recipe's)")
+    parser.add_argument(
+        "--query-codes", type=int, help="listwise: codes of a KV head's queries (8)"
+    )
+    parser.add_argument("--sequences", type=int, default=16, help="to learn from (16)")
+    parser.add_argument("--tokens", type=int, help=f"of a sequence (the model's, up to {TOKENS})")
+    parser.add_argument("--queries", type=int, default=2048, help="kept of a sequence (2048)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, or spread: the model over all GPUs"
+    )
+    parser.add_argument("--work", help="working folder (default: OUT.work); on a disk with room")
+    parser.add_argument("--resume", action="store_true", help="go on with what lies in --work")
+    parser.add_argument("--keep", action="store_true", help="keep the working folder")
+    parser.add_argument("--plot", help="image to write (default: OUT with .png)")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The text, for `hata eval` as well."""
+    parser.add_argument("--text", nargs="+", default=[], help="files, or folders of them")
+    parser.add_argument(
+        "--dataset",
+        help='"python": sources of the installed packages; else a name for the datasets library',
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="NAME", help="folders to leave out of the text"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Learn, and write the encoder and its plot."""
+    from hata.learn import recorder
+    from hata.learn.plan import RECIPES, LearnError, Plan, prepare, settings_of
+    from hata.learn.progress import Progress, plot
+    from hata.learn.ranks import joined
+    from hata.learn.trainer import learn
+
+    out = Path(options.out).expanduser()
+    if out.suffix != ".safetensors":
+        raise LearnError(f"--out: got {out}, expected a name that ends in .safetensors")
+    recipe: Any = RECIPES[options.recipe]
+    if options.query_codes is not None:
+        if options.recipe != "listwise" or options.query_codes < 1:
+            raise LearnError(
+                f"--query-codes: got {options.query_codes} for recipe {options.recipe}, expected "
+                "a positive number with recipe listwise"
+            )
+        recipe = dataclasses.replace(recipe, query_codes=options.query_codes)
+    config = texts.load_config(options.model)
+    shape = ModelShape.of(config)
+    context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or TOKENS)
+    tokens = options.tokens or min(TOKENS, context)
+    layers = parse_layers(options.layers, shape.num_layers)
+    # One more sequence than is learned from: the last is held out.
+    count = options.sequences + 1
+    path = Path(options.model).expanduser()
+    text = gather_text(options, count * tokens)
+    least = min(texts.LEAST_TOKENS, tokens)
+    ids = texts.sequences(texts.load_tokenizer(path), text, count, tokens, least)
+    if len(ids) < 2:
+        raise LearnError(
+            "--text: got one sequence, expected two or more, of which one is held out; name more "
+            "text, or ask for fewer --tokens"
+        )
+    with joined() as ranks:
+        device = ranks.device(options.device)
+        progress = Progress(quiet=ranks.rank > 0)
+        plan = Plan(
+            model=path.resolve().name,
+            shape=str(shape),
+            text=hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16],
+            recipe=recipe.name,
+            settings=settings_of(recipe),
+            bits=options.bits,
+            steps=options.steps or recipe.steps,
+            layers=layers,
+            sequences=len(ids) - 1,
+            tokens=ids.shape[1],
+            queries=options.queries,
+            seed=options.seed,
+            device=device.partition(":")[0],
+        )
+        work = Path(options.work).expanduser() if options.work else out.with_suffix(".work")
+        if ranks.rank == 0:
+            prepare(work, plan, resume=options.resume)
+        ranks.meet()
+        outcome = learn(
+            plan,
+            recipe,
+            shape,
+            lambda: recorder.load_model(path, device),
+            ids,
+            work,
+            device,
+            ranks=ranks,
+            progress=progress,
+        )
+        if outcome is None:
+            return 0
+        outcome.encoder.save(out)
+        for layer, why in sorted(outcome.dense.items()):
+            progress.note(f"layer {layer} stays dense: {why}")
+        image = Path(options.plot).expanduser() if options.plot else out.with_suffix(".png")
+        if plot(image, outcome.histories, f"{plan.model}, {plan.recipe}, {plan.bits} bits"):
+            progress.note(f"plot: {image}")
+        else:
+            progress.note("no plot: it needs matplotlib, from the learn extra")
+        if not options.keep:
+            shutil.rmtree(work)
+    print(f"{out}: {outcome.encoder!r}")
+    return 0
+
+
+def parse_layers(words: str | None, count: int) -> tuple[int, ...]:
+    """`"0,2-4"` -> `(0, 2, 3, 4)`; without words, all.
+
+    Raises:
+        CaptureError: It is no such list, or a layer is not there.
+    """
+    if words is None:
+        return tuple(range(count))
+    found: set[int] = set()
+    try:
+        for part in words.split(","):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        found = {-1}
+    if not found or min(found) < 0 or max(found) >= count:
+        raise texts.CaptureError(
+            f"--layers: got {words!r}, expected numbers and ranges within 0-{count - 1}, such as "
+            f"2-{count - 1} or 0,{count - 1}"
+        )
+    return tuple(sorted(found))
+
+
+def gather_text(options: argparse.Namespace, tokens: int) -> str:
+    """The text that the options name, enough for so many tokens.
+
+    Raises:
+        CaptureError: None is named, or it cannot be read.
+    """
+    if bool(options.text) == bool(options.dataset):
+        raise texts.CaptureError("--text: name files, or a --dataset, and not both")
+    if options.text:
+        return texts.read_text(options.text, without=options.without)
+    # Sequences are spread over the text, so there is more of it than they hold.
+    characters = 16 * tokens
+    if options.dataset == "python":
+        return texts.python_sources(characters, without=options.without)
+    return texts.dataset_text(options.dataset, characters)

@@ -1,0 +1,222 @@
+"""`learn`: capture, then train a layer at a time, over all ranks; resumable at every file.
+
+What is finished lies in the working folder: captured sequences, and a file per trained layer with
+its history. A run that was cut off goes on with the first sequence or layer that is missing; since
+every layer starts from the seed, the result is the same as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hata import encoder_file
+from hata.encoder import Encoder, ModelShape
+from hata.learn import capture
+from hata.learn.judge import Judge
+from hata.learn.listwise import prefixes_of
+from hata.learn.plan import Plan
+from hata.learn.progress import Progress
+from hata.learn.ranks import Ranks
+from hata.learn.recipe import Learned, Recipe
+from hata.learn.samples import LayerSamples
+
+# How often the held-out sequence is looked at while a layer is trained.
+LOOKS = 4
+
+
+class Outcome(NamedTuple):
+    """What `learn` made.
+
+    Attributes:
+        encoder: The encoder.
+        histories: Layer -> points of `step`, `loss` and `kept` (bits -> share of exact top-k that
+            the held-out sequence keeps).
+        dense: Layer -> why it stays dense.
+    """
+
+    encoder: Encoder
+    histories: dict[int, list[dict[str, Any]]]
+    dense: dict[int, str]
+
+
+def learn(
+    plan: Plan,
+    recipe: Recipe,
+    shape: ModelShape,
+    load: Callable[[], Any],
+    ids: np.ndarray,
+    folder: Path,
+    device: str,
+    *,
+    ranks: Ranks,
+    progress: Progress,
+) -> Outcome | None:
+    """Train an encoder.
+
+    Args:
+        plan: What to do.
+        recipe: How.
+        shape: The model's sizes.
+        load: Makes the model, for capture; called only where something is to be captured.
+        ids: `[plan.sequences + 1, T]` token ids; the last one is held out.
+        folder: Working folder, prepared.
+        device: Where to train.
+        ranks: Who shares the work.
+        progress: Told what happens.
+
+    Returns:
+        The outcome, on rank 0; `None` on the others.
+    """
+    dense = _capture(plan, load, ids, folder, device, ranks, progress)
+    layers = [layer for layer in plan.layers if layer not in dense]
+    for layer in ranks.share(layers):
+        if not _layer_file(folder, layer).is_file():
+            _train_layer(plan, recipe, shape, folder, layer, device, progress)
+    ranks.meet()
+    if ranks.rank:
+        return None
+    return _assembled(plan, shape, folder, layers, dense)
+
+
+def _capture(
+    plan: Plan,
+    load: Callable[[], Any],
+    ids: np.ndarray,
+    folder: Path,
+    device: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> dict[int, str]:
+    """Let this rank's sequences be read; what all ranks found to be dense."""
+    store = folder / "capture"
+    every = range(len(ids))
+    # A model spread over all GPUs is there once.
+    mine = ranks.share(every) if device != "spread" else [*every] * (ranks.rank == 0)
+    started = time.monotonic()
+    if any(not (store / f"sequence_{i:03d}.json").is_file() for i in mine):
+        progress.note(f"loading {plan.model}")
+        model = load()
+        capture.capture(
+            model,
+            ids,
+            store,
+            sequences=mine,
+            layers=plan.layers,
+            queries=plan.queries,
+            seed=plan.seed,
+            on_sequence=lambda i: progress.show(f"capture: sequence {i + 1} of {len(ids)}"),
+        )
+        del model
+        progress.note(
+            f"captured {len(mine)} sequences of {ids.shape[1]} tokens in "
+            f"{time.monotonic() - started:.1f} s{_peak(device)}"
+        )
+    ranks.meet()
+    dense: dict[int, str] = {}
+    for i in every:
+        found = json.loads((store / f"sequence_{i:03d}.json").read_text())
+        dense |= {int(layer): why for layer, why in found.items()}
+    return dense
+
+
+def _train_layer(
+    plan: Plan,
+    recipe: Recipe,
+    shape: ModelShape,
+    folder: Path,
+    layer: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Train one layer and write its file."""
+    device = "cuda" if device == "spread" else device
+    started = time.monotonic()
+    store = folder / "capture"
+    samples = LayerSamples.load(store, layer, range(plan.sequences), device)
+    judge = Judge(LayerSamples.load(store, layer, [plan.sequences], device), shape, plan.bits)
+    bits = prefixes_of(plan.bits) if recipe.nested else (plan.bits,)
+    history: list[dict[str, Any]] = []
+    looks = {(plan.steps - 1) * (i + 1) // LOOKS for i in range(LOOKS)} | {0}
+
+    def watch(step: int, loss: float, export: Callable[[], Learned]) -> None:
+        if step in looks:
+            kept = judge(export(), bits)
+            history.append({"step": step, "loss": loss, "kept": kept})
+        if step % 10 == 0:
+            last = history[-1]["kept"] if history else {}
+            told = ", ".join(f"{n} bits {share:.3f}" for n, share in last.items())
+            progress.show(
+                f"layer {layer}: step {step + 1} of {plan.steps}, loss {loss:.3f}; held out: {told}"
+            )
+
+    with _fast_products(device):
+        learned = recipe.train(samples, plan.bits, plan.steps, plan.seed * 1000 + layer, watch)
+    kept = judge(learned, bits)
+    history[-1]["kept"] = kept
+    told = ", ".join(f"{n} bits {share:.3f}" for n, share in kept.items())
+    progress.note(
+        f"layer {layer}: {plan.steps} steps in {time.monotonic() - started:.1f} s, loss "
+        f"{history[-1]['loss']:.3f}; held-out mass over exact top-k: {told}{_peak(device)}"
+    )
+    tensors = encoder_file.flattened(
+        [learned.projection], [learned.bias], [learned.query], [learned.hidden]
+    )
+    encoder_file.write(_layer_file(folder, layer), tensors, {"history": json.dumps(history)})
+
+
+def _assembled(
+    plan: Plan, shape: ModelShape, folder: Path, layers: list[int], dense: Mapping[int, str]
+) -> Outcome:
+    parts: dict[str, np.ndarray] = {}
+    histories = {}
+    for layer in layers:
+        header, tensors = encoder_file.read_tensors(_layer_file(folder, layer))
+        histories[layer] = json.loads(header["history"])
+        for name, array in tensors.items():
+            parts[name.replace("layers.0.", f"layers.{layer}.", 1)] = array
+    found = encoder_file.assembled(folder, parts, shape.num_layers, more=True)
+    projections, biases, queries, hidden = found
+    made = {
+        "recipe": plan.recipe,
+        "settings": json.loads(plan.settings),
+        "model": plan.model,
+        "steps": plan.steps,
+        "sequences": plan.sequences,
+        "tokens": plan.tokens,
+        "seed": plan.seed,
+        "text": plan.text,
+    }
+    encoder = Encoder(
+        shape, plan.bits, projections, biases, made=made, queries=queries, hidden=hidden
+    )
+    return Outcome(encoder, histories, dict(dense))
+
+
+def _layer_file(folder: Path, layer: int) -> Path:
+    return folder / "layers" / f"layer_{layer:03d}.safetensors"
+
+
+def _peak(device: str) -> str:
+    if not device.startswith("cuda"):
+        return ""
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    return f"; peak device memory so far {peak:.1f} GiB"
+
+
+@contextmanager
+def _fast_products(device: str) -> Iterator[None]:
+    """TF32 on GPUs: what training can do without, judging cannot."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
