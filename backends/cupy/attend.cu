@@ -17,8 +17,6 @@
 // Floats of shared memory that a warp leaves its share in, and of an exchange area.
 #define PEAKS (WARPS * HEADS * ROW_STRIDE)
 #define AREA_PEAKS (HEADS * LANES)
-// Lanes that merge an element.
-#define SPREAD (PARTS > 16 ? 32 : PARTS > 8 ? 16 : PARTS > 4 ? 8 : PARTS > 2 ? 4 : 2)
 
 struct Share {
     int first, end;
@@ -48,6 +46,9 @@ INLINE float capped(const Params& p, float dot) {
 INLINE float reference_of(float peak) { return peak == NOTHING ? 0.f : peak; }
 
 #if DATA == 0
+
+// Keys that a warp takes at once.
+#define WARP_KEYS 1
 
 struct Queries {};
 INLINE void load_queries(const Params& p, const Row& row, int head, Queries& queries) {}
@@ -103,6 +104,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 
 #else
 
+#define WARP_KEYS 16
 #define TILES ((HEADS + 7) / 8)
 #define BLOCKS (LANES / 64)
 // Chunks of keys that are loaded together.
@@ -147,9 +149,13 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         peak[t][0] = peak[t][1] = NOTHING;
         sum[t][0] = sum[t][1] = 0.f;
     }
+    int rank = share.first + 16 * warp;
+    int next[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
 #pragma unroll 1
-    for (int rank = share.first + 16 * warp; rank < share.end; rank += 16 * WARPS) {
-        int at[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
+    for (; rank < share.end; rank += 16 * WARPS) {
+        int at[2] = {next[0], next[1]};
+        for (int i = 0; i < 2; ++i)
+            next[i] = position_at(p, row, share, rank + 16 * WARPS + 8 * i + g);
         any |= at[0] >= 0 || at[1] >= 0;
         const data_t* keys[2] = {share.keys + i64(max(at[0], 0)) * p.keys_s,
                                  share.keys + i64(max(at[1], 0)) * p.keys_s};
@@ -271,18 +277,22 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     float* peaks = partials + PEAKS;
     float* area = reinterpret_cast<float*>(memory);
     int warp = threadIdx.x / 32;
-    bool any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
-                           peaks + warp * HEADS);
+    // Warps that have keys.
+    int used = min((share.end - share.first + WARP_KEYS - 1) / WARP_KEYS, WARPS);
+    bool any = false;
+    if (warp < used)
+        any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
+                          peaks + warp * HEADS);
     any = __syncthreads_or(any);
 #pragma unroll 1
     for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
         int h = i / LANES, d = i % LANES;
         float peak = NOTHING, sum = 0.f, acc = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w * HEADS + h]);
+#pragma unroll 4
+        for (int w = 0; w < used; ++w) peak = fmaxf(peak, peaks[w * HEADS + h]);
         float reference = reference_of(peak);
 #pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < used; ++w) {
             float weight = exp2_fast(peaks[w * HEADS + h] - reference);
             sum += weight * peaks[(WARPS + w) * HEADS + h];
             acc += weight * partials[(w * HEADS + h) * ROW_STRIDE + d];
@@ -299,31 +309,34 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #if PARTS > 1
     publish(p, row, 0, (AREA_PEAKS + 2 * HEADS) * 4);
     meet(p, row, met);
-    // A lane takes one part of an element, and lanes that follow one another add them up: the sums
-    // are trees of a fixed form.
     constexpr int EACH = (HEADS * LANES + PARTS - 1) / PARTS;
-    int n = threadIdx.x % SPREAD, end = min((row.part + 1) * EACH, HEADS * LANES);
-    const float* other = reinterpret_cast<const float*>(exchange_of(p, row, min(n, PARTS - 1)));
+    int end = min((row.part + 1) * EACH, HEADS * LANES);
 #pragma unroll 1
-    for (int first = row.part * EACH; first < end; first += THREADS / SPREAD) {
-        int i = first + threadIdx.x / SPREAD, h = i / LANES, d = i % LANES;
-        float own = NOTHING, sum = -0.f, acc = 0.f;
-        if (i < end && n < PARTS) {
-            own = peer(other + AREA_PEAKS + h);
-            sum = peer(other + AREA_PEAKS + HEADS + h);
-            acc = peer(other + i);
+    for (int i = row.part * EACH + threadIdx.x; i < end; i += THREADS) {
+        int h = i / LANES, d = i % LANES;
+        float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], most = NOTHING;
+        bool found = false;
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+            const float* other = reinterpret_cast<const float*>(exchange_of(p, row, n));
+            part_peak[n] = peer(other + AREA_PEAKS + h);
+            part_sum[n] = peer(other + AREA_PEAKS + HEADS + h);
+            part_acc[n] = peer(other + i);
         }
-        bool found = __float_as_uint(sum) != 0x80000000u;
-        float peak = own;
-        for (int mask = 1; mask < SPREAD; mask *= 2) peak = fmaxf(peak, across(peak, mask));
-        float weight = exp2_fast(own - reference_of(peak));
-        sum *= weight, acc *= weight;
-        for (int mask = 1; mask < SPREAD; mask *= 2) {
-            sum += across(sum, mask), acc += across(acc, mask);
-            found |= across(u32(found), mask) != 0;
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+            found |= __float_as_uint(part_sum[n]) != 0x80000000u;
+            most = fmaxf(most, part_peak[n]);
         }
-        if (n == 0 && i < end && head + h < G && lane0 + d < DV)
-            finish(p, row, head + h, lane0 + d, acc, peak, sum, found);
+        float total = 0.f, value = 0.f, reference = reference_of(most);
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+            float weight = exp2_fast(part_peak[n] - reference);
+            total += weight * part_sum[n];
+            value += weight * part_acc[n];
+        }
+        if (head + h < G && lane0 + d < DV)
+            finish(p, row, head + h, lane0 + d, value, most, total, found);
     }
     // Areas are written again by the next pass, and must last until all parts have read them.
     meet(p, row, met);

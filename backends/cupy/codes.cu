@@ -11,9 +11,6 @@
 // FUSED: codes are made here. FRESH:
 // how many fresh keys there are. SAME: keys and queries have one projection.
 
-#define COLUMNS (GROUP + FRESH)
-#define COLUMN_TILES ((COLUMNS + 7) / 8)
-
 // Fresh keys of a part: codes and norms, and where they stand.
 struct Fresh {
     // Positions [first, end) in this block's care; of the row, the fresh ones begin at `from`.
@@ -34,10 +31,19 @@ INLINE Fresh find_fresh(const Params& p, const Row& row, int low, int high) {
 #if FUSED
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
+#define QUERY_TILES ((GROUP + 7) / 8)
+// Whether a warp has one tile of bits at most, and so keeps its weights.
+#define ONE_TILE (R / 16 <= THREADS / 32)
 
-// Of a tile of 16 bits: the lane's pairs of bits for the dimensions of each chunk.
+// Vectors as columns: lane 4g + j has a part of the g-th of each 8.
+template <int TILES> struct Columns {
+    uint4 at[TILES][WEIGHT_CHUNKS];
+};
+
+// What a warp begins with: weights of a tile of 16 bits, and the queries.
 struct Weights {
     u32 at[WEIGHT_CHUNKS][8];
+    Columns<QUERY_TILES> queries;
 };
 
 INLINE void load_tile(const char* projection, i64 head, i64 step, int tile, Weights& weights) {
@@ -52,48 +58,50 @@ INLINE void load_tile(const char* projection, i64 head, i64 step, int tile, Weig
         }
 }
 
-// The first weights are on their way before anything else is known of a row.
-INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
-    if (threadIdx.x / 32 < R / 16)
-        load_tile(p.query_projection, row.kv_head * p.query_projection_h, p.query_projection_d,
-                  threadIdx.x / 32, weights);
-}
-
-INLINE const data_t* column_at(const Params& p, const Row& row, const Fresh& fresh, int column) {
-    if (column < GROUP)
-        return reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b
-            + (i64(row.head) * GROUP + column) * p.q_h + row.token * p.q_t;
-    i64 position = fresh.first + column - GROUP;
-    return column < COLUMNS && position < fresh.end
-        ? reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b + row.kv_head * p.keys_h
-            + position * p.keys_s
-        : nullptr;
-}
-
-// Codes of the columns [first, end) into `codes`, words of a column after those of the one before;
-// `weights` are those of the warp's first tile.
-INLINE void hash_columns(const Params& p, const Row& row, const Fresh& fresh, int first, int end,
-                         Weights& weights, const char* projection, i64 projection_h,
-                         i64 projection_d, const char* bias, int bias_kind, i64 bias_h,
-                         u32* codes) {
-    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const data_t* x[COLUMN_TILES];
-    for (int t = 0; t < COLUMN_TILES; ++t) {
-        int column = 8 * t + g;
-        x[t] = column >= first && column < end ? column_at(p, row, fresh, column) : nullptr;
+INLINE void load_column(const data_t* x, bool inside, uint4 (&at)[WEIGHT_CHUNKS]) {
+#pragma unroll
+    for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
+        int d = 32 * u + 8 * (threadIdx.x % 4);
+        at[u] = load_eight(x + d, inside && d < D);
     }
+}
+
+// On their way before anything else is known of a row.
+INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
+    if (threadIdx.x / 32 >= R / 16) return;
+    load_tile(p.query_projection, row.kv_head * p.query_projection_h, p.query_projection_d,
+              threadIdx.x / 32, weights);
+    const data_t* q = reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b
+        + i64(row.head) * GROUP * p.q_h + row.token * p.q_t;
+    int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int t = 0; t < QUERY_TILES; ++t)
+        load_column(q + (8 * t + g) * p.q_h, 8 * t + g < GROUP, weights.queries.at[t]);
+}
+
+INLINE const data_t* fresh_key(const Params& p, const Row& row, const Fresh& fresh, int i) {
+    return reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b + row.kv_head * p.keys_h
+        + i64(fresh.first + i) * p.keys_s;
+}
+
+// Codes of `count` columns, words of one after those of the one before. `weights` are those of the
+// warp's first tile unless `load`.
+template <int TILES>
+INLINE void hash_columns(const Row& row, const Columns<TILES>& x, int count, Weights& weights,
+                         bool load, const char* projection, i64 projection_h, i64 projection_d,
+                         const char* bias, int bias_kind, i64 bias_h, u32* codes) {
+    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 #pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
-        if (tile >= THREADS / 32)
+        if (load || !ONE_TILE && tile >= THREADS / 32)
             load_tile(projection, row.kv_head * projection_h, projection_d, tile, weights);
-        float sum[COLUMN_TILES][4] = {};
+        float sum[TILES][4] = {};
 #pragma unroll
         for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
-            u32(&w)[8] = weights.at[u];
+            const u32(&w)[8] = weights.at[u];
 #pragma unroll
-            for (int t = 0; t < COLUMN_TILES; ++t) {
-                int d = 32 * u + 8 * j;
-                uint4 v = load_eight(x[t] + d, x[t] != nullptr && d < D);
+            for (int t = 0; t < TILES; ++t) {
+                uint4 v = x.at[t][u];
                 mma(sum[t], low_halves(w[0], w[1]), high_halves(w[0], w[1]), low_halves(w[2], w[3]),
                     high_halves(w[2], w[3]), v.x, v.y, DATA);
                 mma(sum[t], low_halves(w[4], w[5]), high_halves(w[4], w[5]), low_halves(w[6], w[7]),
@@ -103,56 +111,60 @@ INLINE void hash_columns(const Params& p, const Row& row, const Fresh& fresh, in
         float even = optional(bias, bias_kind, row.kv_head * bias_h + 16 * tile + 2 * g);
         float odd = optional(bias, bias_kind, row.kv_head * bias_h + 16 * tile + 2 * g + 1);
 #pragma unroll
-        for (int t = 0; t < COLUMN_TILES; ++t)
+        for (int t = 0; t < TILES; ++t)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 int column = 8 * t + 2 * j + i;
                 u32 bits = u32(sum[t][i] + even > 0.f) << (2 * g)
                     | u32(sum[t][2 + i] + odd > 0.f) << (2 * g + 1);
                 for (int mask = 4; mask < 32; mask *= 2) bits |= across(bits, mask);
-                if (g == 0 && column >= first && column < end)
+                if (g == 0 && column < count)
                     reinterpret_cast<u16*>(codes + column * W)[tile] = u16(bits);
             }
     }
 }
 
-// Codes [COLUMNS][W] of the queries, then of the block's fresh keys, whose norms go to `norms`. The
-// codes and norms of fresh keys are written to memory too, by the last token's blocks.
-INLINE void make_codes(const Params& p, const Row& row, const Fresh& fresh, Weights& weights,
-                       u32* codes, u16* norms) {
-    hash_columns(p, row, fresh, 0, SAME ? COLUMNS : GROUP, weights, p.query_projection,
+INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, u32* codes) {
+    hash_columns(row, weights.queries, GROUP, weights, false, p.query_projection,
                  p.query_projection_h, p.query_projection_d, p.query_bias, p.query_bias_kind,
                  p.query_bias_h, codes);
-    if (!SAME && FRESH > 0) {
-        load_tile(p.projection, row.kv_head * p.projection_h, p.projection_d,
-                  min(int(threadIdx.x / 32), R / 16 - 1), weights);
-        hash_columns(p, row, fresh, GROUP, COLUMNS, weights, p.projection, p.projection_h,
-                     p.projection_d, p.bias, p.bias_kind, p.bias_h, codes);
-    }
-#if FRESH > 0 && NORMS
+    __syncthreads();
+}
+
+#if FRESH > 0
+
+// Codes, and norms, of the block's fresh keys; `keys` were loaded before. The last token's blocks
+// write them to memory too.
+INLINE void hash_fresh(const Params& p, const Row& row, const Fresh& fresh, const Columns<1>& keys,
+                       Weights& weights, u32* codes, u16* norms) {
+    int count = fresh.end - fresh.first;
+    if (count == 0) return;
+    hash_columns(row, keys, count, weights, !SAME || !ONE_TILE, p.projection, p.projection_h,
+                 p.projection_d, p.bias, p.bias_kind, p.bias_h, codes);
+#if NORMS
     if (threadIdx.x < 32) {
-        int column = GROUP + threadIdx.x / 4;
-        const data_t* x = column_at(p, row, fresh, column);
-        float squares = squares_of(x, x != nullptr, threadIdx.x % 4);
-        if (threadIdx.x % 4 == 0) norms[threadIdx.x / 4] = norm_of(squares);
+        int i = threadIdx.x / 4;
+        float squares = squares_of(fresh_key(p, row, fresh, i), i < count, threadIdx.x % 4);
+        if (threadIdx.x % 4 == 0) norms[i] = norm_of(squares);
     }
 #endif
     __syncthreads();
-    if (FRESH > 0 && row.token == p.tokens - 1)
+    if (row.token < p.tokens - 1) return;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < (fresh.end - fresh.first) * W; i += THREADS) {
-            i64 position = fresh.first + i / W;
-            u32 word = codes[GROUP * W + i];
-            char* to = const_cast<char*>(p.codes) + row.batch * p.codes_b + row.kv_head * p.codes_h
-                + position * p.codes_s + i % W * 4;
-            for (int b = 0; b < 4; ++b) to[b] = char(word >> (8 * b));
+    for (int i = threadIdx.x; i < count * W; i += THREADS) {
+        i64 position = fresh.first + i / W;
+        char* to = const_cast<char*>(p.codes) + row.batch * p.codes_b + row.kv_head * p.codes_h
+            + position * p.codes_s + i % W * 4;
+        for (int b = 0; b < 4; ++b) to[b] = char(codes[i] >> (8 * b));
 #if NORMS
-            if (i % W == 0)
-                const_cast<u16*>(p.norms)[row.batch * p.norms_b + row.kv_head * p.norms_h
-                                          + position * p.norms_s] = norms[i / W];
+        if (i % W == 0)
+            const_cast<u16*>(p.norms)[row.batch * p.norms_b + row.kv_head * p.norms_h
+                                      + position * p.norms_s] = norms[i / W];
 #endif
-        }
+    }
 }
+
+#endif
 
 #else
 

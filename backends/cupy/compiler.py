@@ -2,7 +2,8 @@
 
 A cubin is kept under a digest of all that it follows from: sources, options, architecture and the
 version of NVRTC. A file says what it is and holds a digest of its contents; one that is truncated,
-foreign or damaged is made again. Files appear whole or not at all, so processes may share the folder.
+foreign or damaged is made again. Files appear whole or not at all, so processes may share the
+folder.
 Nothing here needs a GPU.
 """
 
@@ -109,7 +110,7 @@ def _keep(path: Path, key: bytes, code: bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(_MAGIC + key + hashlib.sha256(code).digest() + code)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -36,8 +36,8 @@ KNOBS = {
     "hash_attend": {**STEP, **ROWS, **SCAN, "fused": (False, True), "overlap": (False, True)},
 }
 
-# Rows of which each may have 16 blocks on a large GPU, one a multiprocessor.
-_FEW = 8
+# Rows that blocks of 512 threads serve best, one a multiprocessor; more have smaller blocks.
+_FEW = 128
 
 
 def share(total: int, most: int) -> int:

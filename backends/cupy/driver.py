@@ -1,8 +1,7 @@
 """The CUDA driver: devices, loaded kernels, launches.
 
 Reached through ctypes, because launches need attributes (clusters, overlap with the launch before)
-and must cost little. What a launch is given is never changed afterwards, so threads may share all of
-it.
+and must cost little. What a launch is given is never changed afterwards, so threads may share it.
 """
 
 from __future__ import annotations
@@ -143,6 +142,7 @@ class Device(Described):
         self.shared = self._attribute(_SHARED)
         self._context: ctypes.c_void_p | None = None
         self._functions: dict[Kernel, ctypes.c_void_p] = {}
+        self._at_once: dict[tuple[int, int], int] = {}
 
     def _check(self, code: int, what: str) -> None:
         _checked(self._library, code, what)
@@ -196,7 +196,6 @@ class Device(Described):
         self._check(library.cuFuncSetAttribute(function, _CARVEOUT, 100), "shared memory")
         return self._functions.setdefault(kernel, function)
 
-    @functools.cache  # noqa: B019  devices are never dropped
     def at_once(self, size: int, resident: int) -> int:
         """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor.
 
@@ -205,6 +204,12 @@ class Device(Described):
         """
         if size > self.clusters or size == 1:
             return super().at_once(size, resident)
+        found = self._at_once.get((size, resident))
+        if found is None:
+            found = self._at_once[size, resident] = self._ask(size, resident)
+        return found
+
+    def _ask(self, size: int, resident: int) -> int:
         function = self.load(Kernel("probe", (), 128, size))
         attribute = (_Attribute * 1)()
         attribute[0].id = _CLUSTER

@@ -16,7 +16,7 @@ from hata.problem import Problem
 
 from .driver import Kernel
 from .plan import Address, Plan, View, kind, planned
-from .row import DATA, ITEMSIZE, span_fields, steps
+from .row import DATA, ITEMSIZE, steps
 
 _ARRAYS = ("x", "projection", "bias", "codes", "norms")
 _STRIDES = (

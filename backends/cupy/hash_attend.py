@@ -57,7 +57,7 @@ def write_hash_attend(
     return_lse: bool,
     same: bool,
 ) -> None:
-    """Write the launches of a decode step into a plan; `same`: keys and queries share a projection."""
+    """Write the launches of a decode step into a plan; `same`: one projection for all."""
     batch, heads, tokens, _ = q.shape
     _, kv_heads, slots, lanes = values.shape
     dtype, bits = problem.dtype, projection.shape[2]
@@ -73,7 +73,7 @@ def write_hash_attend(
 
     group = heads // kv_heads
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
-    fused = fused and may_fuse(dtype, projection, query_projection)
+    fused = fused and may_fuse(dtype, group, projection, query_projection)
     overlap = bool(config["overlap"]) and plan.device.architecture >= 90 and not fused
     jobs = []
     if q_codes is not None:
@@ -142,11 +142,12 @@ def write_hash_attend(
     launch_rows(plan, "hash_attend", problem, shape, rows, fields, scanned, attended, more, overlap)
 
 
-def may_fuse(dtype: str, projection: View, query_projection: View) -> bool:
+def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -> bool:
     """Whether the blocks of a row can make the codes: on tensor cores, from weights in pairs."""
     _, depth, bits = projection.shape
     return (
         dtype != "float32"
+        and group <= 16
         and depth * bits <= MOST_WEIGHTS
         and all(x.dtype == dtype and x.in_units_of(4, 2) for x in (projection, query_projection))
     )

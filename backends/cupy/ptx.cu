@@ -88,13 +88,15 @@ INLINE u32 transpose(u32 x) {
 
 // Memory.
 
-// 16 bytes that are read once and not written by this launch.
-INLINE uint4 load_once(const void* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(p));
-    return v;
+// Copy 16 bytes to shared memory, without waiting; copies are counted in batches of a thread.
+INLINE void copy_ahead(void* to, const void* from) {
+    u32 shared = u32(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+INLINE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until no more than so many of the thread's last batches are on their way.
+template <int LEFT> INLINE void wait_for_batches() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 // The same address in another block of the cluster.

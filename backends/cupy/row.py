@@ -5,7 +5,7 @@ Plain arithmetic on sizes: which variant of a kernel a call takes, and how much 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hata.backend import Budget, Config
 from hata.problem import Problem
@@ -18,6 +18,8 @@ DATA = {"float32": 0, "float16": 1, "bfloat16": 2}
 # Counters of one histogram at most; more values than this are found digit by digit.
 MOST_BINS = 4608
 DIGIT_BINS = 2048
+# Words in which a thread marks keys that may be selected, at most.
+MOST_MASKS = 5
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
 _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
@@ -25,8 +27,8 @@ _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 LAYOUT = {
     **dict.fromkeys(
         (
-            *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse", "positions", "lengths", "starts", "exchange", "scores",
-            "arrivals",
+            *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse",
+            "positions", "lengths", "starts", "exchange", "scores", "arrivals",
         ),
         "P",
     ),
@@ -127,6 +129,8 @@ class Selecting(NamedTuple):
     macros: dict[str, int]
     bins: int
     itemsize: int
+    vectors: int
+    ahead: int
 
 
 def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Selecting:
@@ -134,7 +138,7 @@ def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Se
     how = counting(group, bits, norms)
     width = bits // 8
     unit = next(
-        (n for n in (16, 8, 4) if width % n == 0 and codes.in_units_of(n, 1)),
+        (n for n in (16, 4) if width % n == 0 and codes.in_units_of(n, 1)),
         1,
     )
     keys = 1
@@ -150,9 +154,9 @@ def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Se
     macros = {
         "R": bits, "GROUP": group, "PLANES": group.bit_length(), "NORMS": int(norms),
         "ROUNDS": how.rounds, "BINS": how.bins, "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
-        "AHEAD": max(min(ahead, 32 // (keys * bits // 32)), 1),
     }  # fmt: skip
-    return Selecting(macros, how.rounds * how.bins, how.itemsize)
+    vectors = keys * width // 16 if unit == 16 else 0
+    return Selecting(macros, how.rounds * how.bins, how.itemsize, vectors, ahead)
 
 
 class Attending(NamedTuple):
@@ -221,7 +225,7 @@ def launch_rows(
     problem: Problem,
     shape: Shape,
     rows: int,
-    fields: dict[str, Address | int | float],
+    fields: dict[str, Any],
     selecting: Selecting | None = None,
     attending: Attending | None = None,
     more: dict[str, int] | None = None,
@@ -239,20 +243,29 @@ def launch_rows(
         macros |= attending.macros
         exchange, queries, shared = attending.area, attending.queries, attending.partials
     if selecting is not None:
-        capacity = fields["capacity"] = capacity_of(shape, int(fields["slots"]))
+        capacity = fields["capacity"] = capacity_of(shape, fields["slots"])
         # By the bucket of the slots, so that a cache that grows takes the same kernel.
         most = capacity_of(shape, problem.slots)
         narrow = most < 2**16
         exchange = max(exchange, selecting.bins * (2 if narrow else 4))
         counters = -(-selecting.bins * 4 // 16) * 16
-        spill = exchange + 16 + queries + counters + most * selecting.itemsize > shape.room
+        fixed, keys = exchange + 16 + queries + counters, most * selecting.itemsize
+        # Reading ahead gives way first.
+        ahead = selecting.ahead if selecting.vectors else 1
+        slot = shape.threads * selecting.vectors * 16
+        while ahead > 1 and fixed + keys + (ahead + 1) * slot > shape.room:
+            ahead //= 2
+        ring = (ahead + 1) * slot
+        spill = fixed + ring + keys > shape.room
         macros |= {
             **selecting.macros, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
+            "AHEAD": ahead, "RING": ring,
+            "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
         if spill:
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
-        shared = max(shared, counters + capacity * selecting.itemsize)
+        shared = max(shared, counters + ring + capacity * selecting.itemsize)
     exchange = -(-exchange // 16) * 16
     if shape.joined == 2:
         fields["exchange"] = plan.piece(rows * shape.parts * exchange)

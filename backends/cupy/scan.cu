@@ -10,8 +10,8 @@
 // else 1 + distance, halved where all distances of a group have one parity; with key norms (or very
 // long codes) 32 bits wide, and found digit by digit (ROUNDS).
 //
-// R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 8, 4, 1),
-// KEYS (codes in a 16-byte vector, where they are shorter), AHEAD (vectors a thread loads ahead),
+// R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 4, 1), KEYS
+// (codes in a 16-byte vector, where they are shorter), AHEAD (reads that a thread is ahead), RING (bytes),
 // SPILL (keys to select by lie in global memory), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
 #if ROUNDS == 1
@@ -26,6 +26,7 @@ typedef u32 order_t;
 struct Part {
     int low, count;
     order_t* keys;
+    uint4* ring;
 };
 
 INLINE Part find_part(const Params& p, const Row& row) {
@@ -40,8 +41,9 @@ INLINE Part find_part(const Params& p, const Row& row) {
 #if SPILL
     part.keys = reinterpret_cast<order_t*>(p.scores) + (row.index * PARTS + row.part) * p.capacity;
 #else
-    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES + COUNTERS);
+    part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES + COUNTERS + RING);
 #endif
+    part.ring = reinterpret_cast<uint4*>(memory + EXCHANGE + QUERIES + COUNTERS);
     return part;
 }
 
@@ -103,28 +105,39 @@ INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
     __syncthreads();
 }
 
-// KEYS codes that follow one another.
-INLINE void load_codes(u32 (&words)[KEYS * W], const char* p) {
-#if UNIT == 16
+// Codes come in vectors of 16 bytes through a ring in shared memory, in which every thread has slots
+// of its own: what it reads it has copied itself, so it waits for nobody. Codes that are not so
+// aligned are read when they are needed.
+#define RINGED (UNIT == 16)
+#define VECTORS (KEYS * W / 4)
+
+INLINE uint4* slot_of(const Part& part, int slot) {
+    return part.ring + slot * VECTORS * THREADS + threadIdx.x;
+}
+
+INLINE void copy_codes(uint4* slot, const char* from) {
+#if RINGED
 #pragma unroll
-    for (int i = 0; i < KEYS * W / 4; ++i) {
-        uint4 v = load_once(p + 16 * i);
+    for (int i = 0; i < VECTORS; ++i) copy_ahead(slot + i * THREADS, from + 16 * i);
+#endif
+}
+
+INLINE void read_codes(u32 (&words)[KEYS * W], const uint4* slot, const char* from, bool inside) {
+#if RINGED
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        uint4 v = slot[i * THREADS];
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
-#elif UNIT == 8
-#pragma unroll
-    for (int i = 0; i < W / 2; ++i) {
-        uint2 v = reinterpret_cast<const uint2*>(p)[i];
-        words[2 * i] = v.x, words[2 * i + 1] = v.y;
-    }
-#elif UNIT == 4
-#pragma unroll
-    for (int i = 0; i < W; ++i) words[i] = reinterpret_cast<const u32*>(p)[i];
 #else
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-        const u8* b = reinterpret_cast<const u8*>(p) + 4 * i;
-        words[i] = b[0] | u32(b[1]) << 8 | u32(b[2]) << 16 | u32(b[3]) << 24;
+#if UNIT == 4
+        words[i] = inside ? reinterpret_cast<const u32*>(from)[i] : 0;
+#else
+        const u8* b = reinterpret_cast<const u8*>(from) + 4 * i;
+        words[i] = inside ? b[0] | u32(b[1]) << 8 | u32(b[2]) << 16 | u32(b[3]) << 24 : 0;
+#endif
     }
 #endif
 }
@@ -164,24 +177,34 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     // The first codes are on their way while planes are made.
     const char* from = codes + (part.low + mine) * p.codes_s;
     const i64 hop = stride * p.codes_s;
-    u32 next[AHEAD][KEYS * W];
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
-        if (mine + a * stride < part.count) load_codes(next[a], from + a * hop);
+    for (int a = 0; a < AHEAD; ++a) {
+        if (mine + a * stride < part.count) copy_codes(slot_of(part, a), from + a * hop);
+        end_batch();
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
     int unscanned = row.stop;
+#if FUSED && FRESH > 0
+    __shared__ u32 fresh_codes[FRESH * W];
+    __shared__ u16 fresh_norms[8];
+    const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
+    unscanned = fresh.from;
+    Columns<1> fresh_keys;
+    const int g = threadIdx.x % 32 / 4, count = fresh.end - fresh.first;
+    if (count > 0) load_column(fresh_key(p, row, fresh, min(g, count - 1)), g < count, fresh_keys.at[0]);
+#endif
 #if FUSED
-    __shared__ u32 made[COLUMNS * W];
-    __shared__ u16 made_norms[8];
-    Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
-    make_codes(p, row, fresh, weights, made, made_norms);
-    make_planes(reinterpret_cast<const u8*>(made), R / 8, shared_planes);
-    if (FRESH > 0) unscanned = fresh.from;
+    __shared__ u32 query_codes[GROUP * W];
+    hash_queries(p, row, weights, query_codes);
+    make_planes(reinterpret_cast<const u8*>(query_codes), R / 8, shared_planes);
 #else
     make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
                     + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
                 p.q_codes_h, shared_planes);
+#endif
+#if FUSED && FRESH > 0
+    hash_fresh(p, row, fresh, fresh_keys, weights, fresh_codes, fresh_norms);
 #endif
     u32 planes[PLANES * W];
 #pragma unroll
@@ -192,47 +215,46 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     // Between these, keys are scored; elsewhere they win anyway, are not seen, or come later.
     const int low = row.start + p.sink, high = min(row.stop - p.recent, unscanned);
     const u32 scored = max(high - low, 0);
-#pragma unroll 1
-    for (; mine < padded; mine += AHEAD * stride) {
-        u32 now[AHEAD][KEYS * W];
-        from += AHEAD * hop;
+    int slot = 0, refilled = AHEAD;
+#pragma unroll 2
+    for (; mine < padded; mine += stride) {
+        u32 words[KEYS * W];
+        wait_for_batches<AHEAD - 1>();
+        read_codes(words, slot_of(part, slot), from, mine < part.count);
+        // The slot that was read last time.
+        if (mine + AHEAD * stride < part.count)
+            copy_codes(slot_of(part, refilled), from + AHEAD * hop);
+        end_batch();
+        slot = slot == AHEAD ? 0 : slot + 1;
+        refilled = refilled == AHEAD ? 0 : refilled + 1;
+        from += hop;
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-#pragma unroll
-            for (int i = 0; i < KEYS * W; ++i) now[a][i] = next[a][i];
-            if (mine + (AHEAD + a) * stride < part.count) load_codes(next[a], from + a * hop);
-        }
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            if (mine + a * stride >= padded) break;
-#pragma unroll
-            for (int i = 0; i < KEYS; ++i) {
-                int at = mine + a * stride + i, position = part.low + at;
-                u32 distance = tally<0, 0>(now[a] + i * W, planes, nullptr), key = 0;
-                if (u32(position - low) < scored) {
+        for (int i = 0; i < KEYS; ++i) {
+            int at = mine + i, position = part.low + at;
+            u32 distance = tally<0, 0>(words + i * W, planes, nullptr), key = 0;
+            if (u32(position - low) < scored) {
 #if NORMS
-                    key = key_of(distance, norms[position * p.norms_s]);
+                key = key_of(distance, norms[position * p.norms_s]);
 #else
-                    key = key_of(distance, 0);
+                key = key_of(distance, 0);
 #endif
-                } else if (position < row.start || position >= row.stop) {
-                    part.keys[at] = NEVER;
-                    continue;
-                } else if (position >= unscanned) {
-                    continue;
-                }
-                part.keys[at] = key;
-                atomicAdd(bins + digit_of(key, 0), 1);
+            } else if (position < row.start || position >= row.stop) {
+                part.keys[at] = NEVER;
+                continue;
+            } else if (position >= unscanned) {
+                continue;
             }
+            part.keys[at] = key;
+            atomicAdd(bins + digit_of(key, 0), 1);
         }
     }
 #if FUSED && FRESH > 0
 #pragma unroll 1
     for (int position = fresh.first + int(threadIdx.x); position < fresh.end; position += THREADS) {
         int i = position - fresh.first;
-        u32 distance = tally<0, 0>(made + (GROUP + i) * W, planes, nullptr);
+        u32 distance = tally<0, 0>(fresh_codes + i * W, planes, nullptr);
         bool scored_too = position >= low && position < row.stop - p.recent;
-        u32 key = scored_too ? key_of(distance, made_norms[i]) : 0;
+        u32 key = scored_too ? key_of(distance, fresh_norms[i]) : 0;
         part.keys[position - part.low] = key;
         atomicAdd(bins + digit_of(key, 0), 1);
     }

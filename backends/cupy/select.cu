@@ -99,65 +99,63 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
 
 #define VECTOR int(16 / sizeof(order_t))
 
-// Which of the keys in a vector are at most `key` (which may be -1): bit i for the i-th.
+// Which of the keys in a vector are at most `key`: bit i for the i-th.
 INLINE u32 at_most(const uint4& v, u32 key) {
 #if ROUNDS == 1
-    // Two 15-bit keys a word: the difference to 0x8000 more than `key` keeps its highest bit.
-    u32 most = ((key & 0xffffu) * 0x10001u) ^ 0x80008000u;
-    if (key == 0xffffffffu) most = 0x7fff7fffu;
-    u32 m = ((most - v.x) & 0x80008000u) >> 15 | ((most - v.y) & 0x80008000u) >> 13
-        | ((most - v.z) & 0x80008000u) >> 11 | ((most - v.w) & 0x80008000u) >> 9;
-    return (m | m >> 15) & 0xffu;
+    // Two 15-bit keys a word: the difference to 0x8000 more than `key` keeps its highest bit. The
+    // product moves four such bits to the top.
+    u32 most = key * 0x10001u | 0x80008000u;
+    u32 low = (__byte_perm(most - v.x, most - v.y, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
+    u32 high = (__byte_perm(most - v.z, most - v.w, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
+    return low | high << 4;
 #else
-    if (key == 0xffffffffu) return 0;
     return u32(v.x <= key) | u32(v.y <= key) << 1 | u32(v.z <= key) << 2 | u32(v.w <= key) << 3;
 #endif
 }
 
-// Of 32 keys from vector `i` on, those below the threshold, and those at it.
-INLINE void compare(const uint4* keys, int i, int last, u32 threshold, u32& below, u32& equal) {
-    below = equal = 0;
-#pragma unroll
-    for (int v = 0; v < 32 / VECTOR; ++v)
-        if (i + v < last) {
-            uint4 four = keys[i + v];
-            below |= at_most(four, threshold - 1) << (v * VECTOR);
-            equal |= at_most(four, threshold) << (v * VECTOR);
-        }
-    equal &= ~below;
-}
-
 // Write the positions of the part's selected keys to the row's list. A thread takes vectors that
-// follow one another, an odd number of them, so that a warp meets every bank of shared memory.
+// follow one another, an odd number of them, so that a warp meets every bank of shared memory. It
+// marks the few candidates first, and then looks at those alone, once to count and once to write.
+// MASKS: words of marks that it holds at once.
 INLINE void write_positions(const Part& part, const Threshold& found, int* list) {
-    int vectors = (part.count + VECTOR - 1) / VECTOR;
-    int each = (vectors + THREADS - 1) / THREADS | 1;
-    int first = threadIdx.x * each, last = min(first + each, vectors);
+    constexpr int GROUPED = 32 / VECTOR;
+    const int vectors = (part.count + VECTOR - 1) / VECTOR;
+    const int each = min((vectors + THREADS - 1) / THREADS | 1, MASKS * GROUPED - 1);
     const uint4* keys = reinterpret_cast<const uint4*>(part.keys);
-    u32 below, equal;
-    u64 mine = 0;
+    int below = found.below, equal = found.equal;
 #pragma unroll 1
-    for (int i = first; i < last; i += 32 / VECTOR) {
-        compare(keys, i, last, found.key, below, equal);
-        mine += u64(__popc(below)) << 32 | __popc(equal);
-    }
-    u64 all, before = sum_before(mine, all);
-    if (mine == 0) return;
-    int ties = found.equal + int(u32(before));
-    int rank = found.below + int(before >> 32) + min(ties, found.ties);
+    for (int tile = 0; tile < vectors; tile += each * THREADS) {
+        const int first = tile + threadIdx.x * each, last = min(first + each, vectors);
+        u32 candidates[MASKS];
+        u64 mine = 0;
+#pragma unroll
+        for (int m = 0; m < MASKS; ++m) {
+            candidates[m] = 0;
+#pragma unroll
+            for (int v = 0; v < GROUPED; ++v) {
+                int i = first + m * GROUPED + v;
+                if (i < last) candidates[m] |= at_most(keys[i], found.key) << (v * VECTOR);
+            }
+            const order_t* own = part.keys + (first + m * GROUPED) * VECTOR;
 #pragma unroll 1
-    for (int i = first; i < last; i += 32 / VECTOR) {
-        compare(keys, i, last, found.key, below, equal);
-        // Of those at the threshold, the first few win.
-        int left = max(found.ties - ties, 0);
-        ties += __popc(equal);
-        u32 winners = below | equal;
-#pragma unroll 1
-        for (; winners; winners &= winners - 1) {
-            u32 lowest = winners & (0u - winners);
-            if (equal & lowest && left-- <= 0) continue;
-            list[rank++] = part.low + i * VECTOR + __popc(lowest - 1);
+            for (u32 left = candidates[m]; left; left &= left - 1)
+                mine += own[__ffs(left) - 1] < found.key ? 1ull << 32 : 1ull;
         }
+        u64 all, before = sum_before(mine, all);
+        int ties = equal + int(u32(before));
+        int rank = below + int(before >> 32) + min(ties, found.ties);
+#pragma unroll
+        for (int m = 0; m < MASKS; ++m) {
+            const int at = (first + m * GROUPED) * VECTOR;
+#pragma unroll 1
+            for (u32 left = candidates[m]; left; left &= left - 1) {
+                int i = at + __ffs(left) - 1;
+                // Of those at the threshold, the first few win.
+                if (part.keys[i] == found.key && ties++ >= found.ties) continue;
+                list[rank++] = part.low + i;
+            }
+        }
+        below += int(all >> 32), equal += int(u32(all));
     }
 }
 

@@ -1,16 +1,17 @@
-"""The conformance suite over the kernels on a CPU; `test_emulated` runs it in a process of its own."""
+"""The conformance suite over the kernels on a CPU; `test_emulated` runs it in its own process."""
 
 import importlib
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from hata import registry
 from hata.testing import BackendSuite
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.insert(0, str(Path(__file__).parent))
 emulator = importlib.import_module("emulator")
 cupy_backend = importlib.import_module("hata.backends.cupy")
 compiler = importlib.import_module("hata.backends.cupy.compiler")

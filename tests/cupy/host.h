@@ -203,12 +203,12 @@ INLINE u32 transpose(u32 x) {
     return low | high << 16;
 }
 
-INLINE uint4 load_once(const void* p) {
-    if (u64(p) % 16) fprintf(stderr, "misaligned vector\n"), abort();
-    uint4 v;
-    memcpy(&v, p, 16);
-    return v;
+INLINE void copy_ahead(void* to, const void* from) {
+    if (u64(to) % 16 || u64(from) % 16) fprintf(stderr, "misaligned vector\n"), abort();
+    memcpy(to, from, 16);
 }
+INLINE void end_batch() {}
+template <int LEFT> void wait_for_batches() {}
 template <typename T> T __ldcg(const T* p) { T x; memcpy(&x, (const void*)p, sizeof(T)); return x; }
 static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
 
