@@ -129,9 +129,9 @@ def capture(
 def load(
     folder: Path, layer: int, sequence: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """One file: positions `[n]`, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale; float32."""
+    """One file: positions `[n]` on the CPU, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale."""
     with safe_open(file_of(folder, layer, sequence), framework="pt") as file:
         scale = float(file.metadata()["scale"])
         where, q, keys = (file.get_tensor(name) for name in ("positions", "q", "keys"))
     q = q.to(device).float().unflatten(0, (keys.shape[0], -1))
-    return where.to(device), q, keys.to(device).float(), scale
+    return where, q, keys.to(device).float(), scale

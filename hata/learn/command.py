@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--work", help="working folder (default: OUT.work); on a disk with room")
     parser.add_argument("--resume", action="store_true", help="go on with what lies in --work")
+    parser.add_argument(
+        "--capture", help="folder to keep what is captured in, and to take it from (in --work)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     parser.add_argument("--plot", help="image to write (default: OUT with .png)")
 
@@ -60,7 +63,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Learn, and write the encoder and its plot."""
     from hata.learn import recorder
-    from hata.learn.plan import RECIPES, LearnError, Plan, prepare, settings_of
+    from hata.learn.plan import RECIPES, Capture, LearnError, Plan, prepare, settings_of
     from hata.learn.progress import Progress, plot
     from hata.learn.ranks import joined
     from hata.learn.trainer import learn
@@ -95,24 +98,25 @@ def run(options: argparse.Namespace) -> int:
     with joined() as ranks:
         device = ranks.device(options.device)
         progress = Progress(quiet=ranks.rank > 0)
-        plan = Plan(
+        read = Capture(
             model=path.resolve().name,
             shape=str(shape),
             text=hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16],
-            recipe=recipe.name,
-            settings=settings_of(recipe),
-            bits=options.bits,
-            steps=options.steps or recipe.steps,
             layers=layers,
-            sequences=len(ids) - 1,
+            sequences=len(ids),
             tokens=ids.shape[1],
             queries=options.queries,
             seed=options.seed,
             device=device.partition(":")[0],
         )
+        steps = options.steps or recipe.steps
+        settings = settings_of(recipe)
+        plan = Plan(read, recipe.name, settings, options.bits, steps, options.seed)
         work = Path(options.work).expanduser() if options.work else out.with_suffix(".work")
+        store = Path(options.capture).expanduser() if options.capture else work / "capture"
         if ranks.rank == 0:
-            prepare(work, plan, resume=options.resume)
+            prepare(work, plan, resume=options.resume, option="--work")
+            prepare(store, read, resume=True, option="--capture")
         ranks.meet()
         outcome = learn(
             plan,
@@ -121,6 +125,7 @@ def run(options: argparse.Namespace) -> int:
             lambda: recorder.load_model(path, device),
             ids,
             work,
+            store,
             device,
             ranks=ranks,
             progress=progress,
@@ -131,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
         for layer, why in sorted(outcome.dense.items()):
             progress.note(f"layer {layer} stays dense: {why}")
         image = Path(options.plot).expanduser() if options.plot else out.with_suffix(".png")
-        if plot(image, outcome.histories, f"{plan.model}, {plan.recipe}, {plan.bits} bits"):
+        if plot(image, outcome.histories, f"{read.model}, {plan.recipe}, {plan.bits} bits"):
             progress.note(f"plot: {image}")
         else:
             progress.note("no plot: it needs matplotlib, from the learn extra")

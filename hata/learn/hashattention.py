@@ -36,7 +36,7 @@ class HashAttention(Recipe):
     """
 
     name: str = "hashattention"
-    steps: int = 2000
+    steps: int = 1000
     queries: int = 128
     best: int = 32
     edges: int = 128
@@ -62,7 +62,7 @@ class HashAttention(Recipe):
             batch = samples.batch(step, self.queries, samples.tokens, generator)
             q = for_queries(batch.q.flatten(0, 1)).tanh().unflatten(0, (heads, samples.group))
             keys = for_keys(batch.keys).tanh()
-            out = batch.hidden | self._edges(batch.visible, batch.keys.shape[1])
+            out = self._edges(batch.visible, batch.keys.shape[1]).to(samples.device) | batch.hidden
             logits = (batch.q @ batch.keys[:, None].mT).masked_fill(out, objectives.LOWEST)
             best = logits.topk(min(self.best, logits.shape[-1]), -1).indices
             # Where fewer keys are left than are wanted, none of those left out becomes one.
@@ -80,7 +80,7 @@ class HashAttention(Recipe):
 
     def _edges(self, visible: torch.Tensor, slots: int) -> torch.Tensor:
         """`[Q, S]`: the keys at the start and the end of what each query sees."""
-        place = torch.arange(slots, device=visible.device)
+        place = torch.arange(slots)
         return (place < self.edges) | (place >= visible[:, None] - self.edges)
 
 

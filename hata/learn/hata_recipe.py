@@ -66,17 +66,18 @@ class HataRecipe(Recipe):
         def export() -> Learned:
             return Learned(exported(weights))
 
-        chosen = torch.empty(0, dtype=torch.long)
+        chosen = owned = torch.empty(0)
         for step in range(steps):
             if step % self.epoch == 0:
                 chosen = torch.randperm(len(owner), generator=generator)[: self.chunk]
                 chosen = chosen.to(samples.device)
-            hashed_q = self._relaxed(queries, weights[:, None])[:, :, owner[chosen]]
-            hashed_k = self._relaxed(keys[:, chosen], weights)[:, None]
+                numbers = torch.arange(queries.shape[2], device=samples.device)
+                owned = (owner[chosen] == numbers[:, None]).float()
             loss = objectives.pairwise(
-                hashed_q,
-                hashed_k,
+                self._relaxed(queries, weights[:, None]),
+                self._relaxed(keys[:, chosen], weights),
                 labels[..., chosen],
+                owned,
                 weights,
                 similarity=self.similarity,
                 balance=self.balance,

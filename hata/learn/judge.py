@@ -30,7 +30,7 @@ class Judge:
         read = held_out.reads[0]
         self._shape = ModelShape(shape.model_type, 1, shape.heads, shape.kv_heads, shape.head_dim)
         self._bits, self._scale = bits, held_out.scale
-        last = read.positions[-QUERIES:]
+        last = read.positions[-QUERIES:].to(held_out.device)
         slots = int(last[-1]) + 1
         hidden = torch.arange(slots, device=last.device) > last[:, None]
         self._asked = Asked(0, read.q[:, :, -QUERIES:], read.keys[:, :slots], hidden)

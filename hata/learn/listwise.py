@@ -42,7 +42,7 @@ class Listwise(Recipe):
     """
 
     name: str = "listwise"
-    steps: int = 2000
+    steps: int = 1000
     nested: bool = True
     queries: int = 128
     query_codes: int = 8
@@ -72,7 +72,7 @@ class Listwise(Recipe):
         start = torch.tensor([math.log(6 / n**0.5) for n in prefixes])
         factors = torch.nn.Parameter(start.repeat(samples.kv_heads, 1).to(samples.device))
         parameters = [*hasher.parameters(), factors]
-        optimiser = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.98))
+        optimiser = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.98), fused=True)
         for step in range(steps):
             done = step / steps
             for settings in optimiser.param_groups:
@@ -102,8 +102,7 @@ class Listwise(Recipe):
         k_codes, q_codes = hasher.encode_keys(keys, sign), hasher.encode_queries(q, sign)
         low, high = (math.log2(share) for share in self.budgets)
         shares = 2 ** (low + (high - low) * torch.rand(len(visible), generator=generator))
-        budgets = (visible * shares.to(visible.device)).long().clamp_min(self.least)
-        budgets = budgets.minimum(visible)
+        budgets = (visible * shares).long().clamp_min(self.least).minimum(visible)
         scores = torch.zeros((), device=keys.device)
         loss = torch.zeros((), device=keys.device)
         first = 0

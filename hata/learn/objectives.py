@@ -65,7 +65,7 @@ def kept_mass(
         scores: `[N, Q, S]`.
         target: `[N, Q, S]`.
         hidden: `[Q, S]`.
-        budgets: `[Q]` int64, in keys.
+        budgets: `[Q]` int64, in keys, on the CPU.
         width: Softness of the edge, in units of the scores.
     """
     return _KeptMass.apply(scores, target, hidden, budgets, width)  # type: ignore[no-any-return]
@@ -85,7 +85,8 @@ class _KeptMass(torch.autograd.Function):
     ) -> torch.Tensor:
         seen = scores.masked_fill(hidden, LOWEST)
         best = seen.topk(int(budgets.max()), -1).values
-        edge = best.gather(2, (budgets - 1).expand(len(scores), -1).unsqueeze(-1))
+        last = (budgets - 1).to(scores.device)
+        edge = best.gather(2, last.expand(len(scores), -1).unsqueeze(-1))
         count = seen.sub_(edge).mul_(1 / width).clamp_(-FAINT, FAINT).sigmoid_()
         kept = (target * count).sum(-1).mean()
         slope = count.addcmul_(count, count, value=-1)
@@ -104,26 +105,33 @@ def pairwise(
     hashed_q: torch.Tensor,
     hashed_k: torch.Tensor,
     labels: torch.Tensor,
+    owned: torch.Tensor,
     weights: torch.Tensor,
     *,
     similarity: float,
     balance: float,
     orthogonality: float,
 ) -> torch.Tensor:
-    """HATA's loss over N pairs of a query and a key.
+    """HATA's loss over P pairs of a query and a key, of which few queries own many each.
 
     Args:
-        hashed_q: Relaxed codes of the queries, `[Hkv, G, N, r]`.
-        hashed_k: Relaxed codes of the keys, `[Hkv, 1, N, r]`.
-        labels: `[Hkv, G, N]`, positive where the codes should agree.
+        hashed_q: Relaxed codes of the queries, `[Hkv, G, Q, r]`.
+        hashed_k: Relaxed codes of the keys, one per pair, `[Hkv, P, r]`.
+        labels: `[Hkv, G, P]`, positive where the codes should agree.
+        owned: `[Q, P]`, 1 where the pair is the query's, else 0.
         weights: The projection, `[Hkv, D, r]`.
-        similarity: Factor of `sum(labels * |h(q) - h(k)|^2) / N`.
+        similarity: Factor of `sum(labels * |h(q) - h(k)|^2) / P`.
         balance: Factor of `|mean over pairs of (h(q) + h(k)) / r|^2`, summed over heads.
         orthogonality: Factor of `|W'W - I|`, the norm over all heads together.
     """
-    pairs, bits = hashed_q.shape[-2:]
-    apart = (labels * (hashed_q - hashed_k).square().sum(-1)).sum() / pairs
-    bias = ((hashed_q + hashed_k).mean(-2) / bits).square().sum()
+    pairs, bits = hashed_k.shape[-2:]
+    keys = hashed_k[:, None]
+    # |h(q) - h(k)|^2 of all queries with all keys, of which the labels pick the pairs.
+    apart = hashed_q.square().sum(-1, keepdim=True) + keys.square().sum(-1).unsqueeze(-2)
+    apart = apart - 2 * hashed_q @ keys.mT
+    apart = (labels.unsqueeze(-2) * owned * apart).sum() / pairs
+    both = (owned.sum(-1, keepdim=True) * hashed_q).sum(-2) + keys.sum(-2)
+    bias = (both / (pairs * bits)).square().sum()
     unit = torch.eye(bits, dtype=weights.dtype, device=weights.device)
     turned = torch.linalg.vector_norm(weights.mT @ weights - unit)
     return similarity * apart + balance * bias + orthogonality * turned

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hata.errors import HataError
 from hata.learn.hashattention import HashAttention
@@ -27,32 +27,24 @@ class LearnError(HataError, ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides on the result of a training; all of it must be equal to resume.
+class Capture:
+    """What decides on what is captured.
 
     Attributes:
         model: Name of the model's folder.
         shape: Its sizes, in words.
         text: Fingerprint of the tokens that are read.
-        recipe: Name of the recipe.
-        settings: Its settings, in words.
-        bits: Bits of a code.
-        steps: Optimiser steps of a layer.
-        layers: The layers to train.
-        sequences: Sequences to learn from; one more is held out to judge by.
+        layers: The layers that are kept.
+        sequences: Sequences that are read.
         tokens: Length of a sequence.
         queries: Queries kept of a sequence.
-        seed: Of the positions, the weights and the batches.
+        seed: Of their positions.
         device: Kind of the device.
     """
 
     model: str
     shape: str
     text: str
-    recipe: str
-    settings: str
-    bits: int
-    steps: int
     layers: tuple[int, ...]
     sequences: int
     tokens: int
@@ -60,10 +52,26 @@ class Plan:
     seed: int
     device: str
 
-    def digest(self) -> str:
-        """A fingerprint of all of it."""
-        words = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides on the result of a training; all of it must be equal to resume.
+
+    Attributes:
+        capture: What it learns from; the last sequence is held out to judge by.
+        recipe: Name of the recipe.
+        settings: Its settings, in words.
+        bits: Bits of a code.
+        steps: Optimiser steps of a layer.
+        seed: Of the weights and the batches.
+    """
+
+    capture: Capture
+    recipe: str
+    settings: str
+    bits: int
+    steps: int
+    seed: int
 
 
 def settings_of(recipe: Recipe) -> str:
@@ -71,37 +79,46 @@ def settings_of(recipe: Recipe) -> str:
     return json.dumps(dataclasses.asdict(recipe), sort_keys=True)  # type: ignore[call-overload]
 
 
-def prepare(folder: Path, plan: Plan, *, resume: bool) -> None:
-    """Make the working folder, or take up the one that is there.
+def prepare(folder: Path, plan: Plan | Capture, *, resume: bool, option: str) -> None:
+    """Make a folder to work in, or take up the one that is there.
 
     Args:
-        folder: Of this training alone.
-        plan: What it is to do.
+        folder: For this plan alone.
+        plan: What is done in it.
         resume: Go on with what lies there; else it is thrown away.
+        option: What names the folder, for errors.
 
     Raises:
-        LearnError: What lies there is of another plan, or no working folder at all.
+        LearnError: What lies there is of another plan, or of something else.
     """
     mark = folder / MARK
     if folder.exists() and not mark.is_file() and any(folder.iterdir()):
         raise LearnError(
-            f"--work: got {folder}, which holds files of something else; name another folder"
+            f"{option}: got {folder}, which holds files of something else; name another folder"
         )
+    now = json.loads(json.dumps(dataclasses.asdict(plan)))
     if mark.is_file() and resume:
-        before = json.loads(mark.read_text())
-        now = json.loads(json.dumps(dataclasses.asdict(plan)))
-        if differ := [name for name in now if now[name] != before.get(name)]:
-            told = "; ".join(
-                f"{name}: {before.get(name)!r} there, {now[name]!r} asked" for name in differ[:3]
-            )
+        differ = _differences(json.loads(mark.read_text()), now)
+        if differ:
             raise LearnError(
-                f"--resume: {folder} is of another training ({told}); ask for the same, or leave "
-                "--resume out to start anew"
+                f"{option}: {folder} is of another training ({'; '.join(differ[:3])}); ask for the "
+                "same, or name another folder"
             )
         return
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     part = mark.with_suffix(f".part{os.getpid()}")
-    part.write_text(json.dumps(dataclasses.asdict(plan), indent=1))
+    part.write_text(json.dumps(now, indent=1))
     part.replace(mark)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += _differences(old, value)
+        elif old != value:
+            found.append(f"{name}: {old!r} there, {value!r} asked")
+    return found

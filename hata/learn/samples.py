@@ -15,7 +15,7 @@ class Read(NamedTuple):
     """What one sequence left in one layer.
 
     Attributes:
-        positions: `[n]` int64, ascending: where the kept queries stand.
+        positions: `[n]` int64, ascending, on the CPU: where the kept queries stand.
         q: `[N, G, n, D]` float32, N KV heads.
         keys: `[N, S, D]` float32.
     """
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     Attributes:
         q: `[N, G, Q, D]`.
         keys: `[N, S, D]`.
-        visible: `[Q]` int64: how many of the first keys each query sees.
+        visible: `[Q]` int64, on the CPU: how many of the first keys each query sees.
         hidden: `[Q, S]`: true where it does not see a key.
     """
 
@@ -76,11 +76,11 @@ class LayerSamples:
         """
         read = self.reads[sequence % len(self.reads)]
         count = max(int((read.positions < before).sum()), 1)
-        drawn = torch.randperm(count, generator=generator)[:queries].to(self.device)
+        drawn = torch.randperm(count, generator=generator)[:queries]
         visible = read.positions[drawn] + 1
         slots = int(visible.max())
-        hidden = torch.arange(slots, device=self.device) >= visible[:, None]
-        return Batch(read.q[:, :, drawn], read.keys[:, :slots], visible, hidden)
+        hidden = torch.arange(slots, device=self.device) >= visible.to(self.device)[:, None]
+        return Batch(read.q[:, :, drawn.to(self.device)], read.keys[:, :slots], visible, hidden)
 
     def start(self, most: int = 1 << 15) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[N, n, D]` and keys `[N, n, D]` to start from: an even sample of all."""

@@ -22,7 +22,7 @@ from hata.encoder import Encoder, ModelShape
 from hata.learn import capture
 from hata.learn.judge import Judge
 from hata.learn.listwise import prefixes_of
-from hata.learn.plan import Plan
+from hata.learn.plan import Capture, Plan
 from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Learned, Recipe
@@ -54,6 +54,7 @@ def learn(
     load: Callable[[], Any],
     ids: np.ndarray,
     folder: Path,
+    store: Path,
     device: str,
     *,
     ranks: Ranks,
@@ -66,8 +67,9 @@ def learn(
         recipe: How.
         shape: The model's sizes.
         load: Makes the model, for capture; called only where something is to be captured.
-        ids: `[plan.sequences + 1, T]` token ids; the last one is held out.
+        ids: `[n, T]` token ids; the last sequence is held out.
         folder: Working folder, prepared.
+        store: Folder for what is captured, prepared; it may hold some of it already.
         device: Where to train.
         ranks: Who shares the work.
         progress: Told what happens.
@@ -75,11 +77,11 @@ def learn(
     Returns:
         The outcome, on rank 0; `None` on the others.
     """
-    dense = _capture(plan, load, ids, folder, device, ranks, progress)
-    layers = [layer for layer in plan.layers if layer not in dense]
+    dense = _capture(plan.capture, load, ids, store, device, ranks, progress)
+    layers = [layer for layer in plan.capture.layers if layer not in dense]
     for layer in ranks.share(layers):
         if not _layer_file(folder, layer).is_file():
-            _train_layer(plan, recipe, shape, folder, layer, device, progress)
+            _train_layer(plan, recipe, shape, folder, store, layer, device, progress)
     ranks.meet()
     if ranks.rank:
         return None
@@ -87,16 +89,15 @@ def learn(
 
 
 def _capture(
-    plan: Plan,
+    plan: Capture,
     load: Callable[[], Any],
     ids: np.ndarray,
-    folder: Path,
+    store: Path,
     device: str,
     ranks: Ranks,
     progress: Progress,
 ) -> dict[int, str]:
     """Let this rank's sequences be read; what all ranks found to be dense."""
-    store = folder / "capture"
     every = range(len(ids))
     # A model spread over all GPUs is there once.
     mine = ranks.share(every) if device != "spread" else [*every] * (ranks.rank == 0)
@@ -132,6 +133,7 @@ def _train_layer(
     recipe: Recipe,
     shape: ModelShape,
     folder: Path,
+    store: Path,
     layer: int,
     device: str,
     progress: Progress,
@@ -139,9 +141,9 @@ def _train_layer(
     """Train one layer and write its file."""
     device = "cuda" if device == "spread" else device
     started = time.monotonic()
-    store = folder / "capture"
-    samples = LayerSamples.load(store, layer, range(plan.sequences), device)
-    judge = Judge(LayerSamples.load(store, layer, [plan.sequences], device), shape, plan.bits)
+    *learned_from, held_out = range(plan.capture.sequences)
+    samples = LayerSamples.load(store, layer, learned_from, device)
+    judge = Judge(LayerSamples.load(store, layer, [held_out], device), shape, plan.bits)
     bits = prefixes_of(plan.bits) if recipe.nested else (plan.bits,)
     history: list[dict[str, Any]] = []
     looks = {(plan.steps - 1) * (i + 1) // LOOKS for i in range(LOOKS)} | {0}
@@ -187,12 +189,12 @@ def _assembled(
     made = {
         "recipe": plan.recipe,
         "settings": json.loads(plan.settings),
-        "model": plan.model,
+        "model": plan.capture.model,
         "steps": plan.steps,
-        "sequences": plan.sequences,
-        "tokens": plan.tokens,
+        "sequences": plan.capture.sequences - 1,
+        "tokens": plan.capture.tokens,
         "seed": plan.seed,
-        "text": plan.text,
+        "text": plan.capture.text,
     }
     encoder = Encoder(
         shape, plan.bits, projections, biases, made=made, queries=queries, hidden=hidden
