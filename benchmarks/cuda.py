@@ -16,14 +16,20 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import contenders, timing
+import hata
+from benchmarks import check, contenders, timing
 from benchmarks.contenders import Builder, Case, Contender
+from benchmarks.report import Bar
 
 # Pairs of sweep and call in a graph, and replays that one sample is the mean of.
 _PAIRS = 8
+# Rounds of sweep and call that the profiler watches.
+_PROFILED = 20
 _REPLAYS = 2
 _BLOCK = 4096
 _LOOPS = 2
@@ -107,6 +113,78 @@ def clock(
     return [timing.Timing.of(one) for one in samples]
 
 
+def kernels(calls: timing.Calls) -> list[list[tuple[str, timing.Timing]]]:
+    """Times of the kernels of each call by the profiler, each call after a sweep of the cache.
+
+    A kernel's time includes its own start and end, some 2 µs of which the next one hides in a step.
+    """
+    sweep = reader(4 * torch.cuda.get_device_properties().L2_cache_size, "cuda")
+    found = []
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+            for _ in range(_PROFILED):
+                sweep()
+                call()
+            torch.cuda.synchronize()
+        events = sorted(
+            (event for event in record.events() if event.device_type == DeviceType.CUDA),
+            key=lambda event: event.time_range.start,
+        )
+        size = len(events) // _PROFILED
+        # The first of each round is the sweep.
+        found.append(
+            [
+                (
+                    events[i].name.strip("_").removesuffix("_kernel"),
+                    timing.Timing.of([event.device_time for event in events[i::size]]),
+                )
+                for i in range(1, size)
+            ]
+        )
+    return found
+
+
+def beyond(rounds: int) -> list[Bar]:
+    """What no step shows: encoding a prompt, and selecting where every key is as good as the next.
+
+    Raises:
+        check.WrongResult: all keys are equal, and others than the first are selected.
+    """
+    keys = torch.randn(1, 8, 128 * 1024, 128, dtype=torch.bfloat16, device="cuda")
+    projection = torch.randn(8, 128, 128, dtype=torch.bfloat16, device="cuda")
+    codes = torch.empty(1, 8, 128 * 1024, 16, dtype=torch.uint8, device="cuda")
+    whole = reader(keys.numel() * keys.element_size(), "cuda")
+    hata.encode(keys, projection, out=codes)
+    encoded, read = clock(
+        [lambda: hata.encode(keys, projection, out=codes), whole], rounds, True, lambda: None
+    )
+    share = read.median / encoded.median
+    name = f"encode 128K keys x 8 heads ({encoded.median:.0f} µs): share of read speed"
+    found = [(name, 0.6, share, share >= 0.6)]
+    for millions in (1, 4):
+        slots = millions << 20
+        q = torch.randint(0, 256, (1, 32, 1, 16), dtype=torch.uint8, device="cuda")
+        drawn = torch.randint(0, 256, (1, 8, slots, 16), dtype=torch.uint8, device="cuda")
+        equal = drawn[:, :, :1].expand_as(drawn).contiguous()
+        k = slots // 64
+        first = hata.hamming_topk(q, equal, k)
+        if not torch.equal(first, torch.arange(k, device="cuda").expand_as(first)):
+            raise check.WrongResult(f"hamming_topk, {millions}M equal keys: not the first {k}")
+        hata.hamming_topk(q, drawn, k)
+        ties, usual = clock(
+            [lambda: hata.hamming_topk(q, equal, k), lambda: hata.hamming_topk(q, drawn, k)],  # noqa: B023
+            rounds, True, lambda: None,
+        )  # fmt: skip
+        ratio = ties.median / usual.median
+        found.append(
+            (f"{millions}M keys, all tied ({ties.median:.0f} µs): times the time of drawn codes, "
+             "most", 1.5, ratio, ratio <= 1.5)
+        )  # fmt: skip
+    return found
+
+
 def _with_kernel(name: str, kernel: SDPBackend) -> Builder:
     def build(case: Case) -> Contender:
         q, (keys, values) = case.q, case.visible
@@ -139,6 +217,7 @@ def flashinfer(case: Case) -> Contender:
 
 
 timing.CLOCKS["cuda"] = clock
+timing.KERNELS["cuda"] = kernels
 contenders.DENSE["cuda"] = {
     "sdpa cudnn": _with_kernel("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
     "sdpa flash": _with_kernel("sdpa flash", SDPBackend.FLASH_ATTENTION),

@@ -69,10 +69,37 @@ def measure(
     )  # fmt: skip
     if progress is not None and task is not None:
         progress.remove_task(task)
-    return [
+    rows = [
         Row(case.shape, one.name, one.family, time, one.bytes)
         for (case, one), time in zip(tasks, times, strict=True)
     ]
+    if kind in timing.KERNELS:
+        for case in {id(case): case for case, _ in tasks}.values():
+            rows += kernels(case, timing.KERNELS[kind])
+    return rows
+
+
+def kernels(case: Case, profiler: timing.Kernels) -> list[Row]:
+    """Times of the kernels of a step, and of a plain read of the codes beside them."""
+    step, read = contenders.hash_attend(case), contenders.read_codes(case)
+    of_step, of_read = profiler([step.call, read.call])
+    scanned = case.shape.code_bytes
+    return [
+        *(Row(case.shape, f"kernel {name}", "kernel", time, scanned if name == "scan" else 0)
+          for name, time in of_step),
+        Row(case.shape, report.READ_KERNEL, "kernel", sum_of(of_read), scanned),
+    ]  # fmt: skip
+
+
+def sum_of(kernels: Sequence[tuple[str, timing.Timing]]) -> timing.Timing:
+    """The time of several kernels together."""
+    times = [time for _, time in kernels]
+    return timing.Timing(
+        sum(time.median for time in times),
+        sum(time.p10 for time in times),
+        sum(time.p90 for time in times),
+        min(time.samples for time in times),
+    )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -163,10 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is not a terminal has no width; tables must not be folded there.
     out = Console(width=None if sys.stdout.isatty() else 110)
     err = Console(stderr=True)
+    kind = torch.device(args.device).type
     if args.profile is not None:
         os.environ["HATA_PROFILE"] = args.profile
         registry.reset()
-    if torch.device(args.device).type == "cpu":
+    if kind == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
@@ -202,13 +230,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         err.print("error: no shape fits into memory")
         return 1
-    for table in report.closing_tables(rows, args.device):
+    more = []
+    if kind == "cuda" and "design" in args.suite and not args.shapes:
+        with torch.no_grad(), hata.use_backend(args.backend):
+            more = importlib.import_module("benchmarks.cuda").beyond(args.rounds)
+    bars = [*report.bars(rows, kind, args.backend), *more]
+    for table in report.closing_tables(rows, bars):
         out.print(table)
     if args.markdown:
         print(report.markdown(rows))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = report.figures(rows, settings, args.device)
+        figures = report.figures(rows, bars, settings, args.device)
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
         out.print(f"figures: {args.json.resolve()}", soft_wrap=True)
     return 0

@@ -23,6 +23,30 @@ SCHEMA = "hata.benchmark/1"
 SPEED_BARS = {32 * 1024: 10.0, 128 * 1024: 15.0}
 SCAN_BAR_GBS = 8.0
 SLOTS_BAR = 1.3
+# What a step is to take on one H200, bfloat16, D 128, r 128, in µs, by batch, heads, KV heads and
+# thousands of keys; and by how much a backend may be slower.
+STEP_BARS_US = {
+    (1, 32, 8, 32): 9.0,
+    (1, 32, 8, 128): 14.0,
+    (1, 32, 8, 512): 32.0,
+    (8, 32, 8, 32): 18.0,
+    (8, 32, 8, 128): 60.0,
+    (32, 32, 8, 32): 62.0,
+    (1, 64, 8, 128): 15.0,
+    (1, 32, 32, 128): 30.0,
+    (8, 32, 32, 32): 58.0,
+}
+STEP_SLACK = {"triton": 1.4}
+# Speed of the scan against a plain read of as many bytes, by group size, where codes are many; and
+# what counts as many.
+SCAN_BARS = {"triton": {4: 0.75, 8: 0.68}}
+SCAN_BARS_OTHER = {4: 0.88, 8: 0.80}
+MANY_CODES = 64e6
+# From so many keys on, hash attention is to be faster than dense attention.
+CROSSOVER = 16 * 1024
+SCAN_KERNEL, READ_KERNEL = "kernel scan", "kernel read codes"
+
+Bar = tuple[str, float, float, bool]
 
 
 @dataclass(frozen=True)
@@ -32,9 +56,9 @@ class Row:
     Attributes:
         shape: What was run.
         name: Which contender.
-        family: `"op"`, `"dense"` or `"read"`.
+        family: `"op"`, `"dense"`, `"read"`, or `"kernel"` for one of a step's kernels.
         us: Time of a call in µs.
-        bytes: What a call moves at least.
+        bytes: What a call moves at least; 0: not counted.
     """
 
     shape: Shape
@@ -86,9 +110,9 @@ def shape_table(rows: Sequence[Row], shape: Shape) -> Table:
             row.name,
             *(f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
               for value in (us.median, us.p10, us.p90)),
-            f"{row.bytes / 1e6:,.2f}",
-            f"{row.gbs:,.1f}",
-            "" if row.family == "read" else f"{dense / us.median:,.2f}",
+            f"{row.bytes / 1e6:,.2f}" if row.bytes else "",
+            f"{row.gbs:,.1f}" if row.bytes else "",
+            f"{dense / us.median:,.2f}" if row.family in ("op", "dense") else "",
         )  # fmt: skip
     return table
 
@@ -148,9 +172,9 @@ def slot_ratios(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def bars(rows: Sequence[Row], device: str) -> list[tuple[str, float, float, bool]]:
+def bars(rows: Sequence[Row], device: str, backend: str = "") -> list[Bar]:
     """What the project set itself that these lines can answer: (bar, wanted, measured, met)."""
-    found = []
+    found = _gpu_bars(rows, backend) if device == "cuda" else []
     if device == "cpu":
         for shape in shapes_of(rows):
             standard = Shape(1, 32, 8, shape.keys)
@@ -165,6 +189,27 @@ def bars(rows: Sequence[Row], device: str) -> list[tuple[str, float, float, bool
             )
     for name, ratio in slot_ratios(rows).items():
         found.append((f"empty slots, {name}: ratio, most", SLOTS_BAR, ratio, ratio <= SLOTS_BAR))
+    return found
+
+
+def _gpu_bars(rows: Sequence[Row], backend: str) -> list[Bar]:
+    found: list[Bar] = []
+    for shape in shapes_of(rows):
+        if shape.dtype != "bfloat16":
+            continue
+        step = find(rows, shape, "hash_attend").us.median
+        place = shape.batch, shape.heads, shape.kv_heads, shape.keys // 1024
+        if place in STEP_BARS_US and shape.bits == 128:
+            most = STEP_BARS_US[place] * STEP_SLACK.get(backend, 1.0)
+            found.append((f"{shape.name}: step in µs, most", most, step, step <= most))
+        if shape.keys >= CROSSOVER:
+            ratio = best_dense(rows, shape).us.median / step
+            found.append((f"{shape.name}: times faster than dense", 1.0, ratio, ratio > 1.0))
+        parts = {row.name: row for row in rows if row.shape == shape and row.family == "kernel"}
+        least = SCAN_BARS.get(backend, SCAN_BARS_OTHER).get(shape.heads // shape.kv_heads)
+        if SCAN_KERNEL in parts and least and shape.code_bytes >= MANY_CODES and shape.bits == 128:
+            share = parts[READ_KERNEL].us.median / parts[SCAN_KERNEL].us.median
+            found.append((f"{shape.name}: scan, share of read speed", least, share, share >= least))
     return found
 
 
@@ -193,21 +238,40 @@ def heading(device: str, settings: dict[str, Any]) -> str:
     )
 
 
-def closing_tables(rows: Sequence[Row], device: str) -> list[Table]:
-    """The gains, and the bars that these lines can answer."""
+def closing_tables(rows: Sequence[Row], bars: Sequence[Bar]) -> list[Table]:
+    """The gains, the kernels of each step, and the bars."""
     tables = [summary(rows)]
-    answered = bars(rows, device)
-    if answered:
+    if any(row.family == "kernel" for row in rows):
+        tables.append(kernel_table(rows))
+    if bars:
         table = Table(title="targets", title_justify="left")
         for column in ("bar", "wanted", "measured", ""):
             table.add_column(column, justify="left" if column in ("bar", "") else "right")
-        for name, wanted, measured, met in answered:
-            table.add_row(name, f"{wanted:g}", f"{measured:.2f}", "met" if met else "not met")
+        for name, wanted, measured, met in bars:
+            table.add_row(name, f"{wanted:.4g}", f"{measured:.2f}", "met" if met else "not met")
         tables.append(table)
     return tables
 
 
-def figures(rows: Sequence[Row], settings: dict[str, Any], device: str) -> dict[str, Any]:
+def kernel_table(rows: Sequence[Row]) -> Table:
+    """The kernels of a step by themselves, one line per shape."""
+    names = list(dict.fromkeys(row.name for row in rows if row.family == "kernel"))
+    table = Table(
+        title="kernels of a step by the profiler, µs (each with its own start and end)",
+        title_justify="left",
+    )
+    table.add_column("shape")
+    for name in names:
+        table.add_column(name.removeprefix("kernel "), justify="right")
+    for shape in shapes_of(rows):
+        times = {row.name: row.us.median for row in rows if row.shape == shape}
+        table.add_row(shape.name, *(f"{times[n]:.1f}" if n in times else "" for n in names))
+    return table
+
+
+def figures(
+    rows: Sequence[Row], bars: Sequence[Bar], settings: dict[str, Any], device: str
+) -> dict[str, Any]:
     """All figures as plain data, for `--json`."""
     return {
         "schema": SCHEMA,
@@ -227,4 +291,8 @@ def figures(rows: Sequence[Row], settings: dict[str, Any], device: str) -> dict[
             for row in rows
         ],
         "slot_ratios": slot_ratios(rows),
+        "bars": [
+            {"bar": name, "wanted": wanted, "measured": measured, "met": met}
+            for name, wanted, measured, met in bars
+        ],
     }

@@ -108,3 +108,7 @@ def cpu(calls: Calls, rounds: int, cold: bool, tick: Callable[[], None]) -> list
 
 
 CLOCKS: dict[str, Clock] = {"cpu": cpu}
+
+# Times of the kernels that each call launches, with their names, in order; by kind of device.
+Kernels = Callable[[Calls], list[list[tuple[str, Timing]]]]
+KERNELS: dict[str, Kernels] = {}

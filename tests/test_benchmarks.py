@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import hata
 from hata import registry
@@ -273,3 +274,49 @@ def test_changes_that_make_groups_equal_are_run_once():
     same = ops.groups_of(ops.arguments(["--suite", "cpu", "--dtype", "float32", "--bits", "64"]))
     assert len(same) == len(plain) - 2
     assert all(shape.bits == 64 for [shape] in same)
+
+
+def test_bars_of_a_gpu():
+    shape = Shape(8, 32, 8, 128 * 1024, dtype="bfloat16")
+    rows = [
+        *rows_of(shape, dense=900.0, hashed=70.0),
+        report.Row(shape, report.SCAN_KERNEL, "kernel", Timing(40.0, 40.0, 40.0, 1), 1),
+        report.Row(shape, report.READ_KERNEL, "kernel", Timing(31.0, 31.0, 31.0, 1), 1),
+    ]
+    found = {backend: report.bars(rows, "cuda", backend) for backend in ("triton", "cupy")}
+    # One step of 84 µs or less, faster than dense, the scan at 75% of reading; cupy: 60 and 88%.
+    assert [met for *_, met in found["triton"]] == [True, True, True]
+    assert [met for *_, met in found["cupy"]] == [False, True, False]
+    assert [wanted for _, wanted, *_ in found["triton"]] == pytest.approx([84.0, 1.0, 0.75])
+    slow = rows_of(shape, dense=900.0, hashed=901.0)
+    assert [met for *_, met in report.bars(slow, "cuda", "triton")] == [False, False]
+
+
+def test_design_suite_answers_every_bar_of_a_step():
+    found = [shape for group in shapes.SUITES["design"] for shape in group]
+    places = {(s.batch, s.heads, s.kv_heads, s.keys // 1024) for s in found if s.bits == 128}
+    assert set(report.STEP_BARS_US) <= places
+    many = {s.heads // s.kv_heads for s in found if s.code_bytes >= report.MANY_CODES}
+    assert set(report.SCAN_BARS_OTHER) <= many
+
+
+def test_kernels_of_a_step_stand_beside_a_read(monkeypatch):
+    def profiler(calls):
+        for call in calls:
+            call()
+        one = Timing(2.0, 1.0, 3.0, 20)
+        return [[("step", one), ("scan", one)], [("read", one), ("sum", one)]]
+
+    monkeypatch.setitem(timing.KERNELS, "cpu", profiler)
+    rows = ops.measure([TINY], "cpu", 1)
+    found = {row.name: row for row in rows if row.family == "kernel"}
+    assert list(found) == ["kernel step", report.SCAN_KERNEL, report.READ_KERNEL]
+    assert found[report.READ_KERNEL].us.median == 4.0
+    assert found[report.SCAN_KERNEL].bytes == TINY.code_bytes
+    assert found["kernel step"].bytes == 0
+    # The op of a name is never taken for the kernel of that name.
+    assert report.find(rows, TINY, "hash_attend").family == "op"
+    printed = Console(width=120, record=True)
+    for table in report.closing_tables(rows, report.bars(rows, "cpu")):
+        printed.print(table)
+    assert "kernels of a step" in printed.export_text()

@@ -86,7 +86,7 @@ def write_sparse_attend(
     members = heads // index_heads
     wide = vector(fw, q, keys, values)
     sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
-    splits = min(config["splits"], pow2(-(-k // config["keys"])))
+    splits = min(config["splits"], pow2(max(-(-k // config["keys"]), 1)))
     overlapped = overlaps(bool(config["overlap"]), q)
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
