@@ -12,6 +12,7 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 import hata
 from hata import registry
 from hata.encoder import Encoder
+from hata.learn.text import read_text
 from hata.profile import Profile
 from hata.selection import Selection
 from tune import capture, quality, space
@@ -124,16 +125,16 @@ def test_text_is_read_from_files_and_folders(tmp_path):
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.py").write_text("first")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
-    assert capture.read_text([str(tmp_path)]) == "first\nsecond"
+    assert read_text([str(tmp_path)]) == "first\nsecond"
     for names, expected in (
         ([str(tmp_path / "none")], "cannot be read"),
         ([str(tmp_path / "c.bin")], "is not UTF-8"),
     ):
         with pytest.raises(CaptureError, match=expected):
-            capture.read_text(names)
+            read_text(names)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CaptureError, match="without text files"):
-        capture.read_text([str(tmp_path / "empty")])
+        read_text([str(tmp_path / "empty")])
 
 
 def save_tiny(folder, kind="Llama", **changes):

@@ -15,7 +15,8 @@ from hata import registry
 from hata.backend import Backend
 from hata.device import Fingerprint
 from hata.encoder import Encoder
-from hata.errors import BackendUnavailable, HataError
+from hata.errors import BackendUnavailable, EncoderError, HataError
+from hata.learn.text import read_text
 from hata.problem import Problem
 from hata.profile import EncoderKey, cache_root, default_output, safe_output
 from tune import capture, database, space
@@ -92,7 +93,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     text = ""
     if options.model is not None:
         layout = capture.load_layout(options.model)
-        text = capture.read_text(options.text)
+        text = read_text(options.text)
         # Said now rather than after minutes.
         capture.token_sequences(options.model, text, 1, layout.context)
     encoder, encoder_key = _choose_encoder(options.encoder, layout)
@@ -200,6 +201,11 @@ def _choose_encoder(name: str | None, layout: Layout) -> tuple[Encoder, EncoderK
     if name not in (None, "random"):
         encoder = Encoder.load(str(name))
         encoder.check(shape)
+        if any(p is not None and len(p) != layout.kv_heads for p in encoder.projections):
+            raise EncoderError(
+                f"--encoder: {name} hashes keys once per query head, which the tuner does not "
+                "measure; learn one that hashes them once per KV head: hata learn"
+            )
         return encoder, EncoderKey(Path(str(name)).name, encoder.bits)
     if layout is space.COMMON:
         # The synthetic set is one layer.

@@ -20,6 +20,8 @@ import hata
 from hata import registry
 from hata.backend import Backend, use_config
 from hata.encoder import Encoder
+from hata.encoder_layer import Hidden, features
+from hata.evaluate.mass import group_mass, hidden_keys
 from hata.problem import Problem
 from hata.selection import Selection
 from tune.capture import Probe
@@ -86,17 +88,28 @@ class Gauge:
 
     def _encode(self, bits: int) -> tuple[Any, Any, Any]:
         heads = self._probe.keys.shape[1]
-        projection = self._encoder.projection(self._layer, bits).astype(np.float32)[:heads]
-        bias = self._encoder.bias(self._layer, bits)
+        encoder, layer = self._encoder, self._layer
+        query = encoder.query(layer, bits)
+        keys = (encoder.projection(layer, bits), encoder.bias(layer, bits), encoder.hidden[layer])
         make = self._arrays.make
-        projected = make(projection)
-        offset = None if bias is None else make(bias.astype(np.float32)[:heads])
         norms = None
-        if self._encoder.key_norms:
+        if encoder.key_norms:
             norms = make(np.empty(self._probe.keys.shape[:3], np.float16))
+
+        def codes(x: np.ndarray, side: tuple[Any, Any, Any], norms: Any = None) -> Any:
+            projection, bias, hidden = side
+            # The synthetic set has the first KV heads only.
+            cut = slice(len(projection) * heads // encoder.shape.kv_heads)
+            before = [Hidden(weight[cut], offset[cut]) for weight, offset in hidden]
+            given = make(features(x, before, len(projection[cut])))
+            offset = None if bias is None else make(bias[cut].astype(np.float32))
+            made = make(projection[cut].astype(np.float32))
+            return hata.encode(given, made, offset, norms=norms)
+
         with self._configured("encode", bits):
-            q_codes = hata.encode(make(self._probe.q), projected, offset)
-            k_codes = hata.encode(make(self._probe.keys), projected, offset, norms=norms)
+            own = None if query is None else (query.projection, query.bias, query.hidden)
+            q_codes = codes(self._probe.q, own or keys)
+            k_codes = codes(self._probe.keys, keys, norms)
         return q_codes, k_codes, norms
 
     @contextmanager
@@ -127,24 +140,16 @@ def _masses(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         `mass [sequences, Hkv, Tq, S]`, each row adding up to 1, and `exact [S]`.
     """
-    count, heads, queries, size = probe.q.shape
+    count, heads, queries, _ = probe.q.shape
     kv_heads, slots = probe.keys.shape[1:3]
     group = heads // kv_heads
     mass = np.empty((count, kv_heads, queries, slots), np.float32)
     exact = np.zeros(slots)
-    hidden = np.arange(slots) > np.arange(slots - queries, slots)[:, None]
+    hidden = hidden_keys(queries, slots, probe.q)
     for b in range(count):
         for h in range(kv_heads):
-            q = probe.q[b, h * group : (h + 1) * group].reshape(group * queries, size)
-            logits = (q @ probe.keys[b, h].T).reshape(group, queries, slots)
-            total = logits.sum(0)
-            total[hidden] = -np.inf
-            logits *= probe.scale
-            logits[:, hidden] = -np.inf
-            logits -= logits.max(-1, keepdims=True)
-            np.exp(logits, out=logits)
-            logits /= logits.sum(-1, keepdims=True)
-            mass[b, h] = logits.mean(0)
+            q = probe.q[b, h * group : (h + 1) * group]
+            mass[b, h], total = group_mass(q, probe.keys[b, h], probe.scale, hidden)
             order = np.argsort(-total, axis=-1)
             exact += np.cumsum(np.take_along_axis(mass[b, h], order, -1), -1).mean(0)
     return mass, exact / (count * kv_heads)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hata.learn import text as texts
 from hata.learn.command import add_text_arguments, gather_text
+from hata.profile import user_path
 
 METHODS = ("exact", "random", "pages", "window")
 # Budgets that are looked at unless others are named: shares of 1.56% and 3.1%.
@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> int:
     places = parse_places(options.at)
     config = texts.load_config(options.model)
     encoders = _encoders(options, config)
-    tokenizer = texts.load_tokenizer(Path(options.model).expanduser())
+    tokenizer = texts.load_tokenizer(user_path(options.model))
     longest = max(tokens for tokens, _ in places)
     text = gather_text(options, longest * options.sequences)
     progress = Progress()
-    parts = [f"# {Path(options.model).name}, {device}"]
+    parts = [f"# {user_path(options.model).resolve().name}, {device}"]
     found: list[Any] = []
     if not options.no_mass:
         found = _mass(options, config, encoders, tokenizer, text, places, device, progress)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         parts += _decode(options, encoders, tokenizer, text, places, device, progress)
     print("\n\n".join(parts))
     if options.out:
-        folder = Path(options.out).expanduser()
+        folder = user_path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         if found and not report.plot(folder / "mass.png", found):
@@ -141,7 +141,7 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
         found += [("random hash", made, bits) for bits in options.bits]
     for word in options.encoder:
         name, _, file = word.rpartition("=")
-        encoder = Encoder.load(Path(file).expanduser())
+        encoder = Encoder.load(user_path(file))
         encoder.check(config)
         recipe = encoder.made.get("recipe", "unknown")
         cut = [bits for bits in options.bits if bits <= encoder.bits]

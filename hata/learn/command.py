@@ -6,13 +6,13 @@ import argparse
 import dataclasses
 import hashlib
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hata.encoder import ModelShape
 from hata.learn import text as texts
+from hata.profile import user_path
 
 RECIPES = ("listwise", "hata", "hashattention")
 TOKENS = 16384
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from hata.learn.ranks import joined
     from hata.learn.trainer import learn
 
-    out = Path(options.out).expanduser()
+    out = user_path(options.out)
     if out.suffix != ".safetensors":
         raise LearnError(f"--out: got {out}, expected a name that ends in .safetensors")
     recipe: Any = RECIPES[options.recipe]
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     layers = parse_layers(options.layers, shape.num_layers)
     # One more sequence than is learned from: the last is held out.
     count = options.sequences + 1
-    path = Path(options.model).expanduser()
+    path = user_path(options.model)
     text = gather_text(options, count * tokens)
     least = min(texts.LEAST_TOKENS, tokens)
     ids = texts.sequences(texts.load_tokenizer(path), text, count, tokens, least)
@@ -112,8 +112,8 @@ def run(options: argparse.Namespace) -> int:
         steps = options.steps or recipe.steps
         settings = settings_of(recipe)
         plan = Plan(read, recipe.name, settings, options.bits, steps, options.seed)
-        work = Path(options.work).expanduser() if options.work else out.with_suffix(".work")
-        store = Path(options.capture).expanduser() if options.capture else work / "capture"
+        work = user_path(options.work) if options.work else out.with_suffix(".work")
+        store = user_path(options.capture) if options.capture else work / "capture"
         if ranks.rank == 0:
             prepare(work, plan, resume=options.resume, option="--work")
             prepare(store, read, resume=True, option="--capture")
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
         outcome.encoder.save(out)
         for layer, why in sorted(outcome.dense.items()):
             progress.note(f"layer {layer} stays dense: {why}")
-        image = Path(options.plot).expanduser() if options.plot else out.with_suffix(".png")
+        image = user_path(options.plot) if options.plot else out.with_suffix(".png")
         if plot(image, outcome.histories, f"{read.model}, {plan.recipe}, {plan.bits} bits"):
             progress.note(f"plot: {image}")
         else:

@@ -44,7 +44,7 @@ class Listwise(Recipe):
     name: str = "listwise"
     steps: int = 1000
     nested: bool = True
-    queries: int = 128
+    queries: int = 64
     query_codes: int = 8
     rate: float = 1e-2
     listwise: float = 0.3

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hata.errors import HataError
+from hata.profile import user_path
 
 SUFFIXES = frozenset(
     {".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".cpp", ".html", ".tex", ".jsonl"}
@@ -34,9 +35,12 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
     """
     texts = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_dir():
-            texts.append(_read(path))
+            try:
+                texts.append(_read(path))
+            except UnicodeDecodeError:
+                raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
             continue
         found = [
             p
@@ -121,7 +125,7 @@ def load_config(model: str | Path) -> Any:
     Raises:
         CaptureError: It is no folder of a model.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if not (path / "config.json").is_file():
         raise CaptureError(
             f"--model: got {model}, expected a folder with config.json; give the path of a model "
