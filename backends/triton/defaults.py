@@ -70,7 +70,9 @@ def of(problem: Problem) -> Config:
     few = rows < 32
     # Parts are of 512 keys at least, and a few thousand where there are many.
     parts = share(rows * problem.slots // 2048, 2048) // rows
-    tile = min(max((2048 if few else 4096) // max(pow2(problem.bits // 32), 1), 128), 1024)
+    # A tile of many words or planes would take the registers that keep other programs running.
+    most = 512 if few or problem.heads // heads > 4 else 1024
+    tile = min(max(4096 // max(pow2(problem.bits // 32), 1), 128), most)
     scan = {
         "parts": min(max(share(parts, 256), share(512 // rows, 64), 4), 256),
         "tile": tile,

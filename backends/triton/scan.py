@@ -61,6 +61,21 @@ def _load_codes(
 
 
 @triton.jit
+def _load_tile(
+    base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    KEYS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """All words of the keys of a tile, chunk by chunk."""
+    chunks = ()
+    for c in tl.static_range(CHUNKS):
+        one = _load_codes(
+            base + c * CHUNK * (4 // UNIT), first, high, codes_s, TILE, CHUNK, KEYS, UNIT
+        )
+        chunks = chunks + (one,)
+    return chunks
+
+
+@triton.jit
 def _distance(words, planes, WORDS: tl.constexpr, WEIGHTS: tl.constexpr, ADDERS: tl.constexpr):
     """Summed distance of keys, whose `words` are a tuple, to a group with these planes.
 
@@ -112,12 +127,12 @@ def _scan_kernel(
         step = codes_s * VECTOR if KEYS == 1 else CHUNK
         if AHEAD:
             # The first tile is on its way while the launch before still makes the planes.
-            following = _load_codes(base, low, high, step, TILE, CHUNK, KEYS, UNIT)
+            following = _load_tile(base, low, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
         wait_for_previous(OVERLAPPED)
         if AHEAD & OVERLAPPED:
             # Codes of fresh keys are made by that launch: read such a tile again.
             if low + TILE > stop + (tokens - 1 - token) - fresh:
-                following = _load_codes(base, low, high, step, TILE, CHUNK, KEYS, UNIT)
+                following = _load_tile(base, low, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
         weighted = ()
         for i in tl.static_range(PLANES * WORDS):
             bits = tl.load(planes + row * (PLANES * WORDS) + i)
@@ -131,17 +146,16 @@ def _scan_kernel(
         countable = tl.maximum(tl.minimum(stop - recent, high) - counted_from, 0)
         countable = countable.to(tl.uint32, bitcast=True)
         for first in range(low, high, TILE):
+            if AHEAD:
+                chunks = following
+                following = _load_tile(
+                    base, first + TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+                )
+            else:
+                chunks = _load_tile(base, first, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
             words = ()
             for c in tl.static_range(CHUNKS):
-                if AHEAD:
-                    loaded = following
-                    following = _load_codes(base, first + TILE, high, step, TILE, CHUNK, KEYS, UNIT)
-                else:
-                    loaded = _load_codes(
-                        base + c * CHUNK * (4 // UNIT), first, high, step,
-                        TILE, CHUNK, KEYS, UNIT,
-                    )  # fmt: skip
-                words = words + columns_of(loaded, TILE // KEYS, KEYS * CHUNK)
+                words = words + columns_of(chunks[c], TILE // KEYS, KEYS * CHUNK)
             distances = ()
             for i in tl.static_range(KEYS):
                 one = _distance(
@@ -276,7 +290,7 @@ def bind_scan(
         ),
         {"R": bits, "GROUP": group, "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk,
          "KEYS": keys, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together,
-         "UNIT": unit, "AHEAD": bool(config["ahead"]) and chunk == count,
+         "UNIT": unit, "AHEAD": bool(config["ahead"]),
          "ADDERS": bool(config["adders"]), "EARLY": early, **constants},
         warps,
         overlapped=overlapped,
