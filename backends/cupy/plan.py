@@ -187,13 +187,7 @@ def planned(
     Returns:
         What the plan's `output`s became, in order.
     """
-    key = (
-        problem,
-        id(config),
-        fw.name,
-        options,
-        *[None if x is None else fw.signature(x) for x in arrays],
-    )
+    key = (problem, id(config), fw.name, options, *_signatures(fw, arrays))
     found = _plans.get(key)
     if found is None:
         plan = written(build, problem, config, fw, arrays, *options)
@@ -202,6 +196,18 @@ def planned(
         # Kept with its configuration, whose identity is in the key.
         found = _plans[key] = (plan, config)
     return found[0].run(fw, arrays)
+
+
+def _signatures(fw: Framework, arrays: tuple[Any, ...]) -> list[Any]:
+    """All that a plan for these arrays depends on."""
+    if fw.name != "torch":
+        return [None if x is None else fw.signature(x) for x in arrays]
+    # What `fw.signature` asks besides, such as the class, was checked and costs as much again.
+    found: list[Any] = [
+        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in arrays
+    ]
+    found.append(arrays[0].device)
+    return found
 
 
 def written(

@@ -22,6 +22,8 @@ DIGIT_BINS = 2048
 MOST_MASKS = 5
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
+# Keys of a part from which on it pays to use every multiprocessor, whatever the barriers cost.
+LONG_PART = 48 * 1024
 _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 # `struct Params` of row.cu.
 LAYOUT = {
@@ -100,22 +102,33 @@ def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> 
     """The shape of a problem's rows on a device, of which there are about `rows`."""
     threads = config["threads"]
     resident = max(512 // threads, 1)
-    parts = config["parts"] or _parts(device, problem, rows, resident)
-    joined = 0 if parts == 1 else 1
-    if joined and (config["joined"] == "counters" or parts > device.clusters):
-        joined = 2
+    parts, counted = config["parts"], config["joined"] == "counters"
+    if not parts:
+        parts, counted = _parts(device, problem, rows, resident, counted)
+    joined = 0 if parts == 1 else 2 if counted or parts > device.clusters else 1
     # A block's own kilobyte, and what kernels declare statically.
     room = (device.shared + 1024) // resident - 1024 - 2048
     return Shape(parts, joined, threads, resident, room)
 
 
-def _parts(device: Described, problem: Problem, rows: int, resident: int) -> int:
-    """Most parts with which all rows find room at the same time, and no part is too small."""
+def _parts(
+    device: Described, problem: Problem, rows: int, resident: int, counted: bool
+) -> tuple[int, bool]:
+    """Most parts with which all rows find room at the same time, and none is too small.
+
+    Returns:
+        `(parts, counted)`: also whether they meet by counters. Clusters leave multiprocessors idle
+        that do not make a whole one; with very long parts that costs more than counters do.
+    """
     keys, least = (problem.k, 64) if problem.op == "sparse_attend" else (problem.slots, LEAST_KEYS)
-    for parts in range(min(MOST_PARTS, keys // least), 1, -1):
-        if device.at_once(parts, resident) >= rows:
-            return parts
-    return 1
+    most = min(MOST_PARTS, keys // least)
+    free = max(min(most, device.sms * resident // max(rows, 1)), 1)
+    if counted or device.clusters == 1:
+        return free, True
+    clusters = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
+    if keys // clusters > LONG_PART and 2 * free >= 3 * clusters:
+        return free, True
+    return clusters, False
 
 
 def capacity_of(shape: Shape, slots: int) -> int:
@@ -257,8 +270,12 @@ def launch_rows(
             ahead //= 2
         ring = (ahead + 1) * slot
         spill = fixed + ring + keys > shape.room
+        scanned = selecting.macros
+        if spill and fixed + ring > shape.room:
+            # Not even so: codes are read when they are needed.
+            scanned, ring, ahead = {**scanned, "UNIT": min(scanned["UNIT"], 4), "KEYS": 1}, 0, 1
         macros |= {
-            **selecting.macros, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
+            **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
             "AHEAD": ahead, "RING": ring,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip

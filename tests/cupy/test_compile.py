@@ -46,6 +46,12 @@ PROBLEMS = {
         slots=32768, per_head=True,
     ),
 }  # fmt: skip
+# Every architecture, and every problem.
+CASES = [
+    *(("decode", architecture) for architecture in (80, 90, 100, 120)),
+    ("large-batch", 90), ("mla", 100), ("odd", 120), ("float32", 80), ("encode", 80),
+    ("encode", 100), ("norms", 90), ("per-head", 120),
+]  # fmt: skip
 # Bytes of stack that a thread may take: a spill in a hot loop is slow.
 MOST_STACK = 640
 # EIATTR numbers of a cubin's .nv.info: what the driver is told of a kernel.
@@ -80,8 +86,7 @@ def resources(code):
     return {"registers": found[REGISTERS], "stack": found.get(FRAME, 0)}
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_kernels_compile(name, architecture, record_property):
     backend = importlib.import_module("hata.backends.cupy").CuPyBackend()
     driver = importlib.import_module("hata.backends.cupy.driver")
