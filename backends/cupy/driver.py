@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from hata.errors import BackendUnavailable, HataCaptureError, KernelError
@@ -19,7 +21,7 @@ from .compiler import Macros
 _SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97
 _MOST_SHARED, _CARVEOUT, _LARGE_CLUSTERS = 8, 9, 14
 _CLUSTER, _OVERLAP = 4, 6
-_NO_CONTEXT = (201, 400)
+_NO_CONTEXT = 201
 
 
 class Kernel(NamedTuple):
@@ -153,24 +155,32 @@ class Device(Described):
         self._check(code, "cuDeviceGetAttribute")
         return value.value
 
-    def enter(self) -> None:
-        """Make the context that the frameworks use the current one of this thread."""
+    def _primary(self) -> ctypes.c_void_p:
+        """The context that the frameworks use."""
         if self._context is None:
             context = ctypes.c_void_p()
             code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device)
             self._check(code, "cuDevicePrimaryCtxRetain")
             self._context = context
-        self._check(self._library.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
+        return self._context
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make this GPU the current one of this thread for a while."""
+        code = self._library.cuCtxPushCurrent_v2(self._primary())
+        self._check(code, "cuCtxPushCurrent")
+        try:
+            yield
+        finally:
+            self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def load(self, kernel: Kernel, stream: int = 0) -> ctypes.c_void_p:
         """Compile and load a kernel, once."""
         found = self._functions.get(kernel)
         if found is not None:
             return found
-        library = self._library
-        self.enter()
         status = ctypes.c_int()
-        library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
+        self._library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
         if status.value:
             raise HataCaptureError(
                 f"{kernel.name}: this call is not prepared, and kernels cannot be loaded while a "
@@ -178,6 +188,11 @@ class Device(Described):
                 "call once, before the capture"
             )
         code = compiler.cubin(kernel.name, kernel.macros, self.architecture)
+        with self._current():
+            return self._functions.setdefault(kernel, self._loaded(kernel, code))
+
+    def _loaded(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
+        library = self._library
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(library.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         self._check(
@@ -194,7 +209,7 @@ class Device(Described):
         )
         # As much as there is: else the driver may leave room for one block where two would fit.
         self._check(library.cuFuncSetAttribute(function, _CARVEOUT, 100), "shared memory")
-        return self._functions.setdefault(kernel, function)
+        return function
 
     def at_once(self, size: int, resident: int) -> int:
         """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor.
@@ -217,9 +232,10 @@ class Device(Described):
         room = (self.shared + 1024) // resident - 1024
         config = _Config((size, 1, 1), (128, 1, 1), room, None, attribute, 1)
         found = ctypes.c_int()
-        code = self._library.cuOccupancyMaxActiveClusters(
-            ctypes.byref(found), function, ctypes.byref(config)
-        )
+        with self._current():
+            code = self._library.cuOccupancyMaxActiveClusters(
+                ctypes.byref(found), function, ctypes.byref(config)
+            )
         self._check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 
@@ -231,9 +247,9 @@ class Device(Described):
         address, function = found[1], found[2]
         arguments = _OneArgument(data)
         code = self._library.cuLaunchKernelEx(address, function, arguments, None)
-        if code in _NO_CONTEXT:
-            # A thread that has done nothing on this GPU yet.
-            self.enter()
+        if code == _NO_CONTEXT:
+            # A thread that has done nothing on a GPU yet.
+            self._library.cuCtxSetCurrent(self._primary())
             code = self._library.cuLaunchKernelEx(address, function, arguments, None)
         if code:
             self._check(code, f"to launch {launch.kernel.name}")
@@ -260,8 +276,8 @@ class Device(Described):
     def zero(self, address: int, count: int, stream: int) -> None:
         """Zero `count` 32-bit words."""
         code = self._library.cuMemsetD32Async(address, 0, count, stream)
-        if code in _NO_CONTEXT:
-            self.enter()
+        if code == _NO_CONTEXT:
+            self._library.cuCtxSetCurrent(self._primary())
             code = self._library.cuMemsetD32Async(address, 0, count, stream)
         if code:
             self._check(code, "cuMemsetD32Async")

@@ -105,7 +105,9 @@ def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> 
     parts, counted = config["parts"], config["joined"] == "counters"
     if not parts:
         parts, counted = _parts(device, problem, rows, resident, counted)
-    joined = 0 if parts == 1 else 2 if counted or parts > device.clusters else 1
+    # An explicit number of parts may be a cluster that fits nowhere.
+    whole = parts <= device.clusters and (parts == 1 or device.at_once(parts, resident) > 0)
+    joined = 0 if parts == 1 else 2 if counted or not whole else 1
     # A block's own kilobyte, and what kernels declare statically.
     room = (device.shared + 1024) // resident - 1024 - 2048
     return Shape(parts, joined, threads, resident, room)

@@ -1,0 +1,169 @@
+"""What the driver is told: contexts, attributes, launches. A fake library writes it down."""
+
+import ctypes
+import importlib
+
+import pytest
+
+from hata.errors import HataCaptureError, KernelError
+
+driver = importlib.import_module("hata.backends.cupy.driver")
+compiler = importlib.import_module("hata.backends.cupy.compiler")
+
+ATTRIBUTES = {driver._MAJOR: 9, driver._MINOR: 0, driver._SMS: 132, driver._SHARED: 227 * 1024}
+
+
+class Library:
+    """Answers like the driver, and keeps count of contexts."""
+
+    def __init__(self):
+        self.calls, self.contexts, self.capturing, self.failures = [], [], False, []
+        self.launched = []
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append(name)
+            return 0
+
+        return call
+
+    def cuDeviceGetAttribute(self, value, number, device):
+        value._obj.value = ATTRIBUTES[number]
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context):
+        self.contexts.append(context)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context):
+        self.contexts.pop()
+        return 0
+
+    def cuModuleLoadData(self, module, code):
+        assert self.contexts, "no context"
+        self.calls.append(code)
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        function._obj.value = 77
+        return 0
+
+    def cuStreamIsCapturing(self, stream, status):
+        status._obj.value = int(self.capturing)
+        return 0
+
+    def cuOccupancyMaxActiveClusters(self, found, function, config):
+        assert self.contexts, "no context"
+        self.calls.append("asked")
+        found._obj.value = 9
+        return 0
+
+    def cuLaunchKernelEx(self, address, function, arguments, extra):
+        if self.failures:
+            return self.failures.pop()
+        config = driver._Config.from_address(address)
+        attributes = {
+            config.attributes[i].id: config.attributes[i].value for i in range(config.count)
+        }
+        data = ctypes.string_at(ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0], 4)
+        self.launched.append(
+            {
+                "grid": tuple(config.grid),
+                "block": tuple(config.block),
+                "shared": config.shared,
+                "stream": config.stream,
+                "cluster": tuple(attributes[4].dims) if 4 in attributes else None,
+                "overlap": attributes[6].flag if 6 in attributes else 0,
+                "function": function.value,
+                "data": data,
+            }
+        )
+        return 0
+
+    def cuGetErrorString(self, code, text):
+        text._obj.value = b"because"
+        return 0
+
+
+@pytest.fixture
+def library(monkeypatch):
+    found = Library()
+    monkeypatch.setattr(driver, "_library", lambda: found)
+    monkeypatch.setattr(compiler, "cubin", lambda *key: repr(key).encode())
+    return found
+
+
+@pytest.fixture
+def device(library):
+    return driver.Device(0)
+
+
+KERNEL = driver.Kernel("row", (("PARTS", 4),), 256, 4)
+
+
+def test_what_a_device_is(device):
+    assert (device.architecture, device.sms, device.shared) == (90, 132, 227 * 1024)
+    assert device.clusters == 16
+
+
+def test_a_launch(device, library):
+    launch = driver.Launch(KERNEL, 64, 5000, overlap=True)
+    device.launch(launch, b"abcdefgh", 42)
+    device.launch(launch, b"ijklmnop", 42)
+    device.launch(driver.Launch(KERNEL._replace(cluster=1), 3, 0, overlap=False), b"qrst", 0)
+    first, second, third = library.launched
+    assert first == {
+        "grid": (64, 1, 1),
+        "block": (256, 1, 1),
+        "shared": 5000,
+        "stream": 42,
+        "cluster": (4, 1, 1),
+        "overlap": 1,
+        "function": 77,
+        "data": b"abcd",
+    }
+    assert second == {**first, "data": b"ijkl"}
+    assert (third["cluster"], third["overlap"], third["stream"]) == (None, 0, None)
+
+
+def test_contexts_are_left_as_they_were(device, library):
+    device.load(KERNEL)
+    device.at_once(9, 1)
+    assert library.contexts == []
+
+
+def test_a_kernel_is_loaded_once(device, library):
+    for _ in range(3):
+        device.load(KERNEL)
+    assert library.calls.count(repr(("row", (("PARTS", 4),), 90)).encode()) == 1
+
+
+def test_a_thread_without_a_context(device, library):
+    library.failures = [201]
+    device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+    assert library.calls.count("cuCtxSetCurrent") == 1
+    assert len(library.launched) == 1
+
+
+def test_a_launch_that_fails_says_why(device, library):
+    library.failures = [700]
+    with pytest.raises(KernelError, match=r"launch row \(700: because\)"):
+        device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
+    library.capturing = True
+    with pytest.raises(HataCaptureError, match=r"hata\.prepare"):
+        device.load(KERNEL, 5)
+    library.capturing = False
+    device.load(KERNEL, 5)
+    library.capturing = True
+    device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 5)
+
+
+def test_the_driver_is_asked_once_how_many_clusters_fit(device, library):
+    assert [device.at_once(9, 1) for _ in range(3)] == [9] * 3
+    assert library.calls.count("asked") == 1
+    # What is no cluster needs no asking.
+    assert device.at_once(1, 2) == 264
+    assert device.at_once(32, 1) == 4
