@@ -2,7 +2,7 @@
 
 One file per op: a launcher, and beside it the `.cu` source of its kernel. `row.cu`, `scan.cu`,
 `select.cu` and `attend.cu` hold what kernels share; `compiler` makes machine code and keeps it,
-`driver` loads and launches it, `plan` is what a call does again and again. Start reading at
+`device` loads and launches it, `plan` is what a call does again and again. Start reading at
 `hash_attend.cu`.
 """
 
@@ -34,10 +34,10 @@ class CuPyBackend(Backend):
 
         if not has_cuda():
             return "there is no CUDA device; an NVIDIA GPU and its driver are needed"
-        from . import driver
+        from . import device
 
         try:
-            found = driver.device(0).architecture
+            found = device.device(0).architecture
         except Exception as error:
             return str(error)
         if found < OLDEST:
@@ -65,11 +65,11 @@ class CuPyBackend(Backend):
 
     def prepare(self, problem: Problem) -> None:
         """Compile and load what launches of this problem need, on the current device."""
-        from . import driver, rehearsal
+        from . import device, rehearsal
 
-        device = driver.current()
-        for kernel in rehearsal.kernels(self, problem, device):
-            device.load(kernel)
+        gpu = device.current()
+        for kernel in rehearsal.kernels(self, problem, gpu):
+            gpu.load(kernel)
 
     def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
         """Compile and load what this call launches, on the device of its arrays."""
@@ -80,9 +80,9 @@ class CuPyBackend(Backend):
 
     def compile(self, problem: Problem, sm: int) -> None:
         """Compile what launches of this problem need into the folder of cubins, without a GPU."""
-        from . import compiler, driver, rehearsal
+        from . import compiler, device, rehearsal
 
-        for kernel in rehearsal.kernels(self, problem, driver.Described(sm)):
+        for kernel in rehearsal.kernels(self, problem, device.Described(sm)):
             compiler.cubin(kernel.name, kernel.macros, sm)
 
     def launch_encode(

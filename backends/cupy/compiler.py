@@ -20,7 +20,16 @@ from hata.profile.store import cache_root
 
 FOLDER = Path(__file__).parent
 # Sources that others include.
-INCLUDED = ("ptx.cu", "vectors.cu", "row.cu", "codes.cu", "scan.cu", "select.cu", "attend.cu")
+INCLUDED = (
+    "ptx.cu",
+    "vectors.cu",
+    "row.cu",
+    "codes.cu",
+    "scan.cu",
+    "select.cu",
+    "gather.cu",
+    "attend.cu",
+)
 _MAGIC = b"hata-cubin-1\n"
 
 Macros = tuple[tuple[str, int], ...]

@@ -1,90 +1,71 @@
-"""The CUDA driver: devices, loaded kernels, launches.
-
-Reached through ctypes, because launches need attributes (clusters, overlap with the launch before)
-and must cost little. What a launch is given is never changed afterwards, so threads may share it.
-"""
+"""The CUDA driver, reached through ctypes: its library, its structures, its errors."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
 
-from hata.errors import BackendUnavailable, HataCaptureError, KernelError
-
-from . import compiler
-from .compiler import Macros
+from hata.errors import BackendUnavailable, KernelError
 
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID and CUresult numbers.
-_SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97
-_MOST_SHARED, _CARVEOUT, _LARGE_CLUSTERS = 8, 9, 14
-_CLUSTER, _OVERLAP = 4, 6
-_NO_CONTEXT = 201
-
-
-class Kernel(NamedTuple):
-    """A variant of a kernel.
-
-    Attributes:
-        name: Of the source, and of the function in it.
-        macros: Its compile-time constants.
-        threads: Threads a block.
-        cluster: Blocks a cluster; 1: no cluster.
-    """
-
-    name: str
-    macros: Macros
-    threads: int
-    cluster: int = 1
+SMS, MAJOR, MINOR, SHARED = 16, 75, 76, 97
+MOST_SHARED, CARVEOUT, LARGE_CLUSTERS = 8, 9, 14
+CLUSTER, OVERLAP = 4, 6
+NO_CONTEXT = 201
 
 
 class _Value(ctypes.Union):
     _fields_ = (("pad", ctypes.c_char * 64), ("dims", ctypes.c_uint * 3), ("flag", ctypes.c_int))
 
 
-class _Attribute(ctypes.Structure):
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
     _fields_ = (("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", _Value))
 
 
-class _Config(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("count", ctypes.c_uint),
     )
 
 
-_OneArgument = ctypes.c_char_p * 1
+# Kernels take one argument, a struct by value.
+OneArgument = ctypes.c_char_p * 1
 
 
 @functools.lru_cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The driver's library, initialised."""
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        found = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendUnavailable(f"no CUDA driver was found: {error}") from None
-    _checked(library, library.cuInit(0), "cuInit")
-    library.cuLaunchKernelEx.argtypes = (
+    checked(found, found.cuInit(0), "cuInit")
+    found.cuLaunchKernelEx.argtypes = (
         ctypes.c_void_p,
         ctypes.c_void_p,
-        _OneArgument,
+        OneArgument,
         ctypes.c_void_p,
     )
-    library.cuMemsetD32Async.argtypes = (
+    found.cuMemsetD32Async.argtypes = (
         ctypes.c_uint64,
         ctypes.c_uint,
         ctypes.c_size_t,
         ctypes.c_void_p,
     )
-    return library
+    return found
 
 
-def _checked(library: ctypes.CDLL, code: int, what: str) -> None:
+def checked(library: ctypes.CDLL, code: int, what: str) -> None:
+    """Raise if the driver refused something."""
     if code:
         text = ctypes.c_char_p()
         library.cuGetErrorString(code, ctypes.byref(text))
@@ -93,205 +74,3 @@ def _checked(library: ctypes.CDLL, code: int, what: str) -> None:
             f"backend 'cupy': the CUDA driver refused {what} ({code}: {reason}); check nvidia-smi, "
             "or use another backend"
         )
-
-
-class Launch:
-    """A launch of a kernel, but for its arguments and its stream."""
-
-    def __init__(self, kernel: Kernel, grid: int, shared: int, overlap: bool) -> None:
-        self.kernel, self.grid, self.shared, self.overlap = kernel, grid, shared, overlap
-        # By stream; what it holds is never changed.
-        self.configs: dict[int, tuple[Any, int, Any]] = {}
-
-
-# Multiprocessors, and bytes of shared memory that a block may have, of the largest GPU of a compute
-# capability; of others, those of the nearest one below.
-_LARGEST = {80: (108, 163), 86: (84, 99), 87: (16, 163), 89: (142, 99), 90: (132, 227),
-            100: (148, 227), 120: (188, 99)}  # fmt: skip
-
-
-class Described:
-    """A GPU that need not be here: what launchers ask of one.
-
-    Attributes:
-        architecture: Compute capability as one number.
-        sms: Multiprocessors.
-        shared: Bytes of shared memory that a block may have.
-        clusters: Most blocks that a cluster may have; 1: it knows no clusters.
-    """
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-        nearest = max((n for n in _LARGEST if n <= architecture), default=80)
-        self.sms, kilobytes = _LARGEST[nearest]
-        self.shared = kilobytes * 1024
-        self.clusters = 1 if architecture < 90 else {9: 16, 10: 16}.get(architecture // 10, 8)
-
-    def at_once(self, size: int, resident: int) -> int:
-        """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor."""
-        return self.sms * resident // size
-
-
-class Device(Described):
-    """A GPU that is here, and the kernels loaded on it."""
-
-    def __init__(self, ordinal: int) -> None:
-        self._library = library = _library()
-        self._device = ctypes.c_int()
-        self._check(library.cuDeviceGet(ctypes.byref(self._device), ordinal), "cuDeviceGet")
-        super().__init__(10 * self._attribute(_MAJOR) + self._attribute(_MINOR))
-        self.sms = self._attribute(_SMS)
-        self.shared = self._attribute(_SHARED)
-        self._context: ctypes.c_void_p | None = None
-        self._functions: dict[Kernel, ctypes.c_void_p] = {}
-        self._at_once: dict[tuple[int, int], int] = {}
-
-    def _check(self, code: int, what: str) -> None:
-        _checked(self._library, code, what)
-
-    def _attribute(self, number: int) -> int:
-        value = ctypes.c_int()
-        code = self._library.cuDeviceGetAttribute(ctypes.byref(value), number, self._device)
-        self._check(code, "cuDeviceGetAttribute")
-        return value.value
-
-    def _primary(self) -> ctypes.c_void_p:
-        """The context that the frameworks use."""
-        if self._context is None:
-            context = ctypes.c_void_p()
-            code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device)
-            self._check(code, "cuDevicePrimaryCtxRetain")
-            self._context = context
-        return self._context
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make this GPU the current one of this thread for a while."""
-        code = self._library.cuCtxPushCurrent_v2(self._primary())
-        self._check(code, "cuCtxPushCurrent")
-        try:
-            yield
-        finally:
-            self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-
-    def load(self, kernel: Kernel, stream: int = 0) -> ctypes.c_void_p:
-        """Compile and load a kernel, once."""
-        found = self._functions.get(kernel)
-        if found is not None:
-            return found
-        status = ctypes.c_int()
-        self._library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
-        if status.value:
-            raise HataCaptureError(
-                f"{kernel.name}: this call is not prepared, and kernels cannot be loaded while a "
-                "CUDA graph is captured; call hata.prepare with the same arguments, or make the "
-                "call once, before the capture"
-            )
-        code = compiler.cubin(kernel.name, kernel.macros, self.architecture)
-        with self._current():
-            return self._functions.setdefault(kernel, self._loaded(kernel, code))
-
-    def _loaded(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
-        library = self._library
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(library.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-        self._check(
-            library.cuModuleGetFunction(ctypes.byref(function), module, kernel.name.encode()),
-            "cuModuleGetFunction",
-        )
-        if kernel.cluster > 8:
-            self._check(library.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters")
-        static = ctypes.c_int()
-        self._check(library.cuFuncGetAttribute(ctypes.byref(static), 1, function), "shared memory")
-        self._check(
-            library.cuFuncSetAttribute(function, _MOST_SHARED, self.shared - static.value),
-            "shared memory",
-        )
-        # As much as there is: else the driver may leave room for one block where two would fit.
-        self._check(library.cuFuncSetAttribute(function, _CARVEOUT, 100), "shared memory")
-        return function
-
-    def at_once(self, size: int, resident: int) -> int:
-        """Rows of `size` blocks that it holds at once, with `resident` blocks a multiprocessor.
-
-        A cluster lies within a group of multiprocessors, and how many of those a GPU has, and of
-        what sizes, differs from chip to chip: the driver knows.
-        """
-        if size > self.clusters or size == 1:
-            return super().at_once(size, resident)
-        found = self._at_once.get((size, resident))
-        if found is None:
-            found = self._at_once[size, resident] = self._ask(size, resident)
-        return found
-
-    def _ask(self, size: int, resident: int) -> int:
-        function = self.load(Kernel("probe", (), 128, size))
-        attribute = (_Attribute * 1)()
-        attribute[0].id = _CLUSTER
-        attribute[0].value.dims[:] = (size, 1, 1)
-        room = (self.shared + 1024) // resident - 1024
-        config = _Config((size, 1, 1), (128, 1, 1), room, None, attribute, 1)
-        found = ctypes.c_int()
-        with self._current():
-            code = self._library.cuOccupancyMaxActiveClusters(
-                ctypes.byref(found), function, ctypes.byref(config)
-            )
-        self._check(code, "cuOccupancyMaxActiveClusters")
-        return found.value
-
-    def launch(self, launch: Launch, data: bytes, stream: int) -> None:
-        """Launch with `data` as the one argument, a struct by value."""
-        found = launch.configs.get(stream)
-        if found is None:
-            found = launch.configs[stream] = self._prepare(launch, stream)
-        address, function = found[1], found[2]
-        arguments = _OneArgument(data)
-        code = self._library.cuLaunchKernelEx(address, function, arguments, None)
-        if code == _NO_CONTEXT:
-            # A thread that has done nothing on a GPU yet.
-            self._library.cuCtxSetCurrent(self._primary())
-            code = self._library.cuLaunchKernelEx(address, function, arguments, None)
-        if code:
-            self._check(code, f"to launch {launch.kernel.name}")
-
-    def _prepare(self, launch: Launch, stream: int) -> tuple[Any, int, Any]:
-        kernel = launch.kernel
-        function = self.load(kernel, stream)
-        attributes = (_Attribute * 2)()
-        count = 0
-        if kernel.cluster > 1:
-            attributes[count].id = _CLUSTER
-            attributes[count].value.dims[:] = (kernel.cluster, 1, 1)
-            count += 1
-        if launch.overlap:
-            attributes[count].id = _OVERLAP
-            attributes[count].value.flag = 1
-            count += 1
-        config = _Config(
-            (launch.grid, 1, 1), (kernel.threads, 1, 1), launch.shared, stream, attributes, count
-        )
-        # The configuration is kept alive beside its address.
-        return config, ctypes.addressof(config), function
-
-    def zero(self, address: int, count: int, stream: int) -> None:
-        """Zero `count` 32-bit words."""
-        code = self._library.cuMemsetD32Async(address, 0, count, stream)
-        if code == _NO_CONTEXT:
-            self._library.cuCtxSetCurrent(self._primary())
-            code = self._library.cuMemsetD32Async(address, 0, count, stream)
-        if code:
-            self._check(code, "cuMemsetD32Async")
-
-
-@functools.lru_cache
-def device(ordinal: int) -> Device:
-    """The GPU of this number."""
-    return Device(ordinal)
-
-
-def current() -> Device:
-    """The GPU that is current on this thread, else the first one."""
-    ordinal = ctypes.c_int(0)
-    # Without a context on this thread the driver refuses, and the first GPU is the default one.
-    failed = _library().cuCtxGetDevice(ctypes.byref(ordinal))
-    return device(0 if failed else ordinal.value)

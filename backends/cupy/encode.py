@@ -14,7 +14,7 @@ from hata.arrays import Framework
 from hata.backend import Config
 from hata.problem import Problem
 
-from .driver import Kernel
+from .device import Kernel
 from .plan import Address, Plan, View, kind, planned
 from .row import DATA, ITEMSIZE, steps
 

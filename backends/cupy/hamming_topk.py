@@ -9,7 +9,8 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .plan import Plan, View, planned
-from .row import budget_fields, launch_rows, selecting, shape_of, span_fields, steps
+from .row import budget_fields, launch_rows, selecting, span_fields, steps
+from .shapes import shape_of
 
 
 def write_hamming_topk(

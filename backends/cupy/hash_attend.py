@@ -21,10 +21,10 @@ from .row import (
     budget_fields,
     launch_rows,
     selecting,
-    shape_of,
     span_fields,
     steps,
 )
+from .shapes import shape_of
 from .sparse_attend import is_aligned, nothing
 
 # Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.

@@ -19,8 +19,8 @@ from hata.arrays import Framework
 from hata.backend import Config
 from hata.problem import Problem
 
-from . import driver
-from .driver import Described, Device, Kernel, Launch
+from . import device as devices
+from .device import Described, Device, Kernel, Launch
 
 
 class Address(NamedTuple):
@@ -166,7 +166,7 @@ def with_stream(
 
 def device_of(fw: Framework, x: Any) -> Device:
     """The GPU that an array is on."""
-    return driver.device(int(fw.device(x).partition(":")[2] or 0))
+    return devices.device(int(fw.device(x).partition(":")[2] or 0))
 
 
 # A growing cache makes a new signature at every step; the memo is emptied when it is full.

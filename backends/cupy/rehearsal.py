@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hata.backend import Budget
 from hata.problem import Problem
 
-from .driver import Described, Kernel
+from .device import Described, Kernel
 from .encode import write_encode
 from .hamming_topk import write_hamming_topk
 from .hash_attend import write_hash_attend

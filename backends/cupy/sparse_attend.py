@@ -9,7 +9,8 @@ from hata.backend import Config
 from hata.problem import Problem
 
 from .plan import Plan, View, kind, planned
-from .row import ITEMSIZE, attending, launch_rows, shape_of, steps
+from .row import ITEMSIZE, attending, launch_rows, steps
+from .shapes import shape_of
 
 
 def is_aligned(dtype: str, *arrays: View) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-driver = importlib.import_module("hata.backends.cupy.driver")
+devices = importlib.import_module("hata.backends.cupy.device")
 
 HERE = Path(__file__).parent
 _SHARED_ARRAY = "extern __shared__ __align__(16) char memory[];"
@@ -75,7 +75,7 @@ def build(name: str, macros, read) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-class Device(driver.Device):
+class Device(devices.Device):
     """Stands in for a GPU."""
 
     def __init__(self, read, architecture=90, sms=4, shared=227 * 1024, clusters=8) -> None:
@@ -99,7 +99,7 @@ class Device(driver.Device):
         library.emulate(data, launch.grid, launch.kernel.threads, launch.shared, side)
 
     def at_once(self, size, resident):
-        return driver.Described.at_once(self, size, resident)
+        return devices.Described.at_once(self, size, resident)
 
     def zero(self, address: int, count: int, stream: int) -> None:
         np.ctypeslib.as_array((ctypes.c_uint32 * count).from_address(address))[:] = 0

@@ -89,10 +89,10 @@ def resources(code):
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_kernels_compile(name, architecture, record_property):
     backend = importlib.import_module("hata.backends.cupy").CuPyBackend()
-    driver = importlib.import_module("hata.backends.cupy.driver")
+    devices = importlib.import_module("hata.backends.cupy.device")
     rehearsal = importlib.import_module("hata.backends.cupy.rehearsal")
     compiler = importlib.import_module("hata.backends.cupy.compiler")
-    device = driver.Described(architecture)
+    device = devices.Described(architecture)
     found = rehearsal.kernels(backend, PROBLEMS[name], device)
     assert found
     for kernel in found:

@@ -7,10 +7,11 @@ import pytest
 
 from hata.errors import HataCaptureError, KernelError
 
+device_module = importlib.import_module("hata.backends.cupy.device")
 driver = importlib.import_module("hata.backends.cupy.driver")
 compiler = importlib.import_module("hata.backends.cupy.compiler")
 
-ATTRIBUTES = {driver._MAJOR: 9, driver._MINOR: 0, driver._SMS: 132, driver._SHARED: 227 * 1024}
+ATTRIBUTES = {driver.MAJOR: 9, driver.MINOR: 0, driver.SMS: 132, driver.SHARED: 227 * 1024}
 
 
 class Library:
@@ -61,7 +62,7 @@ class Library:
     def cuLaunchKernelEx(self, address, function, arguments, extra):
         if self.failures:
             return self.failures.pop()
-        config = driver._Config.from_address(address)
+        config = driver.LaunchConfig.from_address(address)
         attributes = {
             config.attributes[i].id: config.attributes[i].value for i in range(config.count)
         }
@@ -88,17 +89,17 @@ class Library:
 @pytest.fixture
 def library(monkeypatch):
     found = Library()
-    monkeypatch.setattr(driver, "_library", lambda: found)
+    monkeypatch.setattr(driver, "library", lambda: found)
     monkeypatch.setattr(compiler, "cubin", lambda *key: repr(key).encode())
     return found
 
 
 @pytest.fixture
 def device(library):
-    return driver.Device(0)
+    return device_module.Device(0)
 
 
-KERNEL = driver.Kernel("row", (("PARTS", 4),), 256, 4)
+KERNEL = device_module.Kernel("row", (("PARTS", 4),), 256, 4)
 
 
 def test_what_a_device_is(device):
@@ -107,10 +108,10 @@ def test_what_a_device_is(device):
 
 
 def test_a_launch(device, library):
-    launch = driver.Launch(KERNEL, 64, 5000, overlap=True)
+    launch = device_module.Launch(KERNEL, 64, 5000, overlap=True)
     device.launch(launch, b"abcdefgh", 42)
     device.launch(launch, b"ijklmnop", 42)
-    device.launch(driver.Launch(KERNEL._replace(cluster=1), 3, 0, overlap=False), b"qrst", 0)
+    device.launch(device_module.Launch(KERNEL._replace(cluster=1), 3, 0, overlap=False), b"qrst", 0)
     first, second, third = library.launched
     assert first == {
         "grid": (64, 1, 1),
@@ -140,7 +141,7 @@ def test_a_kernel_is_loaded_once(device, library):
 
 def test_a_thread_without_a_context(device, library):
     library.failures = [201]
-    device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+    device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
     assert library.calls.count("cuCtxSetCurrent") == 1
     assert len(library.launched) == 1
 
@@ -148,7 +149,7 @@ def test_a_thread_without_a_context(device, library):
 def test_a_launch_that_fails_says_why(device, library):
     library.failures = [700]
     with pytest.raises(KernelError, match=r"launch row \(700: because\)"):
-        device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+        device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
@@ -158,7 +159,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
     library.capturing = False
     device.load(KERNEL, 5)
     library.capturing = True
-    device.launch(driver.Launch(KERNEL, 4, 0, overlap=False), b"data", 5)
+    device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 5)
 
 
 def test_the_driver_is_asked_once_how_many_clusters_fit(device, library):

@@ -12,21 +12,21 @@ from hata import registry
 
 cupy_backend = importlib.import_module("hata.backends.cupy")
 compiler = importlib.import_module("hata.backends.cupy.compiler")
-driver = importlib.import_module("hata.backends.cupy.driver")
+devices = importlib.import_module("hata.backends.cupy.device")
 encode = importlib.import_module("hata.backends.cupy.encode")
 plan = importlib.import_module("hata.backends.cupy.plan")
 row = importlib.import_module("hata.backends.cupy.row")
 
 
-class Recorder(driver.Device):
+class Recorder(devices.Device):
     """A device that writes down what it is told to do."""
 
     def __init__(self, architecture=90):
-        driver.Described.__init__(self, architecture)
+        devices.Described.__init__(self, architecture)
         self.launched, self.zeroed, self.loaded = [], [], []
 
     def at_once(self, size, resident):
-        return driver.Described.at_once(self, size, resident)
+        return devices.Described.at_once(self, size, resident)
 
     def load(self, kernel, stream=0):
         self.loaded.append(kernel)
@@ -226,7 +226,7 @@ SIZES = {
 @pytest.mark.parametrize("architecture", [80, 90, 120])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_shared_memory_fits(device, sizes, threads, architecture):
-    described = driver.Described(architecture)
+    described = devices.Described(architecture)
     device.architecture, device.clusters = architecture, described.clusters
     device.sms, device.shared = described.sms, described.shared
     sizes = dict(SIZES[sizes])

@@ -1,0 +1,102 @@
+"""How the blocks of a row share its work, and how keys are counted: arithmetic on sizes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hata.backend import Config
+from hata.problem import Problem
+
+from .device import Described
+
+# Counters of one histogram at most; more values than this are found digit by digit.
+MOST_BINS = 4608
+DIGIT_BINS = 2048
+# Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
+MOST_PARTS, LEAST_KEYS = 16, 512
+# Keys of a part from which on it pays to use every multiprocessor, whatever the barriers cost.
+LONG_PART = 48 * 1024
+
+
+class Counting(NamedTuple):
+    """How the keys to select by are counted.
+
+    Attributes:
+        rounds: Histograms one after the other (1, or 3 digits).
+        bins: Counters of each.
+        halve: 1 where keys are halved distances, since all have one parity.
+        itemsize: Bytes of a key.
+    """
+
+    rounds: int
+    bins: int
+    halve: int
+    itemsize: int
+
+
+def counting(group: int, bits: int, norms: bool) -> Counting:
+    """How to count keys for groups of `group` codes of `bits` bits."""
+    halve = int(group % 2 == 0 and not norms)
+    # 0 stands for keys that win anyway, and distances begin at 1.
+    bins = -(-((group * bits >> halve) + 2) // 4) * 4
+    if norms or bins > MOST_BINS:
+        return Counting(3, DIGIT_BINS, halve, 4)
+    return Counting(1, bins, halve, 2)
+
+
+class Shape(NamedTuple):
+    """How the blocks of a row share its work.
+
+    Attributes:
+        parts: Blocks a row.
+        joined: How they meet: 0 alone, 1 as a cluster, 2 by counters; see row.cu.
+        threads: Threads a block.
+        resident: Blocks that a multiprocessor holds at once.
+        room: Bytes of shared memory that each of them may have.
+    """
+
+    parts: int
+    joined: int
+    threads: int
+    resident: int
+    room: int
+
+
+def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> Shape:
+    """The shape of a problem's rows on a device, of which there are about `rows`."""
+    threads = config["threads"]
+    resident = max(512 // threads, 1)
+    parts, counted = config["parts"], config["joined"] == "counters"
+    if not parts:
+        parts, counted = _parts(device, problem, rows, resident, counted)
+    # An explicit number of parts may be a cluster that fits nowhere.
+    whole = parts <= device.clusters and (parts == 1 or device.at_once(parts, resident) > 0)
+    joined = 0 if parts == 1 else 2 if counted or not whole else 1
+    # A block's own kilobyte, and what kernels declare statically.
+    room = (device.shared + 1024) // resident - 1024 - 2048
+    return Shape(parts, joined, threads, resident, room)
+
+
+def _parts(
+    device: Described, problem: Problem, rows: int, resident: int, counted: bool
+) -> tuple[int, bool]:
+    """Most parts with which all rows find room at the same time, and none is too small.
+
+    Returns:
+        `(parts, counted)`: also whether they meet by counters. Clusters leave multiprocessors idle
+        that do not make a whole one; with very long parts that costs more than counters do.
+    """
+    keys, least = (problem.k, 64) if problem.op == "sparse_attend" else (problem.slots, LEAST_KEYS)
+    most = min(MOST_PARTS, keys // least)
+    free = max(min(most, device.sms * resident // max(rows, 1)), 1)
+    if counted or device.clusters == 1:
+        return free, True
+    clusters = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
+    if keys // clusters > LONG_PART and 2 * free >= 3 * clusters:
+        return free, True
+    return clusters, False
+
+
+def capacity_of(shape: Shape, slots: int) -> int:
+    """Keys to select by that a part has room for, whatever the lengths are."""
+    return -(-max(slots, 1) // shape.parts // 64) * 64
