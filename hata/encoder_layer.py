@@ -106,6 +106,11 @@ def check_side(
         check_array(f"{part}.weight", weight, (heads, size, weight.shape[2]))
         size = weight.shape[2]
         check_array(f"{part}.bias", offset, (heads, size))
+    if hidden and (size % 16 or size > 576):
+        raise EncoderError(
+            f"{name}hidden: got a last layer of width {size}, expected a multiple of 16 up to 576, "
+            "which is what hata.encode takes; train it with another width"
+        )
     check_array(f"{name}projection", projection, (heads, size, bits))
     if bias is not None:
         check_array(f"{name}bias", bias, (heads, bits))

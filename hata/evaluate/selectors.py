@@ -21,7 +21,8 @@ class Asked(NamedTuple):
 
     Attributes:
         layer: Which layer.
-        q: `[Hkv, G, Q, D]`: the last queries, or those that `hidden` describes.
+        q: `[Hkv, G, Q, D]`: the last queries, or those that `hidden` describes. Several rows of a
+            batch that see alike may come together, as so many times the KV heads.
         keys: `[Hkv, S, D]`.
         hidden: `[Q, S]`: true where a query does not see a key.
     """
@@ -96,15 +97,15 @@ class Coded(Selector):
             self._plans[asked.layer] = LayerPlan(
                 self._encoder, asked.layer, Selection(bits=self.bits, k=1)
             )
-        kv_heads = len(asked.keys)
+        kv_heads = self._encoder.shape.kv_heads
         placed = self._plans[asked.layer].on(asked.keys)
-        q_signs = placed.query_signs(asked.q.flatten(0, 1)[None])[0]  # [codes, Q, r]
-        k_signs = placed.key_signs(asked.keys[None])[0]  # [Hkv or H, S, r]
-        if len(k_signs) == kv_heads:
-            scores = q_signs.unflatten(0, (kv_heads, -1)).sum(1) @ k_signs.mT
-        else:
-            q_signs = q_signs.unflatten(0, (len(k_signs), -1)).sum(1)
-            scores = (q_signs @ k_signs.mT).unflatten(0, (kv_heads, -1)).sum(1)
+        keys = asked.keys.unflatten(0, (-1, kv_heads))  # [rows, Hkv, S, D]
+        q = asked.q.unflatten(0, (-1, kv_heads)).flatten(1, 2)  # [rows, H, Q, D]
+        q_signs, k_signs = placed.query_signs(q), placed.key_signs(keys)
+        heads = k_signs.shape[1]
+        # One key code per KV head, or one per query head, whose scores add up.
+        scores = q_signs.unflatten(1, (heads, -1)).sum(2) @ k_signs.mT
+        scores = scores.unflatten(1, (kv_heads, -1)).sum(2).flatten(0, 1)
         if self._encoder.key_norms:
             scores = scores * asked.keys.norm(dim=-1).half().float()[:, None]
         return scores

@@ -22,12 +22,15 @@ class Placed:
         query_bias: Its bias.
         key_heads: Codes of a key: one per KV head, or one per query head.
         plain_keys: Whether `hata.encode` alone hashes a key, so that `hash_attend` can.
+        given: What `hash_attend` is given as the projection, `[Hkv, D, r]`: where it hashes neither
+            keys nor queries, numbers that it does not look at.
     """
 
     __slots__ = (
         "_hidden",
         "_query",
         "bias",
+        "given",
         "key_heads",
         "plain_keys",
         "projection",
@@ -35,10 +38,14 @@ class Placed:
         "query_projection",
     )
 
-    def __init__(self, keys: _Side, query: _Side | None, kv_heads: int) -> None:
+    def __init__(self, keys: _Side, query: _Side | None, kv_heads: int, head_dim: int) -> None:
         self.projection, self.bias, self._hidden = keys
         self.key_heads = self.projection.shape[0]
         self.plain_keys = not self._hidden and self.key_heads == kv_heads
+        self.given = self.projection
+        if not self.plain_keys:
+            bits = self.projection.shape[2]
+            self.given = self.projection.new_zeros((kv_heads, head_dim, bits))
         direct = query is not None and not query.hidden and len(query.projection) == kv_heads
         self.query_projection = query.projection if query is not None and direct else None
         self.query_bias = query.bias if query is not None and direct else None
@@ -147,7 +154,7 @@ class LayerPlan:
         if placed is None:
             sides = [None if side is None else _side(side, like) for side in self._arrays]
             assert sides[0] is not None
-            placed = self._placed[key] = Placed(sides[0], sides[1], self.kv_heads)
+            placed = self._placed[key] = Placed(sides[0], sides[1], self.kv_heads, self.head_dim)
         return placed
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from hata.encoder import ModelShape
+from hata.encoder_layer import check_bits
 from hata.learn import text as texts
 from hata.profile import user_path
 
-RECIPES = ("listwise", "hata", "hashattention")
+# Recipes, and the bits of their codes unless others are asked for.
+BITS = {"listwise": 256, "hata": 128, "hashattention": 32}
 TOKENS = 16384
 
 
@@ -23,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of a transformers model")
     add_text_arguments(parser)
     parser.add_argument("--out", required=True, help="encoder to write, *.safetensors")
-    parser.add_argument("--recipe", choices=RECIPES, default="listwise", help="default: listwise")
     parser.add_argument(
-        "--bits", type=int, default=256, help="bits of a code (256; hashattention: 32)"
+        "--recipe", choices=list(BITS), default="listwise", help="default: listwise"
     )
+    told = ", ".join(f"{name}: {bits}" for name, bits in BITS.items())
+    parser.add_argument("--bits", type=int, help=f"bits of a code ({told})")
     parser.add_argument("--layers", help="such as 2-31 or 0,5,7 (default: all)")
     parser.add_argument("--steps", type=int, help="optimiser steps of a layer (the recipe's)")
     parser.add_argument(
@@ -79,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
                 "a positive number with recipe listwise"
             )
         recipe = dataclasses.replace(recipe, query_codes=options.query_codes)
+    bits = BITS[options.recipe] if options.bits is None else options.bits
+    check_bits(bits)
     config = texts.load_config(options.model)
     shape = ModelShape.of(config)
     context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or TOKENS)
@@ -111,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         )
         steps = options.steps or recipe.steps
         settings = settings_of(recipe)
-        plan = Plan(read, recipe.name, settings, options.bits, steps, options.seed)
+        plan = Plan(read, recipe.name, settings, bits, steps, options.seed)
         work = user_path(options.work) if options.work else out.with_suffix(".work")
         store = user_path(options.capture) if options.capture else work / "capture"
         if ranks.rank == 0:

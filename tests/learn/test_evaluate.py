@@ -1,0 +1,278 @@
+"""`hata eval`: every way of choosing keys against its definition, tasks, and the command."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import hata
+from hata import cli
+from hata.encoder import Encoder
+from hata.evaluate import decoding, harness, retained, tasks
+from hata.evaluate.command import parse_places
+from hata.evaluate.mass import hidden_keys
+from hata.evaluate.selectors import Asked, Coded, Exact, Pages, Window, lowest_first
+from hata.learn import recorder
+from hata.learn.text import CaptureError
+
+KV, G, Q, S, D = 2, 2, 5, 90, 16
+
+
+def encode(text):
+    return [byte + 3 for byte in text.encode()]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((KV, G, Q, D), generator=generator)
+    keys = torch.randn((KV, S, D), generator=generator)
+    return Asked(1, q, keys, hidden_keys(Q, S, keys))
+
+
+KINDS = [
+    "query projection", "codes per query head", "several codes per query head", "networks",
+    "key norms",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_choose_what_the_ops_choose(asked, encoders, kind, bits):
+    """Exactly: the same keys as `hata.encode` and `hata.hamming_topk`."""
+    from hata.hf.plan import LayerPlan
+    from hata.selection import Selection
+
+    encoder = encoders[kind]
+    placed = LayerPlan(encoder, 1, Selection(bits=bits, k=1)).on(asked.keys)
+    keys, q = asked.keys[None].contiguous(), asked.q.flatten(0, 1)[None].contiguous()
+    norms = torch.empty((1, KV, S), dtype=torch.float16) if encoder.key_norms else None
+    k_codes = hata.encode(placed.key_features(keys), placed.projection, placed.bias, norms=norms)
+    q_codes = placed.query_codes(q)
+    if q_codes is None:
+        q_codes = hata.encode(q, placed.query_projection, placed.query_bias)
+    expected = hata.hamming_topk(q_codes, k_codes, 9, key_norms=norms)[0]
+    found = Coded("x", encoder, bits).choose(asked, 9).sort(-1).values
+    assert torch.equal(found.int(), expected)
+
+
+def test_keys_hashed_per_query_head_add_up(asked, encoders):
+    """The score of a group is the sum over its heads, each with its own codes of the keys."""
+    encoder = encoders["keys per query head"]
+    scores = Coded("x", encoder).scores(asked)
+    from hata.hf.plan import LayerPlan
+    from hata.selection import Selection
+
+    placed = LayerPlan(encoder, 1, Selection(bits=64, k=1)).on(asked.keys)
+    q = placed.query_signs(asked.q.flatten(0, 1)[None])[0]
+    k = placed.key_signs(asked.keys[None])[0]
+    for head in range(KV):
+        expected = sum(q[h] @ k[h].T for h in range(head * G, (head + 1) * G))
+        torch.testing.assert_close(scores[head], expected)
+
+
+def test_exact_pages_and_window(asked):
+    chosen = Exact().choose(asked, 7)
+    totals = asked.q.sum(1) @ asked.keys.mT
+    for head, query in np.ndindex(KV, Q):
+        seen = S - (Q - 1 - query)
+        best = totals[head, query, :seen].topk(7).indices
+        assert set(chosen[head, query].tolist()) == set(best.tolist())
+
+    chosen = Pages(8).choose(asked, 16)
+    assert chosen.shape == (KV, Q, 16)
+    for head in range(KV):
+        bounds = []
+        for start in range(0, S, 8):
+            page = asked.keys[head, start : start + 8]
+            ends = torch.stack([page.amin(0), page.amax(0)])
+            # A group's bound is the sum of its heads'.
+            each = (asked.q[head, :, -1, None] * ends).amax(1).sum()
+            bounds.append(float(each))
+        best = np.argsort(bounds)[-2:]
+        pages = {int(i) // 8 for i in chosen[head, -1]}
+        assert pages == set(best.tolist())
+
+    chosen = Window(2).choose(asked, 6)
+    assert chosen[1, -1].tolist() == [0, 1, 86, 87, 88, 89]
+    assert chosen[1, 0].tolist() == [0, 1, 82, 83, 84, 85]
+
+
+def test_of_equals_the_lowest_positions():
+    scores = torch.tensor([[[3.0, 1, 3, 3, 2, 3]]])
+    assert lowest_first(scores, 3).tolist() == [[[0, 2, 3]]]
+    assert lowest_first(torch.zeros(2, 1, 5), 2).tolist() == [[[0, 1]], [[0, 1]]]
+
+
+def test_measured_mass(asked, encoders):
+    names = [Exact(), Coded("all", encoders["query projection"]), Window(0)]
+    found = retained.measure(asked, 0.25, names, [S, 6])
+    mass, exact, recall = found["exact top-k", 0, 6]
+    assert mass == exact
+    assert recall == 1
+    everything = found["all", 64, S]
+    assert everything == pytest.approx((1, 1, 1), abs=1e-5)
+    mass, exact, recall = found["0 first and the last (StreamingLLM)", 0, 6]
+    assert mass < exact
+    kept = 0.0
+    for head, query in np.ndindex(KV, Q):
+        seen = S - (Q - 1 - query)
+        logits = 0.25 * asked.q[head, :, query] @ asked.keys[head, :seen].T
+        kept += float(logits.softmax(-1).mean(0)[-6:].sum()) / (KV * Q)
+    assert mass == pytest.approx(kept, rel=1e-4)
+
+
+def test_a_models_layers_are_measured_while_it_reads(tiny):
+    model = recorder.load_model(tiny, "cpu")
+    ids = np.random.default_rng(0).integers(3, 259, (2, 128))
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    random = Encoder.random({**config, "head_dim": 16}, 64)
+    half = Encoder(random.shape, 64, (None, random.projections[1]))
+    found = retained.evaluate(
+        model, ids, [Exact(), Coded("half", half)], [8], queries=16, on_sequence=lambda _: None
+    )
+    exact, coded = found
+    assert exact.mean == exact.mean_recall == 1
+    assert list(exact.kept) == [0, 1]
+    assert list(coded.kept) == [1]
+    assert 0 < coded.mean < 1.2
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_prompts_hold_their_answers(task):
+    text = "some_code = other_code(1, 2)\n" * 200
+    made = list(tasks.prompts(task, encode, text, 1500, 5, pairs=4, seed=3))
+    assert len(made) == 5
+    assert made == list(tasks.prompts(task, encode, text, 1500, 5, pairs=4, seed=3))
+    for prompt in made:
+        assert len(prompt.tokens) == 1500
+        whole = bytes(token - 3 for token in prompt.tokens).decode()
+        if task == "frequency":
+            assert whole.count(f"\n{prompt.value}()") == 6
+            assert whole.endswith('\nmost_called = "')
+            continue
+        assert whole.endswith(f'\nassert {prompt.name} == "')
+        if task == "tracking":
+            name = prompt.name
+            for _ in range(2):
+                (line,) = [x for x in whole.split("\n") if x.startswith(f"{name} = ")]
+                name = line.split(" = ")[1]
+            assert f'\n{name} = "{prompt.value}"\n' in whole
+        else:
+            assert f'\n{prompt.name} = "{prompt.value}"\n' in whole
+    if task == "multi-needle":
+        second = bytes(token - 3 for token in made[1].tokens).decode()
+        assert f'assert {made[0].name} == "{made[0].value}"\nassert {made[1].name}' in second
+
+
+@pytest.mark.parametrize(
+    ("length", "text", "expected"), [(60, "x" * 500, "length"), (500, "x" * 50, "text")]
+)
+def test_prompts_without_room(length, text, expected):
+    with pytest.raises(ValueError, match=f"{expected}: got"):
+        list(tasks.needles(encode, text, length, 1))
+    with pytest.raises(ValueError, match="task: got 'other'"):
+        list(tasks.prompts("other", encode, text, length, 1))
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return decoding.load(tiny, "cpu", None)
+
+
+def test_all_keys_decode_as_dense_attention(model, encoders):
+    """With a budget of everything, every way gives the dense answer and the dense loss."""
+    ids = torch.randint(3, 259, (3, 40), generator=torch.Generator().manual_seed(0))
+    policy = decoding.Policy(1.0, 0, 0, 0, 64)
+    ways = [decoding.dense(), decoding.simulated(model, Exact(), policy),
+            decoding.simulated(model, Window(2), policy)]  # fmt: skip
+    ways += [decoding.attached(name, model, one, 32, policy) for name, one in encoders.items()]
+    found = decoding.answers(model, ids, ways, 4)
+    assert len(found) == 9
+    assert all(answer == found["dense", 0] for answer in found.values())
+    nats = decoding.losses(model, ids, ways, 8)
+    with torch.inference_mode():
+        logged = model(ids).logits[:, -9:-1].log_softmax(-1)
+    expected = -float(logged.gather(2, ids[:, -8:, None]).mean())
+    assert all(x == pytest.approx(expected, rel=1e-4) for x in nats.values())
+
+
+def test_a_small_budget_decodes_otherwise(model, encoders):
+    ids = torch.randint(3, 259, (2, 120), generator=torch.Generator().manual_seed(0))
+    policy = decoding.Policy(0.1, 1, 2, 3, 128)
+    encoder = encoders["several codes per query head"]
+    attached = decoding.attached("attached", model, encoder, 64, policy)
+    simulated = decoding.simulated(model, Coded("simulated", encoder), policy)
+    nats = decoding.losses(model, ids, [decoding.dense(), attached, simulated], 6)
+    assert nats["attached", 64] == pytest.approx(nats["simulated", 64], rel=1e-4)
+    assert abs(nats["attached", 64] - nats["dense", 0]) > 1e-3
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_command(tiny, text, encoders, tmp_path, capsys):
+    path = tmp_path / "ours.safetensors"
+    encoders["several codes per query head"].save(path)
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--encoder", f"ours={path}"]
+    words += ["--bits", "32", "64", "--at", "256:8,16", "300", "--sequences", "2", "--queries"]
+    words += ["16", "--tasks", "needle", "--prompts", "2", "--perplexity", "3", "--device", "cpu"]
+    assert cli.main([*words, "--out", str(tmp_path / "report"), "--recent", "2"]) == 0
+    told = capsys.readouterr().out
+    written = (tmp_path / "report" / "report.md").read_text()
+    assert written == told
+    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| ours")]
+    # A model that knows only where codes may be cut has all of them at their own width.
+    assert {row[1] for row in rows} == {"64"}
+    for name in ("exact top-k", "pages of 16 (Quest)", "random hash", "StreamingLLM"):
+        assert name in told
+    assert "| 8 of 256 | 16 of 256 | 4 of 300 | 9 of 300 |" in told
+    assert "/2 |" in told
+    assert "+0.00%" in told
+    assert (tmp_path / "report" / "mass.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--at", "100:x"], "such as 4096:64,128"),
+        (["--at", "100:200"], "budgets of no more keys"),
+        (["--tasks", "sums"], "expected some of needle"),
+        (["--encoder", "none.safetensors"], "is not a file"),
+        (["--at", "999999"], "expected at least 999999"),
+    ],
+)
+def test_faults_are_named(tiny, text, capsys, more, expected):
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
+    assert cli.main([*words, *more]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_places():
+    assert parse_places(["4096", "128:3,5"]) == [(4096, [64, 128]), (128, [3, 5])]
+    with pytest.raises(CaptureError):
+        parse_places(["0"])
+
+
+def test_the_harness_is_attached(model, encoders, monkeypatch):
+    """A stand-in for the harness: its model is attached, its own settings reach it."""
+    seen = {}
+
+    class HFLM:
+        def __init__(self, pretrained, **settings):
+            self.model = pretrained
+            seen.update(settings)
+
+    name = "lm_eval.models.huggingface"
+    for part in ("lm_eval", "lm_eval.models", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    sys.modules[name].HFLM = HFLM
+    encoder = encoders["query projection"]
+    selection = hata.Selection(bits=32, k=16, dense_layers=0)
+    wrapped = harness.harness_model(model, encoder, selection=selection, batch_size=4)
+    assert seen == {"batch_size": 4}
+    assert wrapped.model.config._attn_implementation == "hata"
+    wrapped.hata_handle.detach()
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(CaptureError, match="needs lm-evaluation-harness"):
+        harness.harness_model(model, encoder)

@@ -1,0 +1,238 @@
+"""`hata learn`: from a model and text to an encoder file, cut off and resumed, on several ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from hata import cli
+from hata.encoder import Encoder
+from hata.learn import capture, recorder
+from hata.learn.command import parse_layers
+from hata.learn.text import CaptureError, python_sources, read_text, sequences
+
+
+def arguments(model, text, out, **changes):
+    options = {
+        "--model": model, "--text": text, "--out": out, "--bits": 64, "--sequences": 3,
+        "--tokens": 512, "--queries": 64, "--steps": 4, "--device": "cpu",
+    } | {"--" + name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
+    words = ["learn"]
+    for name, value in options.items():
+        words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def weights(path):
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def learned(tiny, text, tmp_path_factory):
+    """The file that one uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("learned") / "enc.safetensors"
+    assert cli.main(arguments(tiny, text, out)) == 0
+    return out
+
+
+def equal(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_an_encoder_for_every_layer(learned):
+    encoder = Encoder.load(learned)
+    assert (encoder.bits, encoder.dense_layers) == (64, ())
+    assert encoder.made["recipe"] == "listwise"
+    assert encoder.made["sequences"] == 3
+    # Eight codes for the two query heads of a KV head, of which the layer has two.
+    assert encoder.query(1).projection.shape == (16, 16, 64)
+    assert learned.with_suffix(".png").stat().st_size > 1000
+    assert not learned.with_suffix(".work").exists()
+
+
+def test_the_same_again(learned, tiny, text, tmp_path):
+    out = tmp_path / "enc.safetensors"
+    assert cli.main(arguments(tiny, text, out)) == 0
+    equal(out, learned)
+
+
+def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypatch, capsys):
+    """Killed in the second sequence, then in the second layer; the result is the same."""
+    out, work = tmp_path / "enc.safetensors", tmp_path / "work"
+    read, trained = [], []
+    original_read, original = recorder.read, capture.load
+
+    def dies_reading(model, ids, shown):
+        read.append(1)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        original_read(model, ids, shown)
+
+    monkeypatch.setattr(recorder, "read", dies_reading)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments(tiny, text, out, work=work))
+    assert (work / "capture" / "sequence_000.json").is_file()
+    assert not (work / "capture" / "sequence_001.json").exists()
+
+    def dies_training(folder, layer, *args):
+        trained.append(layer)
+        if layer == 1:
+            raise KeyboardInterrupt
+        return original(folder, layer, *args)
+
+    monkeypatch.setattr(capture, "load", dies_training)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments(tiny, text, out, work=work, resume=True))
+    # The first sequence was not read again, and the first layer will not be trained again.
+    assert len(read) == 5
+    assert set(trained) == {0, 1}
+    trained.clear()
+    monkeypatch.setattr(capture, "load", original)
+    assert cli.main(arguments(tiny, text, out, work=work, resume=True)) == 0
+    assert len(read) == 5
+    equal(out, learned)
+    assert not work.exists()
+
+    assert cli.main(arguments(tiny, text, out, work=work, keep=True)) == 0
+    capsys.readouterr()
+    assert cli.main(arguments(tiny, text, out, work=work, resume=True, steps=5)) == 1
+    assert "steps: 4 there, 5 asked" in capsys.readouterr().err
+
+
+def test_a_capture_serves_several_trainings(learned, tiny, text, tmp_path, monkeypatch):
+    store = tmp_path / "capture"
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert cli.main(arguments(tiny, text, a, capture=store, recipe="hashattention", bits=32)) == 0
+    monkeypatch.setattr(recorder, "load_model", None)
+    assert cli.main(arguments(tiny, text, b, capture=store)) == 0
+    equal(b, learned)
+    encoder = Encoder.load(a)
+    assert [one.weight.shape for one in encoder.hidden[0]] == [(2, 16, 16)] * 2
+    assert encoder.query(0).projection.shape == (4, 16, 32)
+
+
+def test_layers_that_are_not_asked_for_stay_dense(tiny, text, tmp_path):
+    out = tmp_path / "enc.safetensors"
+    assert cli.main(arguments(tiny, text, out, layers="1", recipe="hata", bits=32, steps=2)) == 0
+    encoder = Encoder.load(out)
+    assert encoder.dense_layers == (0,)
+    assert encoder.query(1) is None
+
+
+@pytest.mark.slow
+def test_two_ranks_make_what_one_makes(learned, tiny, text, tmp_path):
+    out = tmp_path / "enc.safetensors"
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "-m", "hata.cli", *arguments(tiny, text, out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Encoder(") == 1
+    equal(out, learned)
+
+
+def test_the_captured_are_the_models_own(tiny, tmp_path):
+    """Keys and the kept queries of a layer make the attention that the model reports."""
+    model = recorder.load_model(tiny, "cpu")
+    ids = np.random.default_rng(0).integers(3, 259, (1, 300))
+    refused = capture.capture(model, ids, tmp_path, sequences=[0], layers=[1], queries=20, seed=5)
+    assert refused == {}
+    assert not capture.file_of(tmp_path, 0, 0).exists()
+    where, q, keys, scale = capture.load(tmp_path, 1, 0, "cpu")
+    np.testing.assert_array_equal(where, capture.positions(300, 20, 5, 0))
+    assert where.min() >= 150
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids), output_attentions=True).attentions[1][0]
+    logits = (q @ keys[:, None].mT * scale).flatten(0, 1)
+    hidden = torch.arange(300) > where[:, None]
+    found = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, expected[:, where], rtol=1e-4, atol=1e-5)
+
+
+def test_text(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "kept" / "a.py").write_text("first")
+    (tmp_path / "kept" / "b.py").write_bytes(b"\xff\xfe")
+    (tmp_path / "held_out" / "c.py").write_text("second")
+    assert read_text([tmp_path], without=["held_out"]) == "first"
+    sources = python_sources(20000, without=["networkx"])
+    assert len(sources) >= 20000
+    assert python_sources(20000, without=["networkx"]) == sources
+    assert sequences(lambda s: [ord(c) for c in s], "abc" * 100, 2, 8, 4).shape == (2, 8)
+
+
+def test_layers_in_words():
+    assert parse_layers(None, 3) == (0, 1, 2)
+    assert parse_layers("0,2-4,3", 6) == (0, 2, 3, 4)
+    for words in ("3", "x", "-1", "2-1", ""):
+        with pytest.raises(CaptureError, match="expected numbers and ranges within 0-2"):
+            parse_layers(words, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"out": "enc.bin"}, "ends in .safetensors"),
+        ({"model": "nowhere"}, "expected a folder with config.json"),
+        ({"text": "none.py"}, "cannot be read"),
+        ({"tokens": 20000}, "expected two or more"),
+        ({"bits": 40}, "multiple of 32"),
+        ({"layers": "7"}, "within 0-1"),
+        ({"dataset": "python"}, "not both"),
+        ({"query_codes": 4, "recipe": "hata"}, "with recipe listwise"),
+        ({"work": "."}, "files of something else"),
+    ],
+)
+def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("do not touch")
+    model, given, out = tiny, text, tmp_path / "enc.safetensors"
+    changes = dict(changes)
+    out, model = changes.pop("out", out), changes.pop("model", model)
+    given = changes.pop("text", given)
+    assert cli.main(arguments(model, given, out, **changes)) == 1
+    told = capsys.readouterr().err
+    assert expected in told
+    assert "Traceback" not in told
+    assert (tmp_path / "mine.txt").read_text() == "do not touch"
+    assert not (tmp_path / "enc.safetensors").exists()
+
+
+def test_a_dataset_needs_its_library(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    words = arguments(tiny, "x", tmp_path / "e.safetensors", dataset="some/name")
+    del words[words.index("--text") : words.index("--text") + 2]
+    assert cli.main(words) == 1
+    assert "needs the datasets library" in capsys.readouterr().err
+
+
+def test_a_model_without_attention_to_see_is_refused(tmp_path, text, capsys):
+    import transformers
+
+    settings = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+                "max_position_embeddings": 2048, "sliding_window": 64}  # fmt: skip
+    config = transformers.MistralConfig(**settings)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "ByT5Tokenizer"})
+    )
+    assert cli.main(arguments(tmp_path / "m", text, tmp_path / "e.safetensors")) == 1
+    assert "attends to a sliding window" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "e.work")
