@@ -213,15 +213,6 @@ class Device(Described):
         # The configuration is kept alive beside its address.
         return config, ctypes.addressof(config), function
 
-    def zero(self, address: int, count: int, stream: int) -> None:
-        """Zero `count` 32-bit words."""
-        code = self._library.cuMemsetD32Async(address, 0, count, stream)
-        if code == driver.NO_CONTEXT:
-            self._library.cuCtxSetCurrent(self._primary())
-            code = self._library.cuMemsetD32Async(address, 0, count, stream)
-        if code:
-            self._check(code, "cuMemsetD32Async")
-
 
 @functools.lru_cache
 def device(ordinal: int) -> Device:

@@ -55,12 +55,6 @@ def library() -> ctypes.CDLL:
         OneArgument,
         ctypes.c_void_p,
     )
-    found.cuMemsetD32Async.argtypes = (
-        ctypes.c_uint64,
-        ctypes.c_uint,
-        ctypes.c_size_t,
-        ctypes.c_void_p,
-    )
     return found
 
 

@@ -17,7 +17,10 @@
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_attend(const __grid_constant__ Params p) {
     u32 met = 0;
+#if !FUSED
+    // For the codes, which the launch before makes.
     wait_for_previous();
+#endif
     Row row = name_row(p);
     Weights weights;
     load_weights(p, row, weights);

@@ -45,7 +45,6 @@ class Plan:
         self._made: list[tuple[tuple[int, ...], str]] = []
         self._keep: list[object] = []
         self._scratch = 0
-        self._zeroed: tuple[Address, int] | None = None
         self.launches: list[tuple[Launch, struct.Struct, tuple[Address, ...], bytes]] = []
 
     def output(self, shape: tuple[int, ...], dtype: str) -> object:
@@ -65,10 +64,6 @@ class Plan:
         offset = self._scratch
         self._scratch += -(-size // 256) * 256
         return Address(_SCRATCH, offset)
-
-    def zero(self, at: Address, count: int) -> None:
-        """Zero `count` 32-bit words before the launches."""
-        self._zeroed = at, count
 
     def launch(
         self,
@@ -125,9 +120,6 @@ class Plan:
     def _launch(self, pointers: list[int], stream: int) -> None:
         device = self.device
         assert isinstance(device, Device)
-        if self._zeroed is not None:
-            (slot, offset), count = self._zeroed
-            device.zero(pointers[slot] + offset, count, stream)
         for launch, head, addresses, packed in self.launches:
             data = head.pack(*[pointers[slot] + offset for slot, offset in addresses]) + packed
             device.launch(launch, data, stream)

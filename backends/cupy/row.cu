@@ -5,7 +5,7 @@
 // exchange areas. JOINED says how they meet:
 //   0  there is one block;
 //   1  they are a cluster: the hardware starts them together, exchange areas are shared memory;
-//   2  they count arrivals in global memory. Blocks start in the order of their numbers and a row's
+//   2  they count arrivals in global memory (see zero.cu). Blocks start in the order of their numbers and a row's
 //      are neighbours, so at most one row of a launch waits for blocks that have not started.
 //
 // PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
@@ -116,8 +116,12 @@ INLINE void meet(const Params& p, const Row& row, u32& met) {
     __syncthreads();
 #endif
 #if JOINED == 2
+    if (threadIdx.x == 0) {
+        // The counters are zeroed by the launch before.
+        if (met == 0) wait_for_previous();
+        arrive_and_wait(p.arrivals + row.index, met + PARTS);
+    }
     met += PARTS;
-    if (threadIdx.x == 0) arrive_and_wait(p.arrivals + row.index, met);
     __syncthreads();
 #endif
 }

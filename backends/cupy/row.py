@@ -199,7 +199,10 @@ def launch_rows(
     if shape.joined == 2:
         fields["exchange"] = plan.piece(rows * shape.parts * exchange)
         fields["arrivals"] = arrivals = plan.piece(rows * 4)
-        plan.zero(arrivals, rows)
+        overlap = plan.device.architecture >= 90
+        zero = Kernel("zero", (("OVERLAP", int(overlap)),), 256)
+        counters = {"counters": arrivals, "count": rows}
+        plan.launch(zero, -(-rows // 256), 0, counters, {"counters": "P", "count": "q"}, overlap)
     macros |= {
         "EXCHANGE": exchange, "QUERIES": queries, "RESIDENT": shape.resident,
         "OVERLAP": int(overlap),

@@ -16,8 +16,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 devices = importlib.import_module("hata.backends.cupy.device")
 
 HERE = Path(__file__).parent
@@ -100,6 +98,3 @@ class Device(devices.Device):
 
     def at_once(self, size, resident):
         return devices.Described.at_once(self, size, resident)
-
-    def zero(self, address: int, count: int, stream: int) -> None:
-        np.ctypeslib.as_array((ctypes.c_uint32 * count).from_address(address))[:] = 0

@@ -23,7 +23,7 @@ class Recorder(devices.Device):
 
     def __init__(self, architecture=90):
         devices.Described.__init__(self, architecture)
-        self.launched, self.zeroed, self.loaded = [], [], []
+        self.launched, self.loaded = [], []
 
     def at_once(self, size, resident):
         return devices.Described.at_once(self, size, resident)
@@ -33,9 +33,6 @@ class Recorder(devices.Device):
 
     def launch(self, launch, data, stream):
         self.launched.append((launch, data))
-
-    def zero(self, address, count, stream):
-        self.zeroed.append((address, count))
 
 
 class Recorded(cupy_backend.CuPyBackend):
@@ -137,7 +134,6 @@ def test_a_decode_step_is_one_launch(device):
     assert (macros["FUSED"], macros["FRESH"], macros["SAME"]) == (1, 1, 1)
     assert launch.kernel.cluster == macros["PARTS"] > 1
     assert launch.grid == 8 * macros["PARTS"]
-    assert not device.zeroed
     given = fields(data, row.LAYOUT)
     assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
     assert (given["keys_0"], given["keys_1"], given["keys_2"]) == (0, 4096 * 128, 128)
@@ -167,12 +163,26 @@ def test_long_projections_are_a_launch_of_their_own(device):
 def test_old_gpus_count_arrivals(device):
     device.architecture, device.clusters = 80, 1
     hata.hash_attend(**step(), fresh=1)
-    [(launch, data)] = device.launched
+    (zero, zeroed), (launch, data) = device.launched
     macros = dict(launch.kernel.macros)
     assert (macros["JOINED"], launch.kernel.cluster, launch.overlap) == (2, 1, False)
-    [(address, count)] = device.zeroed
+    assert zero.kernel.name == "zero"
+    address, count = struct.unpack_from("<Qq", zeroed)
     assert address == fields(data, row.LAYOUT)["arrivals"]
     assert count == 8
+
+
+def test_new_gpus_zero_counters_meanwhile(device):
+    config = {
+        "columns": 32, "encode_warps": 4, "parts": 4, "threads": 256, "joined": "counters",
+        "ahead": 4, "fused": False, "overlap": True,
+    }  # fmt: skip
+    with hata.backend.use_config("cupy-recorded", "hash_attend", config):
+        hata.hash_attend(**step(), fresh=1)
+    launches = [launch for launch, _ in device.launched]
+    assert [launch.kernel.name for launch in launches] == ["encode", "zero", "hash_attend"]
+    assert [launch.overlap for launch in launches] == [False, True, True]
+    assert all(dict(launch.kernel.macros)["OVERLAP"] for launch in launches)
 
 
 def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
