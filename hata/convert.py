@@ -93,7 +93,7 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
     biases, queries = list(projections), list(projections)
     hidden: list[tuple[Hidden, ...]] = [()] * count
     for layer, sides in layers.items():
-        if missing := {"query", "key"} - set(sides):
+        if missing := {"query", "key"} - {side for side, network in sides.items() if network}:
             raise EncoderError(
                 f"source: got {source} without the {missing.pop()} networks of layer {layer}; "
                 "the file is damaged, fetch it again"

@@ -125,7 +125,7 @@ def assembled(
             pair = [part(layer, f"{side}.{number}.{one}") for one in ("weight", "bias")]
             if pair[0] is not None and pair[1] is not None and number == len(found):
                 found.append(Hidden(pair[0], pair[1]))
-            elif pair != [None, None]:
+            elif any(one is not None for one in pair):
                 raise EncoderError(
                     f"encoder: got {path} with half of layers.{layer}.{side}.{number}, or one "
                     "after a gap; expected a weight and a bias each, numbered from 0; fetch or "

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hata
-from hata.encoder import ModelShape
+from hata.encoder import Hidden, ModelShape, QueryHash
+from hata.encoder_layer import features
 
 CONFIG = SimpleNamespace(
     model_type="llama",
@@ -295,3 +296,122 @@ def test_numbers_that_are_none():
         hata.Encoder(shape, 32, (bad,))
     with pytest.raises(hata.EncoderError, match="is not a file"):
         hata.Encoder.load("a" * 5000)
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+
+
+@pytest.fixture
+def rich():
+    """Query projections and hidden layers; the first layer dense, the last one plain."""
+    made = hata.Encoder.random(CONFIG, 64, seed=3)
+    query = QueryHash(normal(8, 32, 64), normal(8, 64), (Hidden(normal(8, 48, 32), normal(8, 32)),))
+    return hata.Encoder(
+        made.shape,
+        64,
+        (None, normal(2, 16, 64), made.projections[2]),
+        (None, normal(2, 64), None),
+        queries=(None, query, QueryHash(normal(4, 48, 64))),
+        hidden=((), (Hidden(normal(2, 48, 16), normal(2, 16)),), ()),
+    )
+
+
+def test_query_projections_and_hidden_layers_are_saved(rich, tmp_path):
+    path = tmp_path / "rich.safetensors"
+    rich.save(path)
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    assert header["__metadata__"]["format"] == "hata.encoder/2"
+    assert "layers.1.query_hidden.0.weight" in header
+    loaded = hata.Encoder.load(path)
+    assert loaded.query(0) is None
+    for name in ("projection", "bias"):
+        np.testing.assert_array_equal(getattr(loaded.query(1), name), getattr(rich.query(1), name))
+    np.testing.assert_array_equal(
+        loaded.query(1, 32).projection, rich.queries[1].projection[..., :32]
+    )
+    np.testing.assert_array_equal(loaded.hidden[1][0].weight, rich.hidden[1][0].weight)
+    assert loaded.query(2).bias is None
+
+
+def without(path, *names, **renamed):
+    """Rewrite a file with some tensors left out or renamed."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
+    tensors = {name: x for name, x in load_file(path).items() if name not in names}
+    for old, new in renamed.items():
+        tensors[new] = tensors.pop(old.replace("__", "."))
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "renamed", "message"),
+    [
+        (["layers.1.query_projection"], {}, "parts of layers.1.query_projection"),
+        (["layers.1.hidden.0.bias"], {}, "half of layers.1.hidden.0"),
+        ([], {"layers__1__bias": "layers.1.offset"}, "expected layers.N.projection"),
+        ([], {"layers__1__bias": "layers.3.bias"}, "N below 3"),
+        (["layers.1.hidden.0.weight", "layers.1.hidden.0.bias"], {}, "layers.1.projection: got"),
+        (["layers.1.projection"], {}, "declares the dense layers|got none, but a query"),
+    ],
+)
+def test_files_of_the_second_format_that_are_not_whole(rich, tmp_path, left_out, renamed, message):
+    path = tmp_path / "rich.safetensors"
+    rich.save(path)
+    without(path, *left_out, **renamed)
+    with pytest.raises(hata.EncoderError, match=message):
+        hata.Encoder.load(path)
+
+
+def test_the_first_format_knows_projections_and_biases_only(rich, tmp_path):
+    path = tmp_path / "rich.safetensors"
+    rich.save(path)
+    rewritten(path, format="hata.encoder/1")
+    with pytest.raises(hata.EncoderError, match=r"layers\.1\.hidden\.0\.bias"):
+        hata.Encoder.load(path)
+    rich.save(path)
+    rewritten(path, activation="relu")
+    with pytest.raises(hata.EncoderError, match="activation 'relu'"):
+        hata.Encoder.load(path)
+
+
+@pytest.mark.parametrize(
+    ("query", "hidden", "message"),
+    [
+        (QueryHash(normal(3, 48, 64)), (), "a multiple of 2 heads"),
+        (QueryHash(normal(6, 48, 64)), (), "a divisor or a multiple"),
+        (QueryHash(normal(2, 16, 64)), (), r"expected \(2, 48, 64\)"),
+        (QueryHash(normal(2, 48, 32)), (), r"expected \(2, 48, 64\)"),
+        (QueryHash(np.full((2, 48, 64), np.nan, np.float32)), (), "NaN"),
+        (None, ((normal(2, 48, 48), normal(2, 48)),), "hidden layers for keys alone"),
+        (QueryHash(normal(2, 48, 64)), ((normal(2, 48, 40), normal(2, 40)),), "width 40"),
+        (QueryHash(normal(2, 48, 64)), ((normal(2, 40, 48), normal(2, 48)),), r"\(2, 48, 48\)"),
+        (QueryHash(normal(2, 48, 64)), ((normal(48, 48), normal(48)),), "weight: got shape"),
+    ],
+)
+def test_parts_that_do_not_fit(query, hidden, message):
+    made = hata.Encoder.random(CONFIG, 64)
+    with pytest.raises(hata.EncoderError, match=message):
+        hata.Encoder(made.shape, 64, made.projections, queries=(query,) * 3, hidden=(hidden,) * 3)
+
+
+def test_key_norms_stand_before_hidden_layers():
+    made = hata.Encoder.random(CONFIG, 64)
+    hidden = ((Hidden(normal(2, 48, 48), normal(2, 48)),),) * 3
+    query = (QueryHash(normal(2, 48, 64)),) * 3
+    with pytest.raises(hata.EncoderError, match="hidden layers and key norms"):
+        hata.Encoder(made.shape, 64, made.projections, (), True, queries=query, hidden=hidden)
+
+
+def test_features_are_those_of_the_hidden_layers():
+    x = normal(1, 2, 3, 48)
+    layer = Hidden(normal(4, 48, 16), normal(4, 16))
+    found = features(x, [layer], 4)
+    assert found.shape == (1, 4, 3, 16)
+    for head in range(4):
+        z = x[0, head // 2] @ layer.weight[head] + layer.bias[head]
+        np.testing.assert_allclose(found[0, head], z / (1 + np.exp(-z)), rtol=1e-4, atol=1e-5)
+    assert features(x, [], 2) is x
