@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from needles import DIGITS, needles, source_text
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +35,7 @@ from transformers.utils import logging
 
 import hata
 import hata.hf
+from hata.evaluate.tasks import DIGITS, needles, source_text
 
 
 def main() -> None:

@@ -1,8 +1,6 @@
 """A real model (`HATA_TEST_MODEL`): needles are found, and few keys are enough."""
 
 import copy
-import importlib.util
-import sys
 
 import pytest
 
@@ -11,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
+from hata.evaluate import tasks  # noqa: E402
 
 LENGTH = 768
 
@@ -21,20 +20,15 @@ def model(model_path):
 
 
 @pytest.fixture(scope="module")
-def prompts(model_path, repo_root):
-    """Needle prompts of the example."""
-    path = repo_root / "examples" / "needles.py"
-    spec = importlib.util.spec_from_file_location("needles", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["needles"] = module
-    spec.loader.exec_module(module)
+def prompts(model_path):
+    """Needle prompts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    text = module.source_text()
-    made = list(module.needles(encode, text, LENGTH, 3, pairs=4, seed=3))
+    text = tasks.source_text()
+    made = list(tasks.needles(encode, text, LENGTH, 3, pairs=4, seed=3))
     assert all(len(prompt.tokens) == LENGTH for prompt in made)
     return made, tokenizer
 
