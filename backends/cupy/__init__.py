@@ -34,21 +34,24 @@ class CuPyBackend(Backend):
 
         if not has_cuda():
             return "there is no CUDA device; an NVIDIA GPU and its driver are needed"
-        from . import device
+        from . import compiler, device, driver
 
         try:
-            found = device.device(0).architecture
+            found, speaks = device.device(0).architecture, driver.version()
         except Exception as error:
             return str(error)
         if found < OLDEST:
             return f"the GPU has compute capability {found / 10}, expected 8.0 (A100) or newer"
         try:
-            from cupy_backends.cuda.libs import nvrtc
-
-            nvrtc.getVersion()
+            makes = compiler.version()[0]
         # Whatever a library that does not load makes CuPy raise.
         except Exception as error:
             return f"NVRTC does not load ({error}); pip install nvidia-cuda-nvrtc"
+        if makes > speaks:
+            return (
+                f"NVRTC {makes} makes code that the driver does not load, which speaks CUDA "
+                f"{speaks}; update the driver, or install CuPy and NVRTC for CUDA {speaks}"
+            )
         return None
 
     def default(self, problem: Problem) -> Config:

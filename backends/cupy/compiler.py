@@ -49,7 +49,7 @@ def cubin(name: str, macros: Macros, architecture: int) -> bytes:
         *(f"-D{key}={value}" for key, value in macros),
     )
     digest = hashlib.sha256()
-    for part in (*map(read, (f"{name}.cu", *INCLUDED)), *options, str(_version())):
+    for part in (*map(read, (f"{name}.cu", *INCLUDED)), *options, str(version())):
         digest.update(part.encode() + b"\0")
     path = _folder()
     path = None if path is None else path / f"{name}-{digest.hexdigest()[:32]}.cubin"
@@ -61,7 +61,8 @@ def cubin(name: str, macros: Macros, architecture: int) -> bytes:
     return code
 
 
-def _version() -> tuple[int, int]:
+def version() -> tuple[int, int]:
+    """Version of NVRTC."""
     import cupy  # noqa: F401  makes its parts importable
     from cupy_backends.cuda.libs import nvrtc
 

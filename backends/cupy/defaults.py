@@ -24,7 +24,7 @@ ENCODE = {
 }
 STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
-    "parts": (0, 1, 2, 4, 8, 16, 32),
+    "parts": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
     "threads": (128, 256, 512, 1024),
     "joined": ("cluster", "counters"),
 }

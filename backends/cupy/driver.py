@@ -58,6 +58,13 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def version() -> int:
+    """Major version of the CUDA that the driver speaks."""
+    found = ctypes.c_int()
+    checked(library(), library().cuDriverGetVersion(ctypes.byref(found)), "cuDriverGetVersion")
+    return found.value // 1000
+
+
 def checked(library: ctypes.CDLL, code: int, what: str) -> None:
     """Raise if the driver refused something."""
     if code:

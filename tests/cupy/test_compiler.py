@@ -44,7 +44,7 @@ def test_the_key_holds_what_it_follows_from(made, monkeypatch):
     compiler.cubin("encode", MACROS, 90)
     compiler.cubin("encode", MACROS, 80)
     compiler.cubin("encode", (*MACROS[:-1], ("OVERLAP", 1)), 90)
-    monkeypatch.setattr(compiler, "_version", lambda: (0, 0))
+    monkeypatch.setattr(compiler, "version", lambda: (0, 0))
     compiler.cubin("encode", MACROS, 90)
     real = compiler.read
     monkeypatch.setattr(compiler, "read", lambda name: real(name) + "\n// changed\n")

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import re
 
 import pytest
 
@@ -79,6 +80,10 @@ class Library:
                 "data": data,
             }
         )
+        return 0
+
+    def cuDriverGetVersion(self, found):
+        found._obj.value = 13010
         return 0
 
     def cuGetErrorString(self, code, text):
@@ -168,3 +173,24 @@ def test_the_driver_is_asked_once_how_many_clusters_fit(device, library):
     # What is no cluster needs no asking.
     assert device.at_once(1, 2) == 264
     assert device.at_once(32, 1) == 4
+
+
+@pytest.mark.parametrize(
+    ("attributes", "nvrtc", "reason"),
+    [
+        ({}, (13, 0), None),
+        ({}, (13, 4), None),
+        ({}, (14, 0), "NVRTC 14 .* CUDA 13; update the driver"),
+        ({driver.MAJOR: 7, driver.MINOR: 5}, (13, 0), "capability 7.5, expected 8.0"),
+    ],
+)
+def test_what_is_missing(library, monkeypatch, attributes, nvrtc, reason):
+    pytest.importorskip("cupy", reason="the CuPy backend needs it")
+    device_module.device.cache_clear()
+    monkeypatch.setattr("hata.device.has_cuda", lambda: True)
+    monkeypatch.setattr(compiler, "version", lambda: nvrtc)
+    for number, value in attributes.items():
+        monkeypatch.setitem(ATTRIBUTES, number, value)
+    found = importlib.import_module("hata.backends.cupy").CuPyBackend.missing()
+    device_module.device.cache_clear()
+    assert (found is None) if reason is None else re.search(reason, found)
