@@ -89,7 +89,16 @@ class Coded(Selector):
 
     def choose(self, asked: Asked, k: int) -> torch.Tensor:
         """See `Selector`."""
-        return lowest_first(self.scores(asked).masked_fill_(asked.hidden, -(2**30)), k)
+        scores = self.scores(asked)
+        if self._encoder.key_norms:
+            return lowest_first(scores.masked_fill_(asked.hidden, -torch.inf), k)
+        # Whole numbers: the position can be part of the number, of which no two are equal then.
+        slots = scores.shape[-1]
+        edge = int(scores.abs().amax()) + 1
+        wide = torch.int32 if (edge + 1) * slots < 2**31 else torch.int64
+        ranked = scores.masked_fill_(asked.hidden, -edge).to(wide) * slots
+        ranked -= torch.arange(slots, dtype=wide, device=scores.device)
+        return ranked.topk(k, -1).indices
 
     def scores(self, asked: Asked) -> torch.Tensor:
         """Agreement of codes, `[Hkv, Q, S]`: whole numbers, times the norms of keys if used."""

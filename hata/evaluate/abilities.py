@@ -1,0 +1,129 @@
+"""What a model can do with few keys: tasks through `generate`, and perplexity of long text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hata.evaluate import decoding, report, selectors, tasks
+from hata.learn import text as texts
+
+
+def tables(
+    options: argparse.Namespace,
+    encoders: Sequence[tuple[str, Any, int]],
+    tokenizer: Any,
+    text: str,
+    places: Sequence[tuple[int, list[int]]],
+    device: str,
+    progress: Any,
+) -> list[str]:
+    """One table per length and budget: a row per way to decode, a column per task and measure.
+
+    Args:
+        options: Of `hata eval`.
+        encoders: Name, encoder and bits of each.
+        tokenizer: Text to tokens.
+        text: What prompts are hidden in, and what is read.
+        places: Lengths, and budgets in keys.
+        device: Where to run the model.
+        progress: Told what happens.
+    """
+    model = decoding.load(options.model, device, options.dtype)
+    batch = options.batch or (1 if device == "cpu" else 20)
+    others: dict[str, Any] = {
+        "exact": selectors.Exact(), "pages": selectors.Pages(), "window": selectors.Window()
+    }  # fmt: skip
+    parts = []
+    for tokens, budgets in places:
+        for k in budgets:
+            policy = decoding.Policy(
+                k / tokens,
+                options.dense_layers,
+                options.sink,
+                options.recent,
+                tokens + tasks.DIGITS,
+            )
+            ways = [decoding.dense()]
+            ways += [
+                decoding.simulated(model, selector, policy)
+                for method, selector in others.items()
+                if method in options.methods
+            ]
+            ways += [
+                decoding.attached(name, model, encoder, bits, policy)
+                for name, encoder, bits in encoders
+            ]
+            columns: dict[str, dict[tuple[str, int], str]] = {}
+            for task in options.tasks:
+                right = _task(options, model, task, tokenizer, text, tokens, ways, batch, progress)
+                columns[task] = {way: f"{n}/{options.prompts}" for way, n in right.items()}
+            if options.perplexity:
+                nats = _losses(options, model, tokenizer, text, tokens, ways, batch)
+                columns["perplexity"] = {way: f"{math.exp(x):.4f}" for way, x in nats.items()}
+                base = nats["dense", 0]
+                columns["against dense"] = {
+                    way: f"{100 * (math.exp(x - base) - 1):+.2f}%" for way, x in nats.items()
+                }
+            rows = [
+                [way.name, str(way.bits or "-"), *(c[way.name, way.bits] for c in columns.values())]
+                for way in ways
+            ]
+            head = ["decoding with", "bits", *columns]
+            told = (
+                f"{tokens:,} tokens, a budget of {policy.share:.2%} ({options.sink} first and "
+                f"{options.recent} last keys within it), {options.dense_layers} dense layers"
+            )
+            parts.append(f"{told}:\n\n{report.table(head, rows)}")
+            progress.note(f"decoded: {told}")
+    return parts
+
+
+def _task(
+    options: argparse.Namespace,
+    model: Any,
+    task: str,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    ways: Sequence[Any],
+    batch: int,
+    progress: Any,
+) -> dict[tuple[str, int], int]:
+    """Right answers of every way."""
+    made = list(tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed))
+    right = {(way.name, way.bits): 0 for way in ways}
+    for start in range(0, len(made), batch):
+        some = made[start : start + batch]
+        ids = torch.tensor([prompt.tokens for prompt in some], device=model.device)
+        wanted = [tokenizer(prompt.value) for prompt in some]
+        found = decoding.answers(model, ids, ways, max(map(len, wanted)))
+        for way, answers in found.items():
+            right[way] += sum(
+                answer[: len(one)] == one for answer, one in zip(answers, wanted, strict=True)
+            )
+        progress.show(f"{task}: {min(start + batch, len(made))} of {len(made)} prompts")
+    return right
+
+
+def _losses(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    ways: Sequence[Any],
+    batch: int,
+) -> dict[tuple[str, int], float]:
+    """Nats per token of every way, the mean over sequences."""
+    ids = texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
+    total = {(way.name, way.bits): 0.0 for way in ways}
+    for start in range(0, len(ids), batch):
+        some = torch.from_numpy(ids[start : start + batch]).to(model.device)
+        for way, nats in decoding.losses(model, some, ways, options.perplexity).items():
+            total[way] += nats * len(some) / len(ids)
+    return total
