@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--query-codes", type=int, help="listwise: codes of a KV head's queries (8)"
     )
+    parser.add_argument("--keys", type=int, help="listwise: keys of a step at most (all)")
     parser.add_argument("--sequences", type=int, default=16, help="to learn from (16)")
     parser.add_argument("--tokens", type=int, help=f"of a sequence (the model's, up to {TOKENS})")
     parser.add_argument("--queries", type=int, default=2048, help="kept of a sequence (2048)")
@@ -75,13 +76,16 @@ def run(options: argparse.Namespace) -> int:
     if out.suffix != ".safetensors":
         raise LearnError(f"--out: got {out}, expected a name that ends in .safetensors")
     recipe: Any = RECIPES[options.recipe]
-    if options.query_codes is not None:
-        if options.recipe != "listwise" or options.query_codes < 1:
+    for name in ("query_codes", "keys"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if options.recipe != "listwise" or value < 1:
             raise LearnError(
-                f"--query-codes: got {options.query_codes} for recipe {options.recipe}, expected "
-                "a positive number with recipe listwise"
+                f"--{name.replace('_', '-')}: got {value} for recipe {options.recipe}, expected a "
+                "positive number with recipe listwise"
             )
-        recipe = dataclasses.replace(recipe, query_codes=options.query_codes)
+        recipe = dataclasses.replace(recipe, **{name: value})
     bits = BITS[options.recipe] if options.bits is None else options.bits
     check_bits(bits)
     config = texts.load_config(options.model)

@@ -98,7 +98,9 @@ class Hasher(nn.Module):
 
     def encode_keys(self, keys: torch.Tensor, sign: Sign) -> torch.Tensor:
         """`[N, S, D]` -> `[N, S, r]`."""
-        return sign((keys / self.k_unit - self.mean) @ self.w + self.c)
+        # Units and the mean go to the weights, of which there are fewer.
+        offset = self.c - self.mean @ self.w
+        return sign(keys @ (self.w / self.k_unit) + offset)
 
     def encode_queries(self, q: torch.Tensor, sign: Sign) -> torch.Tensor:
         """`[N, G, Q, D]` -> `[N, Q, r]`: the mean of a group's codes, in steps of 2 / (G codes)."""

@@ -29,6 +29,7 @@ class Listwise(Recipe):
 
     Attributes:
         queries: Queries of a step.
+        keys: Keys of a step at most, the rest thinned out at random; `None`: all that are seen.
         query_codes: Codes of a KV head's queries, at least one per query head; more of them make
             finer weights and a slower scan.
         rate: Learning rate of Adam; rises over 20 steps, then falls along a cosine.
@@ -45,6 +46,7 @@ class Listwise(Recipe):
     steps: int = 1000
     nested: bool = True
     queries: int = 64
+    keys: int | None = None
     query_codes: int = 8
     rate: float = 1e-2
     listwise: float = 0.3
@@ -78,7 +80,7 @@ class Listwise(Recipe):
             for settings in optimiser.param_groups:
                 settings["lr"] = self.rate * _schedule(step, done)
             before = samples.tokens if step % 2 else math.ceil(samples.tokens * self.short)
-            batch = samples.batch(step, self.queries, before, generator)
+            batch = samples.batch(step, self.queries, before, generator, self.keys)
             loss = self._loss(hasher, factors, prefixes, samples.scale, batch, done, generator)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -26,12 +26,12 @@ class Read(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some queries of one sequence, and the keys that the last of them sees.
+    """Some queries of one sequence, and the keys that the last of them sees, or a draw of those.
 
     Attributes:
         q: `[N, G, Q, D]`.
-        keys: `[N, S, D]`.
-        visible: `[Q]` int64, on the CPU: how many of the first keys each query sees.
+        keys: `[N, S, D]`, in the order of the sequence.
+        visible: `[Q]` int64, on the CPU: how many of the first of these each query sees.
         hidden: `[Q, S]`: true where it does not see a key.
     """
 
@@ -65,7 +65,14 @@ class LayerSamples:
             reads.append(Read(where, q, keys))
         return cls(reads, scale)
 
-    def batch(self, sequence: int, queries: int, before: int, generator: torch.Generator) -> Batch:
+    def batch(
+        self,
+        sequence: int,
+        queries: int,
+        before: int,
+        generator: torch.Generator,
+        most: int | None = None,
+    ) -> Batch:
         """Draw queries of one sequence.
 
         Args:
@@ -73,14 +80,23 @@ class LayerSamples:
             queries: How many; fewer where the sequence has fewer.
             before: Only queries before this position.
             generator: On the CPU, so that every device draws alike.
+            most: Keys of the batch at most; more are thinned out evenly at random, which leaves the
+                order among the rest as it is.
         """
         read = self.reads[sequence % len(self.reads)]
         count = max(int((read.positions < before).sum()), 1)
         drawn = torch.randperm(count, generator=generator)[:queries]
         visible = read.positions[drawn] + 1
         slots = int(visible.max())
+        keys = read.keys[:, :slots]
+        if most is not None and slots > most:
+            kept = torch.randperm(slots, generator=generator)[:most].sort().values
+            keys = keys[:, kept.to(self.device)]
+            # At least one key is seen, whatever was drawn.
+            visible = torch.searchsorted(kept, visible).clamp_min(1)
+            slots = most
         hidden = torch.arange(slots, device=self.device) >= visible.to(self.device)[:, None]
-        return Batch(read.q[:, :, drawn.to(self.device)], read.keys[:, :slots], visible, hidden)
+        return Batch(read.q[:, :, drawn.to(self.device)], keys, visible, hidden)
 
     def start(self, most: int = 1 << 15) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[N, n, D]` and keys `[N, n, D]` to start from: an even sample of all."""

@@ -158,3 +158,26 @@ def test_hatas_labels(samples):
     assert row.max() == 20
     assert row[row > 0].min() == 1
     assert set(products.topk(wanted).indices.tolist()) == set((row > 0).nonzero()[:, 0].tolist())
+
+
+def test_a_batch_shows_each_query_what_it_sees(samples):
+    def draw(most=None):
+        generator = torch.Generator().manual_seed(3)
+        return samples.batch(1, 20, 400, generator, most)
+
+    whole = draw()
+    read = samples.reads[1]
+    assert whole.q.shape == (2, 2, 20, 32)
+    assert whole.visible.max() <= 400
+    assert whole.keys.shape[1] == whole.visible.max()
+    assert torch.equal(whole.keys, read.keys[:, : whole.keys.shape[1]])
+    for row, seen in zip(whole.hidden, whole.visible, strict=True):
+        assert int((~row).sum()) == int(seen)
+    thinned = draw(most=100)
+    assert thinned.keys.shape[1] == 100
+    assert torch.equal(thinned.q, whole.q)
+    # Each thinned key is one of the sequence's, in order, and is seen by whom it was seen before.
+    match = (thinned.keys[0][:, None] == read.keys[0]).all(-1).float().argmax(1)
+    assert (match.diff() > 0).all()
+    for row, seen in zip(thinned.hidden, whole.visible, strict=True):
+        assert torch.equal(~row, match < seen)
