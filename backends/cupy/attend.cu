@@ -94,8 +94,8 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, value, most, total, found);
     }
-    // Areas are written again by the next pass, and must last until all parts have read them.
-    meet(p, row, met);
+    // Areas are written again by the next pass; those of a cluster must last until all have read them.
+    if (JOINED == 1 || head + HEADS < G || lane0 + LANES < DV) meet(p, row, met);
 #else
     __syncthreads();
 #endif

@@ -60,3 +60,6 @@ class TestEmulated(BackendSuite):
     max_slots = 200
     max_head_dim = int(os.environ.get("EMULATED_DIM", "192"))
     max_examples = int(os.environ.get("EMULATED_EXAMPLES", "4"))
+
+    def test_fault_30_negative_strides(self):
+        pytest.skip("it asks a process of its own, which does not know this backend")

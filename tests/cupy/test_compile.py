@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from hata.backend import use_config
 from hata.problem import Problem
 
 pytest.importorskip("cupy", reason="the CuPy backend needs it")
@@ -95,6 +96,12 @@ def test_kernels_compile(name, architecture, record_property):
     device = devices.Described(architecture)
     found = rehearsal.kernels(backend, PROBLEMS[name], device)
     assert found
+    if name == "decode":
+        # Blocks of a row that meet by counters, in the last variant.
+        counted = {**backend.default(PROBLEMS[name]), "parts": 8, "joined": "counters"}
+        with use_config("cupy", PROBLEMS[name].op, counted):
+            found += rehearsal.kernels(backend, PROBLEMS[name], device)[-2:]
+        assert dict(found[-1].macros)["JOINED"] == 2
     for kernel in found:
         code = compiler.cubin(kernel.name, kernel.macros, architecture)
         taken = resources(code)
