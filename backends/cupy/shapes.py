@@ -14,8 +14,6 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Keys of a part from which on it pays to use every multiprocessor, whatever the barriers cost.
-LONG_PART = 48 * 1024
 
 
 class Counting(NamedTuple):
@@ -83,18 +81,13 @@ def _parts(
     """Most parts with which all rows find room at the same time, and none is too small.
 
     Returns:
-        `(parts, counted)`: also whether they meet by counters. Clusters leave multiprocessors idle
-        that do not make a whole one; with very long parts that costs more than counters do.
+        `(parts, counted)`: also whether they meet by counters, as where there are no clusters.
     """
     keys, least = (problem.k, 64) if problem.op == "sparse_attend" else (problem.slots, LEAST_KEYS)
     most = min(MOST_PARTS, keys // least)
-    free = max(min(most, device.sms * resident // max(rows, 1)), 1)
     if counted or device.clusters == 1:
-        return free, True
-    clusters = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
-    if keys // clusters > LONG_PART and 2 * free >= 3 * clusters:
-        return free, True
-    return clusters, False
+        return max(min(most, device.sms * resident // max(rows, 1)), 1), True
+    return next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1), False
 
 
 def capacity_of(shape: Shape, slots: int) -> int:

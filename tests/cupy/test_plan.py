@@ -259,12 +259,12 @@ def test_shared_memory_fits(device, sizes, threads, architecture):
         assert launch.shared + 2048 <= described.shared
 
 
-def test_long_rows_use_every_multiprocessor(device):
-    """Where clusters leave many of them idle, blocks of a row meet by counters."""
-    device.at_once = lambda size, resident: 8 if size <= 9 else 7
-    found = []
-    for slots in (2**17, 2**20):
-        codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, slots, 16))
+def test_parts_are_as_many_as_find_room(device):
+    """A cluster lies within a group of multiprocessors, so not all of them make whole ones."""
+    codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, 2**17, 16))
+    for fit, expected in (({16: 8}, 16), ({9: 9, 10: 7, 16: 7}, 9), ({}, 1)):
+        device.at_once = lambda size, resident, fit=fit: fit.get(size, 7)
+        plan._plans.clear()
         hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 2048)
-        found.append(dict(device.launched[-1][0].kernel.macros))
-    assert [(macros["PARTS"], macros["JOINED"]) for macros in found] == [(9, 1), (16, 2)]
+        launch = device.launched[-1][0]
+        assert dict(launch.kernel.macros)["PARTS"] == launch.kernel.cluster == expected
