@@ -24,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be chosen. Loads no framework."""
     parser.add_argument("--model", required=True, help="folder of a transformers model")
     add_text_arguments(parser)
-    parser.add_argument("--out", required=True, help="encoder to write, *.safetensors")
+    parser.add_argument("--out", help="encoder to write, *.safetensors")
+    parser.add_argument(
+        "--rehearse",
+        type=int,
+        metavar="N",
+        help="write nothing: try N layers of random weights, and tell what all of them would take",
+    )
     parser.add_argument(
         "--recipe", choices=list(BITS), default="listwise", help="default: listwise"
     )
@@ -67,27 +73,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Learn, and write the encoder and its plot."""
     from hata.learn import recorder
-    from hata.learn.plan import RECIPES, Capture, LearnError, Plan, prepare, settings_of
+    from hata.learn.plan import Capture, LearnError, Plan, prepare, settings_of
     from hata.learn.progress import Progress, plot
     from hata.learn.ranks import joined
     from hata.learn.trainer import learn
 
+    if options.rehearse is not None:
+        return _rehearse(options)
+    if options.out is None:
+        raise LearnError("--out: got none, expected the name of the encoder to write")
     out = user_path(options.out)
     if out.suffix != ".safetensors":
         raise LearnError(f"--out: got {out}, expected a name that ends in .safetensors")
-    recipe: Any = RECIPES[options.recipe]
-    for name in ("query_codes", "keys"):
-        value = getattr(options, name)
-        if value is None:
-            continue
-        if options.recipe != "listwise" or value < 1:
-            raise LearnError(
-                f"--{name.replace('_', '-')}: got {value} for recipe {options.recipe}, expected a "
-                "positive number with recipe listwise"
-            )
-        recipe = dataclasses.replace(recipe, **{name: value})
-    bits = BITS[options.recipe] if options.bits is None else options.bits
-    check_bits(bits)
+    recipe, bits = _recipe(options)
     config = texts.load_config(options.model)
     shape = ModelShape.of(config)
     context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or TOKENS)
@@ -152,6 +150,53 @@ def run(options: argparse.Namespace) -> int:
         if not options.keep:
             shutil.rmtree(work)
     print(f"{out}: {outcome.encoder!r}")
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
+    """The recipe with its settings, and the bits of a code."""
+    from hata.learn.plan import RECIPES, LearnError
+
+    recipe: Any = RECIPES[options.recipe]
+    for name in ("query_codes", "keys"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if options.recipe != "listwise" or value < 1:
+            raise LearnError(
+                f"--{name.replace('_', '-')}: got {value} for recipe {options.recipe}, expected a "
+                "positive number with recipe listwise"
+            )
+        recipe = dataclasses.replace(recipe, **{name: value})
+    bits = BITS[options.recipe] if options.bits is None else options.bits
+    check_bits(bits)
+    return recipe, bits
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    """Try some layers of random weights."""
+    from hata.learn.plan import LearnError
+    from hata.learn.ranks import Ranks
+    from hata.learn.rehearsal import rehearse
+
+    recipe, bits = _recipe(options)
+    if options.rehearse < 1:
+        raise LearnError(f"--rehearse: got {options.rehearse}, expected one layer or more")
+    config = texts.load_config(options.model)
+    told = rehearse(
+        config,
+        options.rehearse,
+        recipe,
+        bits=bits,
+        steps=options.steps or recipe.steps,
+        sequences=options.sequences,
+        tokens=options.tokens or TOKENS,
+        queries=options.queries,
+        seed=options.seed,
+        device=Ranks().device(options.device),
+        folder=user_path(options.work) if options.work else None,
+    )
+    print(told)
     return 0
 
 

@@ -236,3 +236,17 @@ def test_a_model_without_attention_to_see_is_refused(tmp_path, text, capsys):
     assert cli.main(arguments(tmp_path / "m", text, tmp_path / "e.safetensors")) == 1
     assert "attends to a sliding window" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "e.work")
+
+
+def test_a_rehearsal_needs_a_configuration_only(tiny, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    words = ["learn", "--model", str(tmp_path), "--rehearse", "1", "--sequences", "1"]
+    words += ["--tokens", "300", "--steps", "2", "--bits", "32", "--queries", "40"]
+    assert cli.main([*words, "--device", "cpu", "--work", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "measured: 1 of 2 layers, 2 sequences of 300 tokens" in told
+    assert "extrapolated to 2 layers" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert cli.main([*words, "--rehearse", "0"]) == 1
+    assert cli.main(["learn", "--model", str(tiny), "--dataset", "python"]) == 1
+    assert "--out: got none" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""`hata learn --rehearse N`: what a training would take, tried on N layers of random weights.
+
+Neither weights nor text are needed: the model is made of its configuration, with N layers, and
+reads random tokens. Capture and training take what they would take for each of these layers, so
+times are extrapolated to all of them; reading weights from disk is not part of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hata.encoder import ModelShape
+from hata.learn import recorder
+from hata.learn.plan import Capture, Plan, prepare, settings_of
+from hata.learn.progress import Progress
+from hata.learn.ranks import Ranks
+from hata.learn.recipe import Recipe
+from hata.learn.trainer import learn
+
+
+def rehearse(
+    config: Any,
+    layers: int,
+    recipe: Recipe,
+    *,
+    bits: int,
+    steps: int,
+    sequences: int,
+    tokens: int,
+    queries: int,
+    seed: int,
+    device: str,
+    folder: Path | None,
+) -> str:
+    """Try a training, and tell what all layers would take.
+
+    Args:
+        config: The model's configuration.
+        layers: How many layers to try.
+        recipe: How to train.
+        bits: Bits of a code.
+        steps: Optimiser steps of a layer.
+        sequences: Sequences to learn from; one more is read.
+        tokens: Length of a sequence.
+        queries: Queries kept of a sequence.
+        seed: Of everything.
+        device: Where to run.
+        folder: Where to put what is captured; a temporary one unless given.
+    """
+    every = ModelShape.of(config).num_layers
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers = min(layers, every)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    shape = ModelShape.of(config)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, text.vocab_size, (sequences + 1, tokens))
+    read = Capture(
+        "rehearsal", str(shape), "random", tuple(range(layers)), len(ids), tokens, queries, seed,
+        device,
+    )  # fmt: skip
+    plan = Plan(read, recipe.name, settings_of(recipe), bits, steps, seed)
+    started = time.monotonic()
+    loaded = captured = started
+
+    def load() -> Any:
+        nonlocal loaded
+        model = recorder.load_model("rehearsal", device, config)
+        loaded = time.monotonic()
+        return model
+
+    class Clock(Progress):
+        def note(self, text: str) -> None:
+            nonlocal captured
+            if text.startswith("captured"):
+                captured = time.monotonic()
+            super().note(text)
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix="rehearsal-") as name:
+        work = Path(name) / "work"
+        store = work / "capture"
+        prepare(work, plan, resume=False, option="--work")
+        prepare(store, read, resume=True, option="--capture")
+        learn(plan, recipe, shape, load, ids, work, store, device, ranks=Ranks(), progress=Clock())
+        disk = sum(path.stat().st_size for path in store.rglob("*") if path.is_file()) / 1e9
+    trained = time.monotonic()
+    capture, training = captured - loaded, trained - captured
+    factor = every / layers
+    memory = ""
+    if device.startswith("cuda"):
+        memory = f", peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return (
+        f"measured: {layers} of {every} layers, {len(ids)} sequences of {tokens} tokens: capture "
+        f"{capture:.1f} s, training {training:.1f} s, {disk:.1f} GB on disk{memory}\n"
+        f"extrapolated to {every} layers: {factor * (capture + training) / 60:.1f} minutes, "
+        f"{factor * disk:.0f} GB on disk; plus loading the model, whose weights stay in device "
+        "memory during capture only"
+    )
