@@ -42,6 +42,25 @@ def file_of(folder: Path, layer: int, sequence: int) -> Path:
     return folder / f"layer_{layer:03d}" / f"sequence_{sequence:03d}.safetensors"
 
 
+def refused(folder: Path, sequence: int) -> dict[int, str]:
+    """Layers that could not be captured of a sequence, and why; none where it was not read."""
+    note = _note(folder, sequence)
+    found = json.loads(note.read_text()) if note.is_file() else {}
+    return {int(layer): why for layer, why in found.items()}
+
+
+def is_whole(folder: Path, sequence: int, layers: Sequence[int]) -> bool:
+    """Whether all that can be captured of a sequence lies there for these layers."""
+    known = refused(folder, sequence)
+    return _note(folder, sequence).is_file() and all(
+        layer in known or file_of(folder, layer, sequence).is_file() for layer in layers
+    )
+
+
+def _note(folder: Path, sequence: int) -> Path:
+    return folder / f"sequence_{sequence:03d}.json"
+
+
 def capture(
     model: Any,
     ids: np.ndarray,
@@ -52,33 +71,24 @@ def capture(
     queries: int = QUERIES,
     seed: int = 0,
     on_sequence: Callable[[int], None] = lambda _: None,
-) -> dict[int, str]:
+) -> None:
     """Read sequences and keep what the layers attend with.
 
     Args:
         model: Of `hata.learn.recorder.load_model`.
         ids: All sequences, `[n, T]` token ids.
         folder: Where to write.
-        sequences: Which of them to read; those that lie there already are not read again.
+        sequences: Which of them to read.
         layers: Which layers to keep.
         queries: Queries kept of a sequence.
         seed: Of the positions.
         on_sequence: Called with the number of each sequence that is done.
 
-    Returns:
-        Layer -> why it cannot be hashed; only layers that were asked for and not shown.
-
     Raises:
         CaptureError: No layer was shown.
     """
     wanted = set(layers)
-    refused: dict[int, str] = {}
     for sequence in sequences:
-        note = folder / f"sequence_{sequence:03d}.json"
-        if note.is_file():
-            refused |= {int(layer): why for layer, why in json.loads(note.read_text()).items()}
-            on_sequence(sequence)
-            continue
         where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence))
         seen: set[int] = set()
 
@@ -117,13 +127,13 @@ def capture(
                 f"--model: no layer of {type(model).__name__} can be hashed: {why}; expected a "
                 "decoder whose attention goes through the attention interface of transformers"
             )
-        # Written last: it says that all files of this sequence are whole.
+        # Written last: it says that all files of this sequence are whole. What other layers were
+        # found to be stays known.
+        note = _note(folder, sequence)
         part = note.with_suffix(f".part{os.getpid()}")
-        part.write_text(json.dumps(absent))
+        part.write_text(json.dumps(refused(folder, sequence) | absent))
         part.replace(note)
-        refused |= absent
         on_sequence(sequence)
-    return refused
 
 
 def load(

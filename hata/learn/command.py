@@ -109,7 +109,6 @@ def run(options: argparse.Namespace) -> int:
             model=path.resolve().name,
             shape=str(shape),
             text=hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16],
-            layers=layers,
             sequences=len(ids),
             tokens=ids.shape[1],
             queries=options.queries,
@@ -118,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         )
         steps = options.steps or recipe.steps
         settings = settings_of(recipe)
-        plan = Plan(read, recipe.name, settings, bits, steps, options.seed)
+        plan = Plan(read, layers, recipe.name, settings, bits, steps, options.seed)
         work = user_path(options.work) if options.work else out.with_suffix(".work")
         store = user_path(options.capture) if options.capture else work / "capture"
         if ranks.rank == 0:

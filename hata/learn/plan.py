@@ -34,7 +34,6 @@ class Capture:
         model: Name of the model's folder.
         shape: Its sizes, in words.
         text: Fingerprint of the tokens that are read.
-        layers: The layers that are kept.
         sequences: Sequences that are read.
         tokens: Length of a sequence.
         queries: Queries kept of a sequence.
@@ -45,7 +44,6 @@ class Capture:
     model: str
     shape: str
     text: str
-    layers: tuple[int, ...]
     sequences: int
     tokens: int
     queries: int
@@ -59,6 +57,7 @@ class Plan:
 
     Attributes:
         capture: What it learns from; the last sequence is held out to judge by.
+        layers: The layers to train.
         recipe: Name of the recipe.
         settings: Its settings, in words.
         bits: Bits of a code.
@@ -67,6 +66,7 @@ class Plan:
     """
 
     capture: Capture
+    layers: tuple[int, ...]
     recipe: str
     settings: str
     bits: int

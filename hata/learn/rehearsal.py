@@ -64,11 +64,8 @@ def rehearse(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, text.vocab_size, (sequences + 1, tokens))
-    read = Capture(
-        "rehearsal", str(shape), "random", tuple(range(layers)), len(ids), tokens, queries, seed,
-        device,
-    )  # fmt: skip
-    plan = Plan(read, recipe.name, settings_of(recipe), bits, steps, seed)
+    read = Capture("rehearsal", str(shape), "random", len(ids), tokens, queries, seed, device)
+    plan = Plan(read, tuple(range(layers)), recipe.name, settings_of(recipe), bits, steps, seed)
     started = time.monotonic()
     loaded = captured = started
 

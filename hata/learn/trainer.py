@@ -22,7 +22,7 @@ from hata.encoder import Encoder, ModelShape
 from hata.learn import capture
 from hata.learn.judge import Judge
 from hata.learn.listwise import prefixes_of
-from hata.learn.plan import Capture, Plan
+from hata.learn.plan import Plan
 from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Learned, Recipe
@@ -77,8 +77,8 @@ def learn(
     Returns:
         The outcome, on rank 0; `None` on the others.
     """
-    dense = _capture(plan.capture, load, ids, store, device, ranks, progress)
-    layers = [layer for layer in plan.capture.layers if layer not in dense]
+    dense = _capture(plan, load, ids, store, device, ranks, progress)
+    layers = [layer for layer in plan.layers if layer not in dense]
     for layer in ranks.share(layers):
         if not _layer_file(folder, layer).is_file():
             _train_layer(plan, recipe, shape, folder, store, layer, device, progress)
@@ -89,7 +89,7 @@ def learn(
 
 
 def _capture(
-    plan: Capture,
+    plan: Plan,
     load: Callable[[], Any],
     ids: np.ndarray,
     store: Path,
@@ -102,30 +102,30 @@ def _capture(
     # A model spread over all GPUs is there once.
     mine = ranks.share(every) if device != "spread" else [*every] * (ranks.rank == 0)
     started = time.monotonic()
-    if any(not (store / f"sequence_{i:03d}.json").is_file() for i in mine):
-        progress.note(f"loading {plan.model}")
+    missing = [i for i in mine if not capture.is_whole(store, i, plan.layers)]
+    if missing:
+        progress.note(f"loading {plan.capture.model}")
         model = load()
         capture.capture(
             model,
             ids,
             store,
-            sequences=mine,
+            sequences=missing,
             layers=plan.layers,
-            queries=plan.queries,
-            seed=plan.seed,
+            queries=plan.capture.queries,
+            seed=plan.capture.seed,
             on_sequence=lambda i: progress.show(f"capture: sequence {i + 1} of {len(ids)}"),
         )
         del model
         progress.note(
-            f"captured {len(mine)} sequences of {ids.shape[1]} tokens in "
+            f"captured {len(missing)} sequences of {ids.shape[1]} tokens in "
             f"{time.monotonic() - started:.1f} s{_peak(device)}"
         )
     ranks.meet()
     dense: dict[int, str] = {}
     for i in every:
-        found = json.loads((store / f"sequence_{i:03d}.json").read_text())
-        dense |= {int(layer): why for layer, why in found.items()}
-    return dense
+        dense |= capture.refused(store, i)
+    return {layer: why for layer, why in dense.items() if layer in plan.layers}
 
 
 def _train_layer(

@@ -149,8 +149,10 @@ def test_the_captured_are_the_models_own(tiny, tmp_path):
     """Keys and the kept queries of a layer make the attention that the model reports."""
     model = recorder.load_model(tiny, "cpu")
     ids = np.random.default_rng(0).integers(3, 259, (1, 300))
-    refused = capture.capture(model, ids, tmp_path, sequences=[0], layers=[1], queries=20, seed=5)
-    assert refused == {}
+    capture.capture(model, ids, tmp_path, sequences=[0], layers=[1], queries=20, seed=5)
+    assert capture.refused(tmp_path, 0) == {}
+    assert capture.is_whole(tmp_path, 0, [1])
+    assert not capture.is_whole(tmp_path, 0, [0, 1])
     assert not capture.file_of(tmp_path, 0, 0).exists()
     where, q, keys, scale = capture.load(tmp_path, 1, 0, "cpu")
     np.testing.assert_array_equal(where, capture.positions(300, 20, 5, 0))
