@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = []
     if kind == "cuda" and "design" in args.suite and not args.shapes:
         with torch.no_grad(), hata.use_backend(args.backend):
-            more = importlib.import_module("benchmarks.cuda").beyond(args.rounds)
+            more = importlib.import_module("benchmarks.beyond").bars(args.rounds)
     bars = [*report.bars(rows, kind, args.backend), *more]
     for table in report.closing_tables(rows, bars):
         out.print(table)
