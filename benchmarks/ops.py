@@ -200,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
     settings = {"backend": args.backend, "rounds": args.rounds, "cold": args.cold}
     rows: list[Row] = []
+    beyond: list[report.Bar] = []
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -224,17 +225,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += new
                 for shape in report.shapes_of(new):
                     out.print(report.shape_table(new, shape))
+            if kind == "cuda" and "design" in args.suite and not args.shapes:
+                beyond = importlib.import_module("benchmarks.beyond").bars(args.rounds)
     except (check.WrongResult, hata.HataError) as error:
         err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
         return 1
     if not rows:
         err.print("error: no shape fits into memory")
         return 1
-    more = []
-    if kind == "cuda" and "design" in args.suite and not args.shapes:
-        with torch.no_grad(), hata.use_backend(args.backend):
-            more = importlib.import_module("benchmarks.beyond").bars(args.rounds)
-    bars = [*report.bars(rows, kind, args.backend), *more]
+    bars = [*report.bars(rows, kind, args.backend), *beyond]
     for table in report.closing_tables(rows, bars):
         out.print(table)
     if args.markdown:
