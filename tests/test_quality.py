@@ -84,6 +84,32 @@ def test_key_norms_are_used(backend, probe, encoder):
     assert plain.exact == normed.exact
 
 
+def test_queries_may_be_hashed_otherwise(backend, probe, encoder):
+    """Several codes per query head behind a hidden layer: the gauge and `hata eval` agree."""
+    torch = pytest.importorskip("torch")
+    from hata.encoder import Hidden, QueryHash
+    from hata.evaluate.mass import hidden_keys
+    from hata.evaluate.retained import measure
+    from hata.evaluate.selectors import Asked, Coded
+
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    query = QueryHash(normal(8, 32, 64), normal(8, 64), (Hidden(normal(8, D, 32), normal(8, 32)),))
+    rich = Encoder(encoder.shape, 64, encoder.projections, queries=(query,))
+    point = quality.Gauge(backend, "cpu", probe, rich, 0).point(64, 12, 0, 0)
+    kept, exact = [], []
+    for q, keys in zip(torch.from_numpy(probe.q), torch.from_numpy(probe.keys), strict=True):
+        asked = Asked(0, q.unflatten(0, (HKV, -1)), keys, hidden_keys(T, S, keys))
+        (found,) = measure(asked, probe.scale, [Coded("rich", rich)], [12]).values()
+        kept.append(found[0])
+        exact.append(found[1])
+    assert point.kept == pytest.approx(np.mean(kept), abs=1e-5)
+    assert point.exact == pytest.approx(np.mean(exact), abs=1e-5)
+
+
 def test_the_synthetic_set_behaves_like_attention(backend):
     captured = capture.synthetic(space.COMMON, sequences=1)
     gauge = quality.Gauge(
