@@ -20,6 +20,13 @@ def retained_tables(found: Sequence[Kept]) -> str:
     names = list(dict.fromkeys((one.selector, one.bits) for one in found))
     cells = {(one.selector, one.bits, one.tokens, one.k): one for one in found}
     head = ["keys chosen by", "bits", *(f"{k} of {tokens:,}" for tokens, k in places)]
+    # A mean over some of the layers cannot be compared with one over all.
+    whole = max((len(one.kept) for one in found), default=0)
+    some = {
+        (one.selector, one.bits): f" ({len(one.kept)} of {whole} layers)"
+        for one in found
+        if len(one.kept) < whole
+    }
     parts = []
     for title, value in (
         ("Mass kept, as a share of what exact top-k keeps, mean over layers", "mean"),
@@ -27,7 +34,7 @@ def retained_tables(found: Sequence[Kept]) -> str:
     ):
         rows = [
             [
-                name,
+                name + some.get((name, bits), ""),
                 str(bits or "-"),
                 *(_number(cells.get((name, bits, *place)), value) for place in places),
             ]

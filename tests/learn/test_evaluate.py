@@ -10,7 +10,7 @@ import torch
 import hata
 from hata import cli
 from hata.encoder import Encoder
-from hata.evaluate import decoding, harness, retained, tasks
+from hata.evaluate import decoding, harness, report, retained, tasks
 from hata.evaluate.command import parse_places
 from hata.evaluate.mass import hidden_keys
 from hata.evaluate.selectors import Asked, Coded, Exact, Pages, Window, lowest_first
@@ -138,6 +138,8 @@ def test_a_models_layers_are_measured_while_it_reads(tiny):
     assert list(exact.kept) == [0, 1]
     assert list(coded.kept) == [1]
     assert 0 < coded.mean < 1.2
+    assert "| half (1 of 2 layers) | 64 |" in report.retained_tables(found)
+    assert "| exact top-k | - | 1.0000 |" in report.retained_tables(found)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
