@@ -8,7 +8,7 @@ TEST_WORKERS ?= 2
 TEST_THREADS ?= 2
 TUNE_ARGS ?=
 # The model to learn an encoder for, and where the encoder goes. LEARN_ARGS of two CPU cores and a
-# quarter of an hour: --sequences 6 --steps 800 --keys 4096.
+# quarter of an hour: --sequences 6 --steps 1600 --keys 4096.
 MODEL ?= ../shared/models/codelm
 ENCODER ?= build/$(notdir $(abspath $(MODEL))).safetensors
 LEARN_ARGS ?=
