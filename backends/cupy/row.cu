@@ -5,8 +5,9 @@
 // exchange areas. JOINED says how they meet:
 //   0  there is one block;
 //   1  they are a cluster: the hardware starts them together, exchange areas are shared memory;
-//   2  they count arrivals in global memory (see zero.cu). Blocks start in the order of their numbers and a row's
-//      are neighbours, so at most one row of a launch waits for blocks that have not started.
+//   2  they count arrivals in global memory (see zero.cu). Blocks start in the order of their numbers
+//      and a row's are neighbours, so at most one row of a launch waits for blocks that have not
+//      started.
 //
 // PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
 // EXCHANGE bytes that other blocks may see, QUERIES bytes of queries, then counters and the keys to
