@@ -7,9 +7,9 @@ PYTHON ?= python3
 TEST_WORKERS ?= 2
 TEST_THREADS ?= 2
 TUNE_ARGS ?=
-# The model to learn an encoder for, and where the encoder goes. LEARN_ARGS of two CPU cores and a
-# quarter of an hour: --sequences 6 --steps 1600 --keys 4096.
-MODEL ?= ../shared/models/codelm
+# The folder of the model to learn an encoder for, and where the encoder goes. LEARN_ARGS of two CPU
+# cores and a quarter of an hour: --sequences 6 --steps 1600 --keys 4096.
+MODEL ?= $(HATA_TEST_MODEL)
 ENCODER ?= build/$(notdir $(abspath $(MODEL))).safetensors
 LEARN_ARGS ?=
 
@@ -59,6 +59,8 @@ tune: $(INSTALLED)
 
 # Sources of the installed packages, less those that results are judged by.
 encoder: $(INSTALLED)
+	@test -n "$(MODEL)" || { echo "MODEL: got none, expected the folder of a model;" \
+		"run: make encoder MODEL=DIR" >&2; exit 2; }
 	$(BIN)/hata learn --model $(MODEL) --dataset python --without networkx seaborn \
 		--out $(ENCODER) $(LEARN_ARGS)
 

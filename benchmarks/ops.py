@@ -82,24 +82,14 @@ def measure(
 def kernels(case: Case, profiler: timing.Kernels) -> list[Row]:
     """Times of the kernels of a step, and of a plain read of the codes beside them."""
     step, read = contenders.hash_attend(case), contenders.read_codes(case)
-    of_step, of_read = profiler([step.call, read.call])
+    # A read is one kernel.
+    of_step, [(_, reading)] = profiler([step.call, read.call])
     scanned = case.shape.code_bytes
     return [
         *(Row(case.shape, f"kernel {name}", "kernel", time, scanned if name == "scan" else 0)
           for name, time in of_step),
-        Row(case.shape, report.READ_KERNEL, "kernel", sum_of(of_read), scanned),
+        Row(case.shape, report.READ_KERNEL, "kernel", reading, scanned),
     ]  # fmt: skip
-
-
-def sum_of(kernels: Sequence[tuple[str, timing.Timing]]) -> timing.Timing:
-    """The time of several kernels together."""
-    times = [time for _, time in kernels]
-    return timing.Timing(
-        sum(time.median for time in times),
-        sum(time.p10 for time in times),
-        sum(time.p90 for time in times),
-        min(time.samples for time in times),
-    )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

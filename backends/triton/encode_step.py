@@ -168,9 +168,10 @@ def write_step(
     constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
     of_queries = arithmetic(dtype, query_dtype, problem.head_dim)
     members = pow2(heads // kv_heads)
-    # 16 rows make the codes that 64 make where both come from the same kind of matrix unit; data
-    # center Blackwell has one of its own for 64 rows.
-    rows = max(64 if capability(q)[0] == 10 else 16, members)
+    # 16 rows make the codes that 64 make where both come from the same kind of matrix unit; sm_100
+    # to sm_110 have one of its own for 64 rows. Ordinary arithmetic does not care.
+    apart = capability(q)[0] in (10, 11) and not (constants["IEEE"] and of_queries["IEEE"])
+    rows = max(64 if apart else 16, members)
     block = columns(bits, config["columns"])
     data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
     query_weights = data_pointer(query_dtype, wide)
@@ -197,7 +198,8 @@ def write_step(
     narrow_bias, wide_bias, has_bias = plan.optional(fw, bias, dtype)
     plan.launch(
         kernel,
-        kv_heads * (query_tiles + key_tiles + 1) * (bits // block),
+        # Whoever makes the planes zeroes the counters.
+        kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block),
         plan.address(q, data), plan.address(keys, data),
         plan.address(query_projection, query_weights), plan.address(projection, weights),
         narrow_query, wide_query, narrow_bias, wide_bias,
