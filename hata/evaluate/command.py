@@ -13,8 +13,6 @@ from hata.profile import user_path
 METHODS = ("exact", "random", "pages", "window")
 # Budgets that are looked at unless others are named: shares of 1.56% and 3.1%.
 SHARES = (64, 32)
-# Recipes whose codes may be cut anywhere.
-NESTED = ("listwise", "random")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=int,
         default=[32, 64, 128, 256],
-        help="of codes that may be cut: those of recipe listwise, and random ones",
+        help="of codes that may be cut: nested ones, and random ones",
     )
     parser.add_argument(
         "--at",
@@ -143,8 +141,9 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
         encoder = Encoder.load(user_path(file))
         encoder.check(config)
         recipe = encoder.made.get("recipe", "unknown")
+        nested = recipe == "random" or encoder.made.get("settings", {}).get("nested", False)
         cut = [bits for bits in options.bits if bits <= encoder.bits]
-        widths = cut if recipe in NESTED and cut else [encoder.bits]
+        widths = cut if nested and cut else [encoder.bits]
         found += [(name or recipe, encoder, bits) for bits in widths]
     return found
 

@@ -29,12 +29,26 @@ FIRST_QUERY = 256
 QUERIES = 2048
 
 
-def positions(tokens: int, count: int, seed: int, sequence: int) -> np.ndarray:
-    """Which queries of a sequence are kept: `count` of them, ascending, int64."""
+def positions(
+    tokens: int, count: int, seed: int, sequence: int, asked: np.ndarray | None = None
+) -> np.ndarray:
+    """Which queries of a sequence are kept: `count` of them, ascending, int64.
+
+    Args:
+        tokens: Length of the sequence.
+        count: How many; fewer where the sequence is short.
+        seed: Of the choice.
+        sequence: Its number.
+        asked: Positions of which as many are kept as make a quarter; the rest is drawn from all.
+    """
     first = min(FIRST_QUERY, tokens // 2)
     rng = np.random.default_rng((seed, sequence))
-    chosen = rng.choice(tokens - first, min(count, tokens - first), replace=False)
-    return np.sort(chosen + first)
+    chances = rng.random(tokens)
+    chances[:first] = -1
+    if asked is not None and len(asked):
+        sure = asked[asked >= first]
+        chances[rng.permutation(sure)[: count // 4]] += 1
+    return np.sort(np.argsort(-chances)[: min(count, tokens - first)])
 
 
 def file_of(folder: Path, layer: int, sequence: int) -> Path:
@@ -70,6 +84,7 @@ def capture(
     layers: Sequence[int],
     queries: int = QUERIES,
     seed: int = 0,
+    asked: Sequence[np.ndarray] = (),
     on_sequence: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Read sequences and keep what the layers attend with.
@@ -82,6 +97,7 @@ def capture(
         layers: Which layers to keep.
         queries: Queries kept of a sequence.
         seed: Of the positions.
+        asked: For each of the first sequences, the positions to keep before others.
         on_sequence: Called with the number of each sequence that is done.
 
     Raises:
@@ -89,7 +105,8 @@ def capture(
     """
     wanted = set(layers)
     for sequence in sequences:
-        where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence))
+        first = asked[sequence] if sequence < len(asked) else None
+        where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence, first))
         seen: set[int] = set()
 
         def keep(

@@ -18,6 +18,11 @@ from hata.profile import user_path
 # Recipes, and the bits of their codes unless others are asked for.
 BITS = {"listwise": 256, "hata": 128, "hashattention": 32}
 TOKENS = 16384
+SEQUENCES = 16
+# Two CPU cores learn a small model's encoder with these in a quarter of an hour.
+CPU_SEQUENCES, CPU_KEYS, CPU_STEPS = 6, 4096, 1600
+# Tokens per assignment that is asked back.
+RECALL = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--query-codes", type=int, help="listwise: codes of a KV head's queries (8)"
     )
-    parser.add_argument("--keys", type=int, help="listwise: keys of a step at most (all)")
-    parser.add_argument("--sequences", type=int, default=16, help="to learn from (16)")
+    parser.add_argument(
+        "--keys", type=int, help=f"listwise: keys of a step at most (all; on a CPU {CPU_KEYS})"
+    )
+    parser.add_argument(
+        "--no-nested",
+        action="store_true",
+        help="listwise: train all bits together only, not the first 32, 64, ... as well",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        help=f"to learn from ({SEQUENCES}; on a CPU {CPU_SEQUENCES})",
+    )
     parser.add_argument("--tokens", type=int, help=f"of a sequence (the model's, up to {TOKENS})")
     parser.add_argument("--queries", type=int, default=2048, help="kept of a sequence (2048)")
+    parser.add_argument(
+        "--recall",
+        type=int,
+        help="assignments put into a sequence, which it asks back (listwise: one in 256 tokens; "
+        "others: none)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, or spread: the model over all GPUs"
@@ -76,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     from hata.learn.plan import Capture, LearnError, Plan, prepare, settings_of
     from hata.learn.progress import Progress, plot
     from hata.learn.ranks import joined
+    from hata.learn.recall import planted
     from hata.learn.trainer import learn
 
     if options.rehearse is not None:
@@ -92,16 +115,22 @@ def run(options: argparse.Namespace) -> int:
     tokens = options.tokens or min(TOKENS, context)
     layers = parse_layers(options.layers, shape.num_layers)
     # One more sequence than is learned from: the last is held out.
-    count = options.sequences + 1
+    count = _sequences(options) + 1
     path = user_path(options.model)
     text = gather_text(options, count * tokens)
     least = min(texts.LEAST_TOKENS, tokens)
-    ids = texts.sequences(texts.load_tokenizer(path), text, count, tokens, least)
+    tokenizer = texts.load_tokenizer(path)
+    ids = texts.sequences(tokenizer, text, count, tokens, least)
     if len(ids) < 2:
         raise LearnError(
             "--text: got one sequence, expected two or more, of which one is held out; name more "
             "text, or ask for fewer --tokens"
         )
+    pairs = options.recall
+    if pairs is None:
+        pairs = ids.shape[1] // RECALL if recipe.recall else 0
+    # The text that judges stays as it is.
+    ids[:-1], asked = planted(ids[:-1], tokenizer, pairs, options.seed)
     with joined() as ranks:
         device = ranks.device(options.device)
         progress = Progress(quiet=ranks.rank > 0)
@@ -112,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
             sequences=len(ids),
             tokens=ids.shape[1],
             queries=options.queries,
+            recall=pairs,
             seed=options.seed,
             device=device.partition(":")[0],
         )
@@ -133,6 +163,7 @@ def run(options: argparse.Namespace) -> int:
             work,
             store,
             device,
+            asked=asked,
             ranks=ranks,
             progress=progress,
         )
@@ -157,6 +188,10 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     from hata.learn.plan import RECIPES, LearnError
 
     recipe: Any = RECIPES[options.recipe]
+    if options.recipe == "listwise" and _on_cpu(options):
+        recipe = dataclasses.replace(recipe, keys=CPU_KEYS, steps=CPU_STEPS)
+    if options.no_nested:
+        recipe = dataclasses.replace(recipe, nested=False)
     for name in ("query_codes", "keys"):
         value = getattr(options, name)
         if value is None:
@@ -170,6 +205,17 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     bits = BITS[options.recipe] if options.bits is None else options.bits
     check_bits(bits)
     return recipe, bits
+
+
+def _on_cpu(options: argparse.Namespace) -> bool:
+    from hata.learn.ranks import Ranks
+
+    return Ranks().device(options.device) == "cpu"
+
+
+def _sequences(options: argparse.Namespace) -> int:
+    """How many to learn from."""
+    return options.sequences or (CPU_SEQUENCES if _on_cpu(options) else SEQUENCES)
 
 
 def _rehearse(options: argparse.Namespace) -> int:
@@ -188,7 +234,7 @@ def _rehearse(options: argparse.Namespace) -> int:
         recipe,
         bits=bits,
         steps=options.steps or recipe.steps,
-        sequences=options.sequences,
+        sequences=_sequences(options),
         tokens=options.tokens or TOKENS,
         queries=options.queries,
         seed=options.seed,

@@ -68,10 +68,7 @@ class HashAttention(Recipe):
             # Where fewer keys are left than are wanted, none of those left out becomes one.
             wanted = torch.zeros_like(logits).scatter_(-1, best, 1.0).masked_fill(out, 0.0)
             scores = q @ keys[:, None].mT
-            seen = (~out).expand_as(scores)
-            if not bool(seen.any()):
-                continue
-            loss = objectives.matching(scores[seen], wanted[seen], self.weight)
+            loss = objectives.matching(scores, wanted, out, self.weight)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -45,6 +45,7 @@ class Listwise(Recipe):
     name: str = "listwise"
     steps: int = 1000
     nested: bool = True
+    recall: bool = True
     queries: int = 64
     keys: int | None = None
     query_codes: int = 8
@@ -69,7 +70,7 @@ class Listwise(Recipe):
             codes=max(1, self.query_codes // samples.group),
             generator=generator,
         )
-        prefixes = prefixes_of(bits)
+        prefixes = prefixes_of(bits) if self.nested else (bits,)
         # Products of codes to logits; what a layer needs depends on how sharply it attends.
         start = torch.tensor([math.log(6 / n**0.5) for n in prefixes])
         factors = torch.nn.Parameter(start.repeat(samples.kv_heads, 1).to(samples.device))

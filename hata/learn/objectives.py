@@ -137,14 +137,19 @@ def pairwise(
     return similarity * apart + balance * bias + orthogonality * turned
 
 
-def matching(scores: torch.Tensor, wanted: torch.Tensor, weight: float) -> torch.Tensor:
-    """HashAttention's loss: weighted binary cross-entropy of sigmoid(scores).
+def matching(
+    scores: torch.Tensor, wanted: torch.Tensor, out: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """HashAttention's loss: weighted binary cross-entropy of sigmoid(scores), a mean over entries.
 
     Args:
-        scores: Products of relaxed codes, `[..., S]`.
+        scores: Products of relaxed codes, `[N, G, Q, S]`.
         wanted: The same shape, 1 where a key is among the exact best, else 0.
+        out: `[Q, S]`, true where an entry does not count.
         weight: Weight of a wanted key against another.
     """
-    return torch.nn.functional.binary_cross_entropy_with_logits(
-        scores, wanted, pos_weight=scores.new_tensor(weight)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        scores, wanted, pos_weight=scores.new_tensor(weight), reduction="none"
     )
+    count = (~out).sum() * (scores[..., 0, 0].numel())
+    return losses.masked_fill(out, 0.0).sum() / count.clamp_min(1)

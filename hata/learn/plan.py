@@ -37,6 +37,7 @@ class Capture:
         sequences: Sequences that are read.
         tokens: Length of a sequence.
         queries: Queries kept of a sequence.
+        recall: Assignments in a sequence that it asks back.
         seed: Of their positions.
         device: Kind of the device.
     """
@@ -47,6 +48,7 @@ class Capture:
     sequences: int
     tokens: int
     queries: int
+    recall: int
     seed: int
     device: str
 

@@ -40,11 +40,13 @@ class Recipe(ABC):
         name: What the command line calls it.
         steps: Optimiser steps of a layer, unless told otherwise.
         nested: Whether the first 32, 64, ... bits of a code are trained to be used alone.
+        recall: Whether it learns from text that asks assignments back, see `hata.learn.recall`.
     """
 
     name: str
     steps: int
     nested: bool = False
+    recall: bool = False
 
     @abstractmethod
     def train(

@@ -64,7 +64,7 @@ def rehearse(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, text.vocab_size, (sequences + 1, tokens))
-    read = Capture("rehearsal", str(shape), "random", len(ids), tokens, queries, seed, device)
+    read = Capture("rehearsal", str(shape), "random", len(ids), tokens, queries, 0, seed, device)
     plan = Plan(read, tuple(range(layers)), recipe.name, settings_of(recipe), bits, steps, seed)
     started = time.monotonic()
     loaded = captured = started

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ def learn(
     store: Path,
     device: str,
     *,
+    asked: Sequence[np.ndarray] = (),
     ranks: Ranks,
     progress: Progress,
 ) -> Outcome | None:
@@ -71,13 +72,14 @@ def learn(
         folder: Working folder, prepared.
         store: Folder for what is captured, prepared; it may hold some of it already.
         device: Where to train.
+        asked: For each sequence that asks back, the positions that do.
         ranks: Who shares the work.
         progress: Told what happens.
 
     Returns:
         The outcome, on rank 0; `None` on the others.
     """
-    dense = _capture(plan, load, ids, store, device, ranks, progress)
+    dense = _capture(plan, load, ids, asked, store, device, ranks, progress)
     layers = [layer for layer in plan.layers if layer not in dense]
     for layer in ranks.share(layers):
         if not _layer_file(folder, layer).is_file():
@@ -92,6 +94,7 @@ def _capture(
     plan: Plan,
     load: Callable[[], Any],
     ids: np.ndarray,
+    asked: Sequence[np.ndarray],
     store: Path,
     device: str,
     ranks: Ranks,
@@ -114,6 +117,7 @@ def _capture(
             layers=plan.layers,
             queries=plan.capture.queries,
             seed=plan.capture.seed,
+            asked=asked,
             on_sequence=lambda i: progress.show(f"capture: sequence {i + 1} of {len(ids)}"),
         )
         del model
@@ -193,6 +197,7 @@ def _assembled(
         "steps": plan.steps,
         "sequences": plan.capture.sequences - 1,
         "tokens": plan.capture.tokens,
+        "recall": plan.capture.recall,
         "seed": plan.seed,
         "text": plan.capture.text,
     }

@@ -111,7 +111,10 @@ def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypat
 def test_a_capture_serves_several_trainings(learned, tiny, text, tmp_path, monkeypatch):
     store = tmp_path / "capture"
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert cli.main(arguments(tiny, text, a, capture=store, recipe="hashattention", bits=32)) == 0
+    assert (
+        cli.main(arguments(tiny, text, a, capture=store, recipe="hashattention", bits=32, recall=2))
+        == 0
+    )
     monkeypatch.setattr(recorder, "load_model", None)
     assert cli.main(arguments(tiny, text, b, capture=store)) == 0
     equal(b, learned)

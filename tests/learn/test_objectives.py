@@ -124,3 +124,17 @@ def test_pairwise_is_hatas_loss():
     )
     expected = 0.01 * similar / pairs + balance + 2 * turned
     assert float(found) == pytest.approx(float(expected))
+
+
+def test_matching_is_a_weighted_cross_entropy(batch):
+    *_, hidden, scores = batch
+    scores = torch.stack([scores, -scores], 1)  # [N, G, Q, S]
+    wanted = (torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < 0.2).double()
+    seen = (~hidden).expand_as(scores)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        scores[seen], wanted[seen], pos_weight=torch.tensor(20.0, dtype=torch.float64)
+    )
+    found = objectives.matching(scores, wanted, hidden, 20.0)
+    assert found.item() == pytest.approx(expected.item())
+    nothing = objectives.matching(scores, wanted, torch.ones_like(hidden), 20.0)
+    assert nothing.item() == 0
