@@ -1,9 +1,7 @@
 """What is different on a GPU: the clock, a read-only kernel, and the dense kernels to beat.
 
-The clock replays CUDA graphs, so launches cost what they cost in a server. The second-level cache
-is emptied before every call by reading a buffer larger than it, as a decode step finds it after the
-other layers. A graph holds many pairs of sweep and call, another one the sweeps alone; the
-difference of their times is that of the calls, and neither events nor launches are in it.
+The clock is that of the tuner: CUDA graphs of calls, each behind a sweep of the second-level cache,
+less the sweeps. See `tune.cuda`.
 """
 
 # ruff: noqa: ANN001, ANN202 (arguments of a jitted kernel are the compiler's to type)
@@ -23,12 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, timing
 from benchmarks.contenders import Builder, Case, Contender
+from tune.cuda import Clock, sweep
 
-# Pairs of sweep and call in a graph, and replays that one sample is the mean of.
-_PAIRS = 8
 # Rounds of sweep and call that the profiler watches.
 _PROFILED = 20
-_REPLAYS = 2
 _BLOCK = 4096
 _LOOPS = 2
 
@@ -57,27 +53,6 @@ def reader(size: int, device: str) -> Callable[[], torch.Tensor]:
     return call
 
 
-def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_PAIRS):
-            call()
-    graph.replay()
-    return graph
-
-
-def _microseconds(graph: torch.cuda.CUDAGraph) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(_REPLAYS):
-        graph.replay()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e3 / (_PAIRS * _REPLAYS)
-
-
 def clock(
     calls: timing.Calls, rounds: int, cold: bool, tick: Callable[[], None]
 ) -> list[timing.Timing]:
@@ -90,23 +65,15 @@ def clock(
         tick: Called after each sample.
     """
     del cold
-    cache = torch.cuda.get_device_properties().L2_cache_size
-    sweep = reader(4 * cache, "cuda")
-    sweeps = _graph(sweep)
-
-    def pair(call: Callable[[], object]) -> Callable[[], object]:
-        def both() -> None:
-            sweep()
-            call()
-
-        return both
-
-    graphs = [_graph(pair(call)) for call in calls]
+    watch = Clock()
+    for index, call in enumerate(calls):
+        call()
+        watch.add([call])
+        watch.sample(index)
     samples: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        empty = _microseconds(sweeps)
-        for graph, into in zip(graphs, samples, strict=True):
-            into.append(max(_microseconds(graph) - empty, 0.0))
+        for index, into in enumerate(samples):
+            into.append(watch.sample(index))
             tick()
     return [timing.Timing.of(one) for one in samples]
 
@@ -116,7 +83,6 @@ def kernels(calls: timing.Calls) -> list[list[tuple[str, timing.Timing]]]:
 
     A kernel's time includes its own start and end, some 2 µs of which the next one hides in a step.
     """
-    sweep = reader(4 * torch.cuda.get_device_properties().L2_cache_size, "cuda")
     found = []
     for call in calls:
         call()

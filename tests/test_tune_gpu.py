@@ -35,12 +35,17 @@ ENCODE = Problem(
 
 
 class FakeGPU:
-    """A `torch` whose GPU is a list of kernels; each takes its time, or is captured."""
+    """A `torch` whose GPU is a list of kernels; each takes its time, or is captured.
+
+    A launch, of a kernel or of a node of a graph, takes the host `launch_us`; work begins when the
+    GPU has done what was before it and the host has handed it over.
+    """
 
     L2 = 1 << 20
 
     def __init__(self):
         self.now, self.log, self.capturing, self.largest = 0.0, [], None, 0
+        self.host, self.launch_us = 0.0, 0.0
         self.float32, self.cuda = "float32", self
         self.is_available = self.is_initialized = lambda: True
 
@@ -48,8 +53,12 @@ class FakeGPU:
         if self.capturing is not None:
             self.capturing.append((name, us))
         else:
-            self.log.append(name)
-            self.now += us
+            self.host += self.launch_us
+            self.run(name, us)
+
+    def run(self, name, us):
+        self.log.append(name)
+        self.now = max(self.now, self.host) + us
 
     # torch
     def zeros(self, shape, dtype, device):
@@ -95,8 +104,9 @@ class FakeGPU:
                 gpu.capturing = None
 
             def replay(self):
+                gpu.host += gpu.launch_us * len(self.kernels)
                 for name, us in self.kernels:
-                    gpu.kernel(name, us)
+                    gpu.run(name, us)
 
         return Graph()
 
@@ -105,12 +115,11 @@ class FakeGPU:
 
         class Event:
             def record(self):
-                # Nothing may wait for the host between two events.
-                gpu.log.append("event")
+                gpu.run("event", 0.0)
                 self.at = gpu.now
 
             def synchronize(self):
-                pass
+                gpu.host = max(gpu.host, self.at)
 
             def elapsed_time(self, other):
                 return (other.at - self.at) / 1e3
@@ -147,7 +156,7 @@ def simulated(gpu, us, sets=3):
 @pytest.fixture
 def prepared(monkeypatch):
     calls = []
-    monkeypatch.setattr(cuda.hata, "prepare", lambda op, *_, **__: calls.append(op))
+    monkeypatch.setattr(hata, "prepare", lambda op, *_, **__: calls.append(op))
     return calls
 
 
@@ -164,22 +173,33 @@ def test_a_sample_is_the_time_of_a_call_without_its_sweep(gpu, prepared):
     assert len(prepared) == 6
 
 
-def test_calls_take_turns_over_the_sets_behind_sweeps(gpu, prepared):
-    clock = cuda.Clock(SimpleNamespace(name="any"), [simulated(gpu, 5.0)])  # type: ignore[arg-type]
+def test_calls_take_turns_over_the_sets_behind_sweeps(gpu):
+    clock = cuda.Clock()
+    clock.add(simulated(gpu, 5.0).inputs.calls)
     gpu.log.clear()
-    clock.sample(0, 0)
-    pairs = [kernel for kernel in gpu.log if kernel != "event"][1:]
+    clock.sample(0)
+    first, second = (n for n, kernel in enumerate(gpu.log[:-1]) if kernel == "event")
+    # The GPU has something to do while it is handed the graphs.
+    assert gpu.log[:first] == ["sweep"] * cuda.LEAD
+    assert gpu.log[first + 1 : second] == ["sweep"] * cuda.PAIRS
+    pairs = gpu.log[second + 1 : -1]
     assert pairs[::2] == ["sweep"] * cuda.PAIRS
     assert pairs[1::2] == [f"set {n % 3}" for n in range(cuda.PAIRS)]
-    # The GPU has something to do while it is handed the graph.
-    assert gpu.log[0] == "sweep"
-    assert gpu.log[1] == "event"
 
 
-def test_a_call_that_costs_nothing_is_not_divided_by(gpu, prepared):
-    clock = cuda.Clock(SimpleNamespace(name="any"), [simulated(gpu, 0.0)])  # type: ignore[arg-type]
-    clock.begin_round()
-    assert clock.sample(0, 0) > 0
+def test_the_time_of_the_host_is_in_no_sample(gpu, prepared):
+    """Kernels shorter than their launches, and graphs that take long to hand over."""
+    gpu.launch_us = 4.0
+    candidates = [simulated(gpu, 25.0), simulated(gpu, 2.0)]
+    samples = measure.race(SimpleNamespace(name="any"), candidates, seconds=0.0)  # type: ignore[arg-type]
+    assert np.allclose(samples[0], 25.0)
+    assert np.allclose(samples[1], 2.0)
+
+
+def test_a_call_that_costs_nothing_is_not_divided_by(gpu):
+    clock = cuda.Clock()
+    clock.add(simulated(gpu, 0.0).inputs.calls)
+    assert clock.sample(0) > 0
 
 
 def test_a_capture_that_fails_is_ended_and_told(gpu, prepared):
@@ -193,7 +213,7 @@ def test_a_capture_that_fails_is_ended_and_told(gpu, prepared):
 
     candidate.inputs.calls[:] = [Failing()]
     with pytest.raises(RuntimeError, match="not while capturing"):
-        cuda.Clock(SimpleNamespace(name="any"), [candidate])  # type: ignore[arg-type]
+        cuda.Clock().add(candidate.inputs.calls)
     assert gpu.capturing is None
 
 
@@ -375,6 +395,21 @@ def test_shares_that_do_not_fill_a_gpu_look_slow():
     assert 3.0 < floor < min(us)
     # The 16.8 MB of codes and 8.4 MB of rows, at 4 TB/s.
     assert floor == pytest.approx(3.0 + 6.4, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["triton", "cupy"])
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
+def test_the_model_has_a_time_for_whatever_a_backend_may_be_tuned_with(name, quick):
+    """Values that stand for no number included, such as 0 for as many as fit."""
+    pytest.importorskip("triton" if name == "triton" else "torch", reason="the backend needs it")
+    backend = registry.class_of(name)()
+    machine = cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132)
+    for problem in space.problems(space.COMMON, "cuda", ["bfloat16"], quick=quick):
+        configs, default = Space.of(backend, problem), backend.default(problem)
+        floor = cost.floor_us(problem, machine)
+        for number in propose.suggestions(problem, configs, machine, default):
+            us = cost.predict_us(problem, configs.config(number), machine)
+            assert floor <= us * 1.001 < 1e6
 
 
 # Checks.

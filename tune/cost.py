@@ -122,7 +122,8 @@ def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float
 
     def stretched(us: float, name: str) -> float:
         pieces = config.get(name)
-        if not isinstance(pieces, int):
+        # 0: as many as fit.
+        if not isinstance(pieces, int) or pieces < 1:
             return us
         # Two programs on a multiprocessor keep enough loads under way.
         programs, room = rows * pieces, 2 * machine.workers

@@ -1,10 +1,10 @@
 """The clock of a GPU, and whether the GPU is still there.
 
 A decode step finds caches that the other layers have emptied, and its launches cost what they cost
-in a CUDA graph. So a candidate is captured in a graph of pairs: a sweep, which reads more memory
-than the second-level cache holds, and a call, each on the next set of inputs. Another graph holds
-the sweeps alone. The difference of the two is the time of the calls; neither events nor launches
-are in it, and nothing compiles or allocates in a replay.
+in a CUDA graph. So a contender is captured in a graph of pairs: a sweep, which reads more memory
+than the second-level cache holds, and a call. Another graph holds as many sweeps alone, and is
+replayed right before; the difference of the two is the time of the calls. Neither events nor
+launches are in it: while the GPU sweeps, the host hands it the next graph.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import hata
-from hata.backend import Backend, use_config
-from tune.inputs import Candidate
-
 # Pairs of sweep and call in a graph.
-PAIRS = 8
+PAIRS = 20
+# Sweeps before the first event, which take longer than the host takes to hand over a graph.
+LEAD = 6
 # What a sweep reads, in second-level caches.
 _SWEEP = 3
 # Row of what a sweep sums, in float32: one block's work.
 _ROW = 16384
 # A call that the clock cannot tell from nothing, in µs.
 _LEAST_US = 0.01
+
+Call = Callable[[], object]
 
 
 def _torch() -> Any:
@@ -56,7 +56,7 @@ class _Sweeps:
         """Read the memory."""
         _torch().sum(self._memory, 1, out=self._sums)
 
-    def capture(self, calls: Sequence[Callable[[], object]]) -> Any:
+    def capture(self, calls: Sequence[Call]) -> Any:
         """A graph of some calls, one after the other."""
         torch = _torch()
         graph = torch.cuda.CUDAGraph()
@@ -84,44 +84,40 @@ def _captured(graph: Any, pool: Any) -> Iterator[None]:
 _sweeps = functools.cache(_Sweeps)
 
 
-class Clock:
-    """Times candidates in CUDA graphs with cold caches."""
+def sweep() -> None:
+    """Empty the second-level cache: one kernel that reads and writes next to nothing."""
+    _sweeps().run()
 
-    def __init__(self, backend: Backend, candidates: Sequence[Candidate]) -> None:
+
+class Clock:
+    """Times calls on the current GPU, in CUDA graphs and with cold caches."""
+
+    def __init__(self) -> None:
         torch = _torch()
         self._sweeps = _sweeps()
-        self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._empty = 0.0
-        self._graphs = [self._graph(backend, candidate) for candidate in candidates]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        self._graphs: list[Any] = []
 
-    def _graph(self, backend: Backend, candidate: Candidate) -> Any:
-        inputs, config = candidate
-        calls: list[Callable[[], object]] = []
-        with use_config(backend.name, inputs.problem.op, config):
-            for turn in range(PAIRS):
-                call = inputs.calls[turn % len(inputs.calls)]
-                if turn < len(inputs.calls):
-                    hata.prepare(call.op, *call.args, **call.kwargs)
-                calls += [self._sweeps.run, call]
-            return self._sweeps.capture(calls)
+    def add(self, calls: Sequence[Call]) -> None:
+        """Another contender: calls that take turns, each prepared or run before."""
+        pairs: list[Call] = []
+        for turn in range(PAIRS):
+            pairs += [self._sweeps.run, calls[turn % len(calls)]]
+        self._graphs.append(self._sweeps.capture(pairs))
 
-    def begin_round(self) -> None:
-        """Time the sweeps alone, to be taken off the samples of this round."""
-        self._empty = self._microseconds(self._sweeps.graph)
-
-    def sample(self, index: int, turn: int) -> float:
-        """Microseconds of one call, as the mean of those in a graph."""
-        return max(self._microseconds(self._graphs[index]) - self._empty, _LEAST_US)
-
-    def _microseconds(self, graph: Any) -> float:
-        # The GPU is busy with this while the graph is handed to it, so that it does not wait for
-        # the host between the two events.
-        self._sweeps.run()
-        self._before.record()
-        graph.replay()
-        self._after.record()
-        self._after.synchronize()
-        return 1e3 * self._before.elapsed_time(self._after) / PAIRS
+    def sample(self, index: int) -> float:
+        """Microseconds of one call of a contender, as the mean of those in its graph."""
+        begin, between, end = self._events
+        for _ in range(LEAD):
+            self._sweeps.run()
+        begin.record()
+        self._sweeps.graph.replay()
+        between.record()
+        self._graphs[index].replay()
+        end.record()
+        end.synchronize()
+        alone, pairs = begin.elapsed_time(between), between.elapsed_time(end)
+        return max(1e3 * (pairs - alone) / PAIRS, _LEAST_US)
 
 
 def fault() -> str | None:

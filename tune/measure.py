@@ -68,19 +68,15 @@ def race(
     # Not in a sample, and not while a graph is captured.
     gc.disable()
     try:
-        clock = cuda.Clock(backend, candidates) if on_gpu else _CpuClock(backend, candidates)
-        clock.begin_round()
+        clock = _gpu_clock(backend, candidates) if on_gpu else _CpuClock(backend, candidates)
         for index in order:
             # The first calls after a pause are slow: clocks rise, threads wake.
-            clock.sample(index, 0)
+            clock.sample(index)
         start = time.perf_counter()
-        turn = 0
         for _ in range(most):
             shuffle(order)
-            clock.begin_round()
             for index in order:
-                turn += 1
-                samples[index].append(clock.sample(index, turn))
+                samples[index].append(clock.sample(index))
             if len(samples[0]) >= least and time.perf_counter() - start > seconds:
                 break
     finally:
@@ -89,18 +85,28 @@ def race(
     return samples
 
 
+def _gpu_clock(backend: Backend, candidates: Sequence[Candidate]) -> cuda.Clock:
+    """The clock of a GPU; nothing compiles or allocates in a sample."""
+    clock = cuda.Clock()
+    for inputs, config in candidates:
+        with use_config(backend.name, inputs.problem.op, config):
+            for call in inputs.calls:
+                hata.prepare(call.op, *call.args, **call.kwargs)
+            clock.add(inputs.calls)
+    return clock
+
+
 class _CpuClock:
     def __init__(self, backend: Backend, candidates: Sequence[Candidate]) -> None:
         self._name = backend.name
         self._candidates = candidates
+        self._turn = 0
 
-    def begin_round(self) -> None:
-        """Nothing to do: every call is timed by itself."""
-
-    def sample(self, index: int, turn: int) -> float:
+    def sample(self, index: int) -> float:
         """Microseconds of one call with the set of inputs whose turn it is."""
         inputs, config = self._candidates[index]
-        call = inputs.calls[turn % len(inputs.calls)]
+        call = inputs.calls[self._turn % len(inputs.calls)]
+        self._turn += 1
         op: Callable[..., Any] = getattr(hata, call.op)
         args, kwargs = call.args, call.kwargs
         with use_config(self._name, call.op, config):

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,8 @@ import torch
 from hata import device, registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import ahead, capture, cuda, measure, space
+from tune import ahead, capture, cuda, space
 from tune.__main__ import main
-from tune.inputs import Candidate
 from tune.worker import CRASH, MEMORY, WRONG, Worker
 
 pytestmark = pytest.mark.gpu
@@ -90,26 +88,40 @@ def test_the_fingerprint_is_what_torch_sees():
     assert device.has_cuda()
 
 
-def test_the_clock_sees_what_memory_costs():
-    """A copy of much memory takes longer than one of little."""
+def by_events(calls, replays):
+    """Microseconds of a graph, from events around many replays of it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return 1e3 * begin.elapsed_time(end) / replays
 
-    def copies(size):
-        x = torch.zeros(2, size, dtype=torch.uint8, device="cuda")
 
-        class Call:
-            op, args, kwargs = "encode", (), {}
+def test_the_clock_agrees_with_events_around_many_calls():
+    """Long kernels and short ones, whose launches would be most of what an event sees."""
+    small = torch.zeros(32, device="cuda")
 
-            def __call__(self):
-                x[0].copy_(x[1])
+    def long():
+        torch.cuda._sleep(400_000)
 
-        return Candidate(SimpleNamespace(problem=ENCODE, calls=[Call()] * 2), {})
+    def short():
+        for _ in range(8):
+            small.add_(1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda.hata, "prepare", lambda *_, **__: None)
-        samples = measure.race(
-            SimpleNamespace(name="any"), [copies(1 << 20), copies(1 << 29)], seconds=0.2
-        )
-    assert np.median(samples[0]) < np.median(samples[1])
+    clock = cuda.Clock()
+    for call in (long, short):
+        call()
+        clock.add([call])
+    for index, call in enumerate((long, short)):
+        us = np.median([clock.sample(index) for _ in range(15)])
+        assert us == pytest.approx(by_events([call] * 50, 20) / 50, rel=0.05)
 
 
 def test_fault_58_a_lost_gpu_costs_a_process_and_nobody_else(bad):
@@ -130,6 +142,7 @@ def test_fault_58_a_lost_gpu_costs_a_process_and_nobody_else(bad):
 
 @pytest.mark.parametrize("name", ["triton", "cupy"])
 def test_a_short_run_tunes_every_op(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HATA_DEBUG", "1")
     absent = registry.missing(name)
     if absent is not None:
         pytest.skip(f"backend {name!r}: {absent}")
