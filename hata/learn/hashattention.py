@@ -72,7 +72,7 @@ class HashAttention(Recipe):
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            watch(step, float(loss.detach()), export)
+            watch(step, loss.detach(), export)
         return export()
 
     def _edges(self, visible: torch.Tensor, slots: int) -> torch.Tensor:

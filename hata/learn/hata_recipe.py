@@ -86,7 +86,7 @@ class HataRecipe(Recipe):
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            watch(step, float(loss.detach()), export)
+            watch(step, loss.detach(), export)
         return export()
 
     def _relaxed(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Listwise(Recipe):
     """
 
     name: str = "listwise"
-    steps: int = 1000
+    steps: int = 2400
     nested: bool = True
     recall: bool = True
     queries: int = 64
@@ -86,7 +86,7 @@ class Listwise(Recipe):
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            watch(step, float(loss.detach()), hasher.export)
+            watch(step, loss.detach(), hasher.export)
         return hasher.export()
 
     def _loss(

@@ -85,7 +85,7 @@ class _KeptMass(torch.autograd.Function):
     ) -> torch.Tensor:
         seen = scores.masked_fill(hidden, LOWEST)
         best = seen.topk(int(budgets.max()), -1).values
-        last = (budgets - 1).to(scores.device)
+        last = (budgets - 1).to(scores.device, non_blocking=True)
         edge = best.gather(2, last.expand(len(scores), -1).unsqueeze(-1))
         count = seen.sub_(edge).mul_(1 / width).clamp_(-FAINT, FAINT).sigmoid_()
         kept = (target * count).sum(-1).mean()

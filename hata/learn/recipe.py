@@ -30,7 +30,8 @@ class Learned(NamedTuple):
 
 
 # Called after each step with its number, its loss, and a function that exports the layer as it is.
-Watcher = Callable[[int, float, Callable[[], Learned]], None]
+# The loss stays on the device: reading it would make every step wait for the one before.
+Watcher = Callable[[int, torch.Tensor, Callable[[], Learned]], None]
 
 
 class Recipe(ABC):

@@ -91,12 +91,16 @@ class LayerSamples:
         keys = read.keys[:, :slots]
         if most is not None and slots > most:
             kept = torch.randperm(slots, generator=generator)[:most].sort().values
-            keys = keys[:, kept.to(self.device)]
+            keys = keys[:, self._placed(kept)]
             # At least one key is seen, whatever was drawn.
             visible = torch.searchsorted(kept, visible).clamp_min(1)
             slots = most
-        hidden = torch.arange(slots, device=self.device) >= visible.to(self.device)[:, None]
-        return Batch(read.q[:, :, drawn.to(self.device)], keys, visible, hidden)
+        hidden = torch.arange(slots, device=self.device) >= self._placed(visible)[:, None]
+        return Batch(read.q[:, :, self._placed(drawn)], keys, visible, hidden)
+
+    def _placed(self, small: torch.Tensor) -> torch.Tensor:
+        """On the device, without waiting for what it is doing."""
+        return small.to(self.device, non_blocking=True)
 
     def start(self, most: int = 1 << 15) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[N, n, D]` and keys `[N, n, D]` to start from: an even sample of all."""

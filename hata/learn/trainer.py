@@ -152,10 +152,10 @@ def _train_layer(
     history: list[dict[str, Any]] = []
     looks = {(plan.steps - 1) * (i + 1) // LOOKS for i in range(LOOKS)} | {0}
 
-    def watch(step: int, loss: float, export: Callable[[], Learned]) -> None:
+    def watch(step: int, loss: torch.Tensor, export: Callable[[], Learned]) -> None:
         if step in looks:
             kept = judge(export(), bits)
-            history.append({"step": step, "loss": loss, "kept": kept})
+            history.append({"step": step, "loss": float(loss), "kept": kept})
         if step % 10 == 0:
             last = history[-1]["kept"] if history else {}
             told = ", ".join(f"{n} bits {share:.3f}" for n, share in last.items())
