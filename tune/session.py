@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import date
 
 from hata.backend import Backend, Config
@@ -181,41 +182,53 @@ class _Session:
     # Kernels.
 
     def _tune_kernels(self) -> None:
-        left = [
-            (backend, problem)
-            for backend in self.plan.backends
-            for problem in self.plan.problems[backend.name]
-        ]
         seconds_left = self.effort.seconds
-        patience = _CHECK_SECONDS[self.plan.device]
-        for backend in self.plan.backends:
-            with (
-                Worker(backend.name, check_seconds=patience) as worker,
-                Ahead(backend, self.plan.fingerprint.sm) as ahead,
-            ):
-                try:
-                    machine = worker.calibrate(self.plan.device)
-                except CandidateFailed as error:
-                    self.skipped.append(f"backend {backend.name} fails: {error.failure}")
-                    self.report.note("  " + self.skipped[-1])
-                    left = [item for item in left if item[0] is not backend]
+        with contextlib.ExitStack() as stack:
+            helpers = {
+                backend.name: helper
+                for backend in self.plan.backends
+                if (helper := self._start(backend, stack)) is not None
+            }
+            queue = self._queue(helpers)
+            for number, (backend, problem) in enumerate(queue):
+                began = time.monotonic()
+                seconds = seconds_left / (len(queue) - number)
+                title = self._title(backend, problem)
+                if seconds <= 0 and self.entries and not self._finished(backend, problem):
+                    self.skipped.append(f"{title}: the time was up")
+                    self.report.advance()
                     continue
-                self.machines[backend.name] = machine
-                if self.plan.device == "cpu":
-                    # A GPU's kernels are compiled ahead, configuration by configuration.
-                    self._compile(backend, worker)
-                for problem in self.plan.problems[backend.name]:
-                    began = time.monotonic()
-                    seconds = seconds_left / len(left)
-                    left.pop(0)
-                    title = f"{problem.op} {space.shape_text(problem)}"
-                    if seconds <= 0 and self.entries and not self._finished(backend, problem):
-                        self.skipped.append(f"{title}: the time was up")
-                        self.report.advance()
-                        continue
-                    evaluator = _Evaluator(worker, ahead, problem)
-                    self._tune(backend, problem, evaluator, machine, max(seconds, 0.1), title)
-                    seconds_left -= time.monotonic() - began
+                evaluator = _Evaluator(*helpers[backend.name], problem)
+                self._tune(backend, problem, evaluator, max(seconds, 0.1), title)
+                seconds_left -= time.monotonic() - began
+
+    def _start(self, backend: Backend, stack: contextlib.ExitStack) -> tuple[Worker, Ahead] | None:
+        """What runs a backend's kernels; `None` where it cannot."""
+        patience = _CHECK_SECONDS[self.plan.device]
+        worker = stack.enter_context(Worker(backend.name, check_seconds=patience))
+        ahead = stack.enter_context(Ahead(backend, self.plan.fingerprint.sm))
+        self.report.begin(f"measuring the machine with {backend.name}")
+        try:
+            self.machines[backend.name] = worker.calibrate(self.plan.device)
+        except CandidateFailed as error:
+            self.skipped.append(f"backend {backend.name} fails: {error.failure}")
+            self.report.note("  " + self.skipped[-1])
+            self.report.advance(len(self.plan.problems[backend.name]))
+            return None
+        if self.plan.device == "cpu":
+            # A GPU's kernels are compiled ahead, configuration by configuration.
+            self._compile(backend, worker)
+        return worker, ahead
+
+    def _queue(self, names: Container[str]) -> list[tuple[Backend, Problem]]:
+        """What to tune, in turn, so that where time is short every backend has the same problems."""
+        backends = [backend for backend in self.plan.backends if backend.name in names]
+        problems = dict.fromkeys(p for b in backends for p in self.plan.problems[b.name])
+        return [(b, p) for p in problems for b in backends if p in self.plan.problems[b.name]]
+
+    def _title(self, backend: Backend, problem: Problem) -> str:
+        name = f"{backend.name} " if len(self.plan.backends) > 1 else ""
+        return f"{name}{problem.op} {space.shape_text(problem)}"
 
     def _compile(self, backend: Backend, worker: Worker) -> None:
         """Run every op once on little data, so that compiling does not eat the time to search."""
@@ -253,11 +266,11 @@ class _Session:
         backend: Backend,
         problem: Problem,
         evaluator: _Evaluator,
-        machine: cost.Machine,
         seconds: float,
         title: str,
     ) -> None:
         configs, default = Space.of(backend, problem), backend.default(problem)
+        machine = self.machines[backend.name]
         study = search.open_study(
             self.storage,
             self._study_name(backend, problem),
