@@ -69,12 +69,15 @@ def of(problem: Problem) -> Config:
     rows = max(problem.batch * heads * problem.tokens, 1)
     few = rows < 32
     # Parts are of 512 keys at least, and a few thousand where there are many.
-    parts = share(rows * problem.slots // 2048, 2048) // rows
+    parts = min(max(share(rows * problem.slots // 2048, 2048) // rows, share(512 // rows, 64)), 256)
+    if few:
+        # Where keys are few, so are parts.
+        parts = min(parts, max(problem.slots // 1024, 32))
     # A tile of many words or planes would take the registers that keep other programs running.
     most = 512 if few or problem.heads // heads > 4 else 1024
     tile = min(max(4096 // max(pow2(problem.bits // 32), 1), 128), most)
     scan = {
-        "parts": min(max(share(parts, 256), share(512 // rows, 64), 4), 256),
+        "parts": max(share(parts, 256), 4),
         "tile": tile,
         "scan_warps": min(tile // 128, 4),
         "ahead": True,
@@ -87,11 +90,15 @@ def of(problem: Problem) -> Config:
         return scan
     heavy = problem.dtype == "float32" or max(problem.head_dim, problem.value_dim) > 128
     short = few and problem.k <= 2048
+    keys = 32 if heavy else 64 if rows <= 32 else 128
+    splits = min(max(share(512 // rows, 64), 4), 64)
+    programs = rows * min(splits, pow2(-(-problem.k // keys)))
     attend = {
-        "keys": 32 if heavy else 64 if short else 128,
-        "splits": min(max(share(512 // rows, 64), 4), 64),
+        "keys": keys,
+        "splits": splits,
         "warps": 8 if short and not heavy else 4,
-        "stages": 1 if short else 2,
+        # Buffers for a second tile are in the way of programs that all run at once.
+        "stages": 1 if short or programs <= 256 else 2,
         "overlap": True,
     }
     if problem.op == "sparse_attend":
