@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -349,6 +350,21 @@ def test_gains_are_put_together_and_taken_further():
     assert propose.climb(LARGE, default, {default: 1.0}) == []
 
 
+def test_what_won_on_problems_like_it_is_tried_first():
+    problem = replace(ENCODE, device="cuda", tokens=4096)
+    won = {
+        replace(problem, tokens=1): {**MIDDLE, "n0": 8},
+        replace(problem, tokens=8192): {**MIDDLE, "n1": 8},
+        replace(problem, tokens=4096, bits=64): {**MIDDLE, "n2": 8},
+        # Not a configuration here, and another op.
+        replace(problem, tokens=2048): {"other": 1},
+        space.hash_problem(space.COMMON, "cuda", "bfloat16", 128, 4096, 512): {**MIDDLE, "n3": 8},
+    }
+    found = [LARGE.config(n) for n in propose.winners(problem, LARGE, won)]
+    assert found == [{**MIDDLE, "n1": 8}, {**MIDDLE, "n0": 8}, {**MIDDLE, "n2": 8}]
+    assert propose.winners(problem, LARGE, {}) == []
+
+
 class OnPaper:
     def __init__(self):
         self.checked, self.expected = [], []
@@ -531,37 +547,97 @@ def test_fault_58_an_illegal_access_costs_a_process_and_nobody_else(mine):
 
 def test_configurations_are_compiled_ahead_without_a_gpu(mine):
     backend = registry.load("mine")
-    with Ahead(backend, 90, processes=2) as compiler:
-        compiler.compile([(ENCODE, {"how": how}) for how in ("right", "full", "illegal")])
+    entries = [(ENCODE, {"how": how}) for how in ("right", "full", "illegal")]
+    with Ahead([backend], 90, processes=2) as compiler:
+        compiler.begin("mine", entries[:1])
+        compiler.prefer("mine", entries[1:])
+        compiler.wait("mine", entries)
         # One that does not compile is told where it is tried.
         told = {file.name: file.read_text().split() for file in mine.iterdir()}
         assert set(told) == {"right", "illegal"}
         for sm, visible, pid in told.values():
             assert (sm, visible) == ("90", "''")
             assert int(pid) != os.getpid()
-        # A compiler that crashes ends compiling ahead, and nothing else.
-        compiler.compile([(ENCODE, {"how": "exit"})])
+        # Once is enough.
         (mine / "right").unlink()
-        compiler.compile([(ENCODE, {"how": "right"})])
+        compiler.wait("mine", entries)
         assert not (mine / "right").exists()
+        # A compiler that crashes ends compiling ahead, and nothing else.
+        compiler.wait("mine", [(ENCODE, {"how": "exit"})])
+        compiler.wait("mine", entries)
+        assert not (mine / "right").exists()
+
+
+def test_what_is_needed_now_is_compiled_before_what_was_asked_for(monkeypatch):
+    done = []
+
+    class Pool:
+        """Runs what it was given when told to."""
+
+        def __init__(self, *_, **__):
+            self._processes, self.waiting = {}, []
+
+        def submit(self, fn, name, problem, config, sm):
+            job = Future()
+            self.waiting.append((job, dict(config)["how"]))
+            return job
+
+        def shutdown(self, **_):
+            pass
+
+        def run(self):
+            for job, how in self.waiting:
+                if job.set_running_or_notify_cancel():
+                    done.append(how)
+                    job.set_result(None)
+            self.waiting.clear()
+
+    class Able:
+        name = "able"
+
+        def compile(self, problem, sm):
+            pass
+
+    pool = Pool()
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_, **__: pool)
+
+    def entries(text):
+        return [(ENCODE, {"how": how}) for how in text]
+
+    with Ahead([Able()], 90) as compiler:  # type: ignore[list-item]
+        compiler.begin("able", entries("abc"))
+        compiler.prefer("able", entries("xb"))
+        compiler.begin("able", entries("ad"))
+        pool.run()
+        assert sorted(done[:2]) == ["b", "x"]
+        assert done[2:] == ["a", "c", "d"]
+        compiler.wait("able", entries("abx"))
 
 
 def test_what_a_check_runs_is_compiled_ahead():
     """The awkward call beside the problem's has kernels of its own."""
-    asked = []
-    compiler = SimpleNamespace(compile=asked.extend)
-    evaluator = session._Evaluator(None, compiler, ENCODE)  # type: ignore[arg-type]
+    asked, waited = [], []
+    compiler = SimpleNamespace(
+        prefer=lambda name, entries: asked.extend(entries),
+        wait=lambda name, entries: waited.extend(entries),
+    )
+    worker = SimpleNamespace(check=lambda problem, config: None)
+    evaluator = session._Evaluator("mine", worker, compiler, ENCODE)  # type: ignore[arg-type]
     evaluator.expect([{"how": "right"}, {"how": "full"}])
-    assert [problem for problem, _ in asked] == [ENCODE, check.awkward_problem(ENCODE)] * 2
+    both = [ENCODE, check.awkward_problem(ENCODE)]
+    assert [problem for problem, _ in asked] == both * 2
     assert [config["how"] for _, config in asked] == ["right", "right", "full", "full"]
+    evaluator.check({"how": "full"})
+    assert waited == asked[2:]
 
 
 def test_a_backend_that_compiles_nothing_ahead_starts_no_process(monkeypatch):
     monkeypatch.setattr(ahead, "ProcessPoolExecutor", None)
     backend = registry.load("reference")
     assert type(backend).compile is Backend.compile
-    with Ahead(backend, 90) as compiler:
-        compiler.compile([(ENCODE, {})])
+    with Ahead([backend], 90) as compiler:
+        for ask in (compiler.begin, compiler.prefer, compiler.wait):
+            ask("reference", [(ENCODE, {})])
 
 
 SIMULATED = """

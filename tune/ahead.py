@@ -2,8 +2,9 @@
 
 A GPU kernel takes seconds to compile and a tenth of one to time, so a search that compiled one
 configuration after the other would do little else. The processes here see no GPU and fill the cache
-on disk from which the worker loads; nothing compiles while it measures. Whatever is not done, or
-fails, is done, or told, where the configuration is tried.
+on disk from which the worker loads. They go on while the worker measures: what the problem at hand
+may still try comes first, then what the next one will. Whatever is not done, or fails, is done, or
+told, where the configuration is tried.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
@@ -26,52 +26,89 @@ from tune.worker import die_with
 MOST_PROCESSES = 12
 # Patience with the configurations of one call, in seconds.
 PATIENCE = 60.0
+# The worker must not wait for a core while it hands launches to the GPU: this many are left, and
+# the compilers give way.
+_SPARE_CORES = 2
+_NICE = 5
+
+Entry = tuple[Problem, Config]
+# A backend's name, a problem, and a configuration's items.
+_Key = tuple[str, Problem, tuple]
 
 
 class Ahead:
-    """Compiles configurations of one backend in other processes, which start at the first call.
+    """Compiles configurations in other processes, which start at the first of them.
 
     Args:
-        backend: Whose kernels they are; one that cannot compile ahead is left alone.
+        backends: Whose kernels they are; those that cannot compile ahead are left alone.
         sm: Compute capability of the GPU; `None` where there is none.
         processes: How many; `None`: as many as there are cores, within reason.
     """
 
-    def __init__(self, backend: Backend, sm: int | None, processes: int | None = None) -> None:
-        self._name = backend.name
-        self._sm = sm if type(backend).compile is not Backend.compile else None
+    def __init__(
+        self, backends: Iterable[Backend], sm: int | None, processes: int | None = None
+    ) -> None:
+        able = {b.name for b in backends if type(b).compile is not Backend.compile}
+        self._names = able if sm is not None else set()
+        self._sm = sm or 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self._processes = processes or min(cores, MOST_PROCESSES)
+        self._processes = processes or max(min(cores - _SPARE_CORES, MOST_PROCESSES), 1)
         self._pool: ProcessPoolExecutor | None = None
+        self._jobs: dict[_Key, Future] = {}
 
-    def compile(self, entries: Sequence[tuple[Problem, Config]]) -> None:
-        """Have configurations compiled; returns when they are, or patience is at an end."""
-        if self._sm is None or not entries:
-            return
-        end = time.monotonic() + PATIENCE
+    def begin(self, name: str, entries: Sequence[Entry]) -> None:
+        """Have configurations of a backend compiled, after what was asked for before."""
+        with self._unless_broken():
+            for key in self._keys(name, entries):
+                self._job(key)
+
+    def prefer(self, name: str, entries: Sequence[Entry]) -> None:
+        """Have configurations of a backend compiled before whatever else waits."""
+        with self._unless_broken():
+            keys = self._keys(name, entries)
+            others = [key for key, job in self._jobs.items() if key not in keys and job.cancel()]
+            for key in (*keys, *others):
+                self._job(key)
+
+    def wait(self, name: str, entries: Sequence[Entry]) -> None:
+        """Return when configurations are compiled, or patience is at an end."""
+        keys = self._keys(name, entries)
+        if any(key not in self._jobs for key in keys):
+            # Nobody foresaw it.
+            self.prefer(name, entries)
+        with self._unless_broken():
+            done, late = wait([self._job(key) for key in keys], PATIENCE)
+            for job in late:
+                job.cancel()
+            for job in done:
+                job.result()
+
+    def _keys(self, name: str, entries: Sequence[Entry]) -> list[_Key]:
+        if name not in self._names:
+            return []
+        return [(name, problem, tuple(config.items())) for problem, config in entries]
+
+    @contextlib.contextmanager
+    def _unless_broken(self) -> Iterator[None]:
         try:
-            # What all of them share is compiled once, with the first.
-            for some in (entries[:1], entries[1:]):
-                running = [self._submit(problem, config, self._sm) for problem, config in some]
-                done, late = wait(running, max(end - time.monotonic(), 0))
-                for future in late:
-                    future.cancel()
-                for future in done:
-                    future.result()
+            yield
         except BrokenProcessPool:
             # A compiler crashed, and took the others along; without them things are slower.
             self.close()
-            self._sm = None
+            self._names = set()
 
-    def _submit(self, problem: Problem, config: Config, sm: int) -> Future:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._processes,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin,
-                initargs=(os.getpid(),),
-            )
-        return self._pool.submit(_compile, self._name, problem, dict(config), sm)
+    def _job(self, key: _Key) -> Future:
+        job = self._jobs.get(key)
+        if job is None or job.cancelled():
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self._processes,
+                    mp_context=multiprocessing.get_context("spawn"),
+                    initializer=_begin,
+                    initargs=(os.getpid(),),
+                )
+            self._jobs[key] = job = self._pool.submit(_compile, *key, self._sm)
+        return job
 
     def close(self) -> None:
         """End the processes, whatever they are at."""
@@ -82,6 +119,7 @@ class Ahead:
             for process in running:
                 process.kill()
             self._pool = None
+        self._jobs.clear()
 
     def __enter__(self) -> Ahead:
         return self
@@ -93,6 +131,7 @@ class Ahead:
 def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)
+    os.nice(_NICE)
     # Before any framework is loaded: the GPU belongs to the one that measures.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HATA_PROFILE"] = "none"
@@ -101,8 +140,8 @@ def _begin(parent: int) -> None:
 _backends: dict[str, Backend] = {}
 
 
-def _compile(name: str, problem: Problem, config: Config, sm: int) -> None:
+def _compile(name: str, problem: Problem, config: tuple, sm: int) -> None:
     # A backend is asked to compile where it could not run: `registry.load` would refuse it.
     backend = _backends.get(name) or _backends.setdefault(name, registry.class_of(name)())
-    with contextlib.suppress(Exception), use_config(name, problem.op, config):
+    with contextlib.suppress(Exception), use_config(name, problem.op, dict(config)):
         backend.compile(problem, sm)

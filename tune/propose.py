@@ -2,21 +2,24 @@
 
 The space of a CPU is small, and ranked by the analytic model as a whole. That of a GPU is entered
 at the default: its launches are kernels of their own, so what one knob gains adds, roughly, to what
-another gains. First come the *neighbours*, which differ from the default in one knob by one step;
-then, again and again, the gains are put together, what moved moves a step further, and the
-neighbours of the best are tried.
+another gains. First come what won on problems like this one and the *neighbours*, which differ from
+the default in one knob by one step; then, again and again, the gains are put together, what moved
+moves a step further, and the neighbours of the best are tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from hata.backend import Config
 from hata.problem import Problem
 from tune import cost
-from tune.space import Space
+from tune.space import Space, apart
 
 SUGGESTIONS = 4
+WINNERS = 3
 # A ratio to the default above this is no gain worth a trial of its own.
 _GAIN = 0.99
 # Configurations that one look at the times may propose.
@@ -49,6 +52,20 @@ def suggestions(
             for value in values:
                 found += [n for n in ranked if configs.config(n)[name] == value][:1]
     return list(dict.fromkeys(found))
+
+
+def winners(
+    problem: Problem, configs: Space, won: Mapping[Problem, Config], most: int = WINNERS
+) -> list[int]:
+    """Numbers of the configurations that beat the default on the problems most like this one."""
+    found: dict[int, None] = {}
+    for other in sorted(
+        (other for other in won if other.op == problem.op), key=partial(apart, problem)
+    ):
+        # Knobs may be others, or have other values, where heads or dtypes are.
+        with contextlib.suppress(ValueError):
+            found[configs.number(won[other])] = None
+    return list(found)[:most]
 
 
 def neighbours(configs: Space, number: int) -> Iterator[int]:

@@ -275,10 +275,7 @@ class _Search:
         fresh = [number for number in dict.fromkeys(numbers) if number not in self.known]
         # No more than will be measured; what is enqueued is also expected, and may be compiled.
         fresh = fresh[: max(self.limits.trials - len(self.known), 0)]
-        start = time.monotonic()
         self.evaluator.expect([self.space.config(number) for number in fresh])
-        # What making ready takes is no time to search in.
-        self.began += time.monotonic() - start
         for number in fresh:
             params = self.space.places(number)
             if params not in queued:

@@ -49,6 +49,7 @@ class Chooser:
         machine: Constants for predictions, where a step cannot be timed.
         noise: Relative difference of times that is not believed.
         quick: Whether to read less text and time for less long.
+        ahead: Compiles what is timed.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Chooser:
         machine: cost.Machine,
         noise: float,
         quick: bool,
+        ahead: Ahead,
     ) -> None:
+        self._ahead = ahead
         self._plan, self._report, self._backend = plan, report, backend
         self._tuned, self._machine, self._noise, self._quick = tuned, machine, noise, quick
         self._bits = [b for b in space.BITS if b <= plan.encoder.bits] or [plan.encoder.bits]
@@ -230,11 +233,10 @@ class Chooser:
             entries.append((problem, space.nearest_config(problem, self._tuned, default)[0]))
         try:
             # Few sets of inputs for each, so that all fit into memory together.
-            with (
-                Ahead(backend, plan.fingerprint.sm) as ahead,
-                Worker(backend.name, pool=24 << 20, keep=len(points)) as worker,
-            ):
-                ahead.compile(entries)
+            with Worker(backend.name, pool=24 << 20, keep=len(points)) as worker:
+                worker.start()
+                self._ahead.prefer(backend.name, entries)
+                self._ahead.wait(backend.name, entries)
                 samples = worker.race(entries, 1.0 if self._quick else 2.0, least=15)
         except CandidateFailed as error:
             self._report.note(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import date
 
 from hata.backend import Backend, Config
@@ -22,9 +22,10 @@ from hata.profile import (
 )
 from tune import capture, cost, search, space
 from tune.ahead import Ahead
+from tune.ahead import Entry as ToCompile
 from tune.check import awkward_problem
 from tune.plan import Plan, check_folder, check_numbers, make_plan
-from tune.propose import suggestions
+from tune.propose import suggestions, winners
 from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.selections import Chooser
 from tune.space import Space
@@ -36,6 +37,7 @@ _NOMINAL = {
     "cpu": cost.Machine(bandwidth=10e3, flops=100e3, launch_us=20.0, workers=2),
     "cuda": cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132),
 }
+_TIME_UP = "the time was up"
 # Patience with one check, in seconds. A GPU's kernels may have to be compiled.
 _CHECK_SECONDS = {"cpu": 30.0, "cuda": 90.0}
 
@@ -129,18 +131,23 @@ def _effort(device: str, options: argparse.Namespace) -> space.Effort:
     )
 
 
+def to_compile(problem: Problem, configs: Sequence[Config]) -> list[ToCompile]:
+    """What checking configurations of a problem runs."""
+    both = problem, awkward_problem(problem)
+    return [(problem, config) for config in configs for problem in both]
+
+
 class _Evaluator:
     """A worker, as the search of one problem sees it."""
 
-    def __init__(self, worker: Worker, ahead: Ahead, problem: Problem) -> None:
-        self._worker, self._ahead, self._problem = worker, ahead, problem
+    def __init__(self, name: str, worker: Worker, ahead: Ahead, problem: Problem) -> None:
+        self._name, self._worker, self._ahead, self._problem = name, worker, ahead, problem
 
     def expect(self, configs: Sequence[Config]) -> None:
-        # A check runs both of them.
-        both = (self._problem, awkward_problem(self._problem))
-        self._ahead.compile([(problem, config) for config in configs for problem in both])
+        self._ahead.prefer(self._name, to_compile(self._problem, configs))
 
     def check(self, config: Config) -> Failure | None:
+        self._ahead.wait(self._name, to_compile(self._problem, [config]))
         return self._worker.check(self._problem, config)
 
     def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
@@ -157,6 +164,7 @@ class _Session:
         self.rows: list[list[str]] = []
         self.layer_rows: list[list[str]] = []
         self.tuned: dict[str, dict[Problem, Config]] = {b.name: {} for b in plan.backends}
+        self.won: dict[str, dict[Problem, Config]] = {b.name: {} for b in plan.backends}
         self.machines: dict[str, cost.Machine] = {}
         self.skipped: list[str] = []
 
@@ -165,10 +173,15 @@ class _Session:
         if message:
             self.report.note(message)
         total = sum(map(len, self.plan.problems.values()))
+        self.report.note(
+            f"tuning {', '.join(b.name for b in self.plan.backends)} on "
+            f"{self.plan.fingerprint.describe()}: problems {total}, time {self.effort.seconds:.0f} s"
+        )
         try:
-            with self.report.watching(total, "kernels"):
-                self._tune_kernels()
-            self._choose_selections()
+            with Ahead(self.plan.backends, self.plan.fingerprint.sm) as self.ahead:
+                with self.report.watching(total, "kernels"):
+                    self._tune_kernels()
+                self._choose_selections()
         except KeyboardInterrupt:
             if self.entries:
                 self._close()
@@ -182,53 +195,85 @@ class _Session:
     # Kernels.
 
     def _tune_kernels(self) -> None:
-        seconds_left = self.effort.seconds
-        with contextlib.ExitStack() as stack:
-            helpers = {
-                backend.name: helper
-                for backend in self.plan.backends
-                if (helper := self._start(backend, stack)) is not None
-            }
-            queue = self._queue(helpers)
-            for number, (backend, problem) in enumerate(queue):
-                began = time.monotonic()
-                seconds = seconds_left / (len(queue) - number)
-                title = self._title(backend, problem)
-                if seconds <= 0 and self.entries and not self._finished(backend, problem):
-                    self.skipped.append(f"{title}: the time was up")
-                    self.report.advance()
-                    continue
-                evaluator = _Evaluator(*helpers[backend.name], problem)
-                self._tune(backend, problem, evaluator, max(seconds, 0.1), title)
-                seconds_left -= time.monotonic() - began
-
-    def _start(self, backend: Backend, stack: contextlib.ExitStack) -> tuple[Worker, Ahead] | None:
-        """What runs a backend's kernels; `None` where it cannot."""
         patience = _CHECK_SECONDS[self.plan.device]
-        worker = stack.enter_context(Worker(backend.name, check_seconds=patience))
-        ahead = stack.enter_context(Ahead(backend, self.plan.fingerprint.sm))
-        self.report.begin(f"measuring the machine with {backend.name}")
+        with contextlib.ExitStack() as stack:
+            workers = {
+                backend.name: stack.enter_context(Worker(backend.name, check_seconds=patience))
+                for backend in self.plan.backends
+            }
+            # All of them load their frameworks at the same time.
+            for worker in workers.values():
+                worker.start()
+            self._look_ahead(self._queue(workers))
+            for backend in self.plan.backends:
+                if not self._probe(backend, workers[backend.name]):
+                    del workers[backend.name]
+            self._tune_all(self._queue(workers), workers)
+
+    def _tune_all(
+        self, queue: Sequence[tuple[Backend, Problem]], workers: Mapping[str, Worker]
+    ) -> None:
+        seconds_left = self.effort.seconds
+        begun: set[Problem] = set()
+        for number, (backend, problem) in enumerate(queue):
+            start = time.monotonic()
+            seconds = seconds_left / (len(queue) - number)
+            title = self._title(backend, problem)
+            # What one backend has, the others must have too: times are compared.
+            late = seconds <= 0 and self.entries and problem not in begun
+            if late and not self._finished(backend, problem):
+                self.skipped.append(f"{title}: {_TIME_UP}")
+                self.report.advance()
+                continue
+            begun.add(problem)
+            self._look_ahead(queue[number + 1 :])
+            evaluator = _Evaluator(backend.name, workers[backend.name], self.ahead, problem)
+            self._tune(backend, problem, evaluator, max(seconds, 0.1), title)
+            seconds_left -= time.monotonic() - start
+
+    def _queue(self, names: Container[str]) -> list[tuple[Backend, Problem]]:
+        """What to tune, in turn, so that where time is short every backend has the same."""
+        backends = [backend for backend in self.plan.backends if backend.name in names]
+        problems = dict.fromkeys(p for b in backends for p in self.plan.problems[b.name])
+        return [(b, p) for p in problems for b in backends if p in self.plan.problems[b.name]]
+
+    def _look_ahead(self, queue: Sequence[tuple[Backend, Problem]]) -> None:
+        """Have compiled what comes next: one problem's first candidates, and before them defaults.
+
+        Candidates share kernels with the default: what was compiled with it is there for all.
+        """
+        for backend, problem in queue[:2]:
+            self.ahead.begin(backend.name, to_compile(problem, [backend.default(problem)]))
+        for backend, problem in queue[:1]:
+            configs = Space.of(backend, problem)
+            numbers = self._suggestions(backend, problem, configs)[: self.effort.trials]
+            candidates = [configs.config(number) for number in numbers]
+            self.ahead.begin(backend.name, to_compile(problem, candidates))
+
+    def _suggestions(self, backend: Backend, problem: Problem, configs: Space) -> list[int]:
+        """What to try first: what won elsewhere, then what looks good on paper."""
+        machine = self.machines.get(backend.name, _NOMINAL[self.plan.device])
+        proposed = suggestions(problem, configs, machine, backend.default(problem))
+        return [*winners(problem, configs, self.won[backend.name]), *proposed]
+
+    def _title(self, backend: Backend, problem: Problem) -> str:
+        name = f"{backend.name} " if len(self.plan.backends) > 1 else ""
+        return f"{name}{problem.op} {space.shape_text(problem)}"
+
+    def _probe(self, backend: Backend, worker: Worker) -> bool:
+        """Measure the machine with a backend; whether that could be done."""
+        self.report.begin(f"measuring this machine with {backend.name}")
         try:
             self.machines[backend.name] = worker.calibrate(self.plan.device)
         except CandidateFailed as error:
             self.skipped.append(f"backend {backend.name} fails: {error.failure}")
             self.report.note("  " + self.skipped[-1])
             self.report.advance(len(self.plan.problems[backend.name]))
-            return None
+            return False
         if self.plan.device == "cpu":
             # A GPU's kernels are compiled ahead, configuration by configuration.
             self._compile(backend, worker)
-        return worker, ahead
-
-    def _queue(self, names: Container[str]) -> list[tuple[Backend, Problem]]:
-        """What to tune, in turn, so that where time is short every backend has the same problems."""
-        backends = [backend for backend in self.plan.backends if backend.name in names]
-        problems = dict.fromkeys(p for b in backends for p in self.plan.problems[b.name])
-        return [(b, p) for p in problems for b in backends if p in self.plan.problems[b.name]]
-
-    def _title(self, backend: Backend, problem: Problem) -> str:
-        name = f"{backend.name} " if len(self.plan.backends) > 1 else ""
-        return f"{name}{problem.op} {space.shape_text(problem)}"
+        return True
 
     def _compile(self, backend: Backend, worker: Worker) -> None:
         """Run every op once on little data, so that compiling does not eat the time to search."""
@@ -270,7 +315,6 @@ class _Session:
         title: str,
     ) -> None:
         configs, default = Space.of(backend, problem), backend.default(problem)
-        machine = self.machines[backend.name]
         study = search.open_study(
             self.storage,
             self._study_name(backend, problem),
@@ -284,11 +328,11 @@ class _Session:
                 configs,
                 default,
                 evaluator,
-                suggestions=suggestions(problem, configs, machine, default),
+                suggestions=self._suggestions(backend, problem, configs),
                 limits=search.Limits(
                     self.effort.trials, seconds, 0.04 if self.options.quick else 0.06
                 ),
-                floor_us=cost.floor_us(problem, machine),
+                floor_us=cost.floor_us(problem, self.machines[backend.name]),
                 on_trial=self.report.trial,
             )
         except search.DefaultFailed as error:
@@ -298,6 +342,8 @@ class _Session:
             return
         self.report.done(title, verdict)
         self.tuned[backend.name][problem] = verdict.config
+        if verdict.config != default:
+            self.won[backend.name][problem] = verdict.config
         self.verdicts.append(verdict)
         self.entries.append(
             Entry(
@@ -330,6 +376,7 @@ class _Session:
             self.machines[backend.name],
             statistics.median([verdict.noise for verdict in self.verdicts]),
             self.options.quick,
+            self.ahead,
         ).run(self.storage, self.options.quality, self.options.resume)
         self.layer_rows = chosen.rows
         if chosen.selections is not None:
@@ -356,6 +403,8 @@ class _Session:
             report.say(f"Not tuned: {len(self.skipped)} problems")
             for text in self.skipped[:8]:
                 report.say(f"  {text}")
+            if any(text.endswith(_TIME_UP) for text in self.skipped):
+                report.say("The same command with --resume goes on; --budget gives it more time.")
         report.say()
         if plan.out == default_output(plan.fingerprint):
             report.say("hata finds this profile by itself. To name it: HATA_PROFILE=<file>, or")

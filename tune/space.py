@@ -389,19 +389,24 @@ def shape_text(problem: Problem) -> str:
     return " ".join(parts)
 
 
+_SOFT = ("batch", "tokens", "slots", "k")
+
+
+def apart(problem: Problem, other: Problem) -> float:
+    """How far one problem of an op is from another: in sizes, and much farther in what they are."""
+    steps = sum(
+        abs(math.log2(max(getattr(problem, name), 1) / max(getattr(other, name), 1)))
+        for name in _SOFT
+    )
+    soft = dict.fromkeys(_SOFT, 1)
+    return steps + (0 if replace(problem, **soft) == replace(other, **soft) else 100)
+
+
 def nearest_config(
     problem: Problem, tuned: Mapping[Problem, Config], default: Config
 ) -> tuple[Config, bool]:
     """The configuration a profile with `tuned` entries would give, and whether it is tuned."""
-    soft = {"batch": 1, "tokens": 1, "slots": 1, "k": 1}
-    same = [key for key in tuned if replace(key, **soft) == replace(problem, **soft)]
+    same = [key for key in tuned if apart(problem, key) < 100]
     if not same:
         return default, False
-
-    def apart(key: Problem) -> float:
-        return sum(
-            abs(math.log2(max(getattr(key, name), 1) / max(getattr(problem, name), 1)))
-            for name in soft
-        )
-
-    return tuned[min(same, key=apart)], True
+    return tuned[min(same, key=lambda key: apart(problem, key))], True

@@ -8,6 +8,7 @@ ends the parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -127,6 +128,9 @@ def _serve(connection: Connection, parent: int, backend: str, options: Mapping[s
     # Only profiles in the making are tuned, and a broken one must not stop its renewal.
     os.environ["HATA_PROFILE"] = "none"
     bench: Bench | None = None
+    # Before it is asked for; what goes wrong is told when it is.
+    with contextlib.suppress(Exception):
+        bench = Bench(backend, **options)
     while True:
         try:
             method, args, kwargs = connection.recv()
@@ -205,6 +209,11 @@ class Worker:
         self._seen: set[Problem] = set()
         self._good: dict[Problem, dict] = {}
         self.restarts = 0
+
+    def start(self) -> None:
+        """Have the child load its frameworks, without waiting for it."""
+        if self._connection is None:
+            self._start()
 
     def check(self, problem: Problem, config: Config) -> Failure | None:
         """Run a configuration and hold it against the oracle; `None` if it is right."""
