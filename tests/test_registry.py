@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import hata
 from hata import registry
 from hata.backend import Backend
+from hata.device import Fingerprint
 from hata.problem import Problem
+from hata.profile import Entry, Measured, Profile, Timing, store
 
 X = np.ones((1, 1, 2, 16), np.float32)
 PROJECTION = np.ones((1, 16, 32), np.float32)
@@ -339,3 +342,65 @@ def test_prepare_of_a_backend_that_knows_problems_alone(monkeypatch):
     monkeypatch.setattr(registry.load("reference"), "prepare", seen.append)
     hata.prepare("encode", X, PROJECTION)
     assert [problem.op for problem in seen] == ["encode"]
+
+
+def test_auto_takes_what_the_profile_of_a_gpu_measured_fastest(monkeypatch, tmp_path):
+    """By op and shape; written and read as files are."""
+    pytest.importorskip("triton", reason="the Triton backend needs it")
+    torch = pytest.importorskip("torch", reason="the arrays are torch's")
+    h200 = Fingerprint("cuda", "NVIDIA H200", 132, sm=90, smem_optin=232448)
+    monkeypatch.setattr("hata.device.has_cuda", lambda: True)
+    monkeypatch.setattr("hata.device.fingerprint", lambda kind="cpu": h200)
+    backends = {}
+    for name in ("triton", "cupy"):
+        found = registry.class_of(name)
+        monkeypatch.setattr(found, "missing", classmethod(lambda cls: None))
+        # It would compile kernels to see whether they fit.
+        monkeypatch.setattr(found, "refusal", lambda self, problem, config: None)
+        monkeypatch.setattr(found, "devices", frozenset({"cuda"}))
+        backends[name] = registry.load(name)
+    few, many = (
+        Problem(op="hamming_topk", device="cuda", dtype="uint8", heads=32, kv_heads=8, bits=128,
+                k=512, slots=slots)
+        for slots in (32768, 1 << 19)
+    )  # fmt: skip
+    times = {("triton", few): 5.0, ("cupy", few): 4.0, ("triton", many): 30.0, ("cupy", many): 40.0}
+    profile = Profile(
+        fingerprint=replace(
+            h200,
+            kernels={
+                n: {"hamming_topk": b.kernel_hash("hamming_topk")} for n, b in backends.items()
+            },
+        ),
+        measured=Measured("2026-01-01", "cuda_graph", 20, True, 1.0, 10, 0),
+        entries=tuple(
+            Entry(name, key, backends[name].default(key), Timing(us, us, us), us)
+            for (name, key), us in times.items()
+        ),
+    )
+    profile.save(tmp_path / "h200.yaml")
+    hata.set_backend("auto")
+    hata.use_profile(tmp_path / "h200.yaml")
+    arrays = hata.arrays.framework("x", torch.zeros(1))
+
+    def chosen(problem):
+        return registry.resolve(problem, arrays, "cuda:0").name
+
+    assert (chosen(few), chosen(many)) == ("cupy", "triton")
+    # The nearest entries decide where nothing was measured.
+    assert chosen(replace(few, slots=16384)) == "cupy"
+    assert chosen(replace(many, k=1024)) == "triton"
+    # Nothing was measured on other heads: the order of backends does.
+    assert chosen(replace(few, heads=16)) == registry.AUTO_ORDER[0]
+
+
+def test_shipped_profiles_are_sound():
+    for path in store.SHIPPED.glob("*.yaml"):
+        shipped = Profile.load(path)
+        assert path.stem == shipped.fingerprint.slug
+        assert shipped.measured.cold_cache
+        assert not shipped.measured.predicted
+        # Those of models depend on their encoders.
+        assert not shipped.selections
+        for entry in shipped.entries:
+            assert 0 < entry.us.median <= entry.default_us

@@ -365,6 +365,34 @@ def test_what_won_on_problems_like_it_is_tried_first():
     assert propose.winners(problem, LARGE, {}) == []
 
 
+def test_where_time_is_short_every_backend_has_the_same_problems(monkeypatch):
+    """Times of two backends are compared: neither may have entries that the other lacks."""
+    problems = space.problems(space.COMMON, "cuda", ["bfloat16"], quick=True)[:4]
+    names = [SimpleNamespace(name=name) for name in ("a", "b")]
+    run = object.__new__(session._Session)
+    # One of them cannot run the second problem.
+    of_b = [problems[0], *problems[2:]]
+    run.plan = SimpleNamespace(backends=names, problems={"a": problems, "b": of_b})  # type: ignore[assignment]
+    run.effort, run.entries, run.skipped = space.Effort(1e-9, 1), [], []
+    run.report = SimpleNamespace(advance=lambda: None)  # type: ignore[assignment]
+    tuned: list[tuple[str, int]] = []
+    monkeypatch.setattr(run, "_look_ahead", lambda queue: None)
+    monkeypatch.setattr(run, "_finished", lambda backend, problem: problem == problems[3])
+    run.ahead = None  # type: ignore[assignment]
+
+    def tune(backend, problem, *_):
+        tuned.append((backend.name, problems.index(problem)))
+        run.entries.append(problem)
+
+    monkeypatch.setattr(run, "_tune", tune)
+    queue = run._queue({"a", "b"})
+    run._tune_all(queue, {"a": None, "b": None})  # type: ignore[dict-item]
+    # The first whatever the time, and what an earlier run has settled.
+    assert tuned == [("a", 0), ("b", 0), ("a", 3), ("b", 3)]
+    assert len(run.skipped) == 3
+    assert all(text.endswith(session._TIME_UP) for text in run.skipped)
+
+
 class OnPaper:
     def __init__(self):
         self.checked, self.expected = [], []

@@ -175,7 +175,7 @@ class _Session:
         total = sum(map(len, self.plan.problems.values()))
         self.report.note(
             f"tuning {', '.join(b.name for b in self.plan.backends)} on "
-            f"{self.plan.fingerprint.describe()}: problems {total}, time {self.effort.seconds:.0f} s"
+            f"{self.plan.fingerprint.describe()}: {total} searches in {self.effort.seconds:.0f} s"
         )
         try:
             with Ahead(self.plan.backends, self.plan.fingerprint.sm) as self.ahead:
