@@ -1,6 +1,11 @@
-"""What no step shows on a GPU: encoding a prompt, and selecting where all keys are equally good."""
+"""What no step shows on a GPU: encoding a prompt, and selecting by itself.
+
+Selecting is timed where all keys are equally good, and against torch, which finds its scores ready.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -9,15 +14,72 @@ from benchmarks.check import WrongResult
 from benchmarks.cuda import clock, reader
 from benchmarks.report import Bar
 
+# Batch rows, KV heads and keys of scores that torch selects from, and types of theirs.
+_READY = ((1, 8, 1 << 17), (8, 8, 1 << 17), (1, 8, 1 << 20))
+_TYPES = (torch.float16, torch.int32, torch.float32)
+
+
+def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
+    """`hamming_topk`, scan included, against `torch.topk` of as many scores, as bars.
+
+    Scores are distances of drawn codes, in the type that torch is fastest with; the budget is 1/64
+    of the keys, and torch need not sort.
+
+    Args:
+        rounds: Samples of each time.
+        device: Where to run.
+
+    Raises:
+        WrongResult: a distance of the selected keys is not that of torch's.
+    """
+    found = []
+    for batch, heads, slots in _READY:
+        k = slots // 64
+        q = torch.randint(0, 256, (batch, 4 * heads, 1, 16), dtype=torch.uint8, device=device)
+        codes = torch.randint(0, 256, (batch, heads, slots, 16), dtype=torch.uint8, device=device)
+        scores = distances(q, codes)
+        chosen = scores.gather(2, hata.hamming_topk(q, codes, k)[:, :, 0].long())
+        best = torch.topk(scores, k, largest=False).values
+        if not torch.equal(chosen.sort(-1).values, best):
+            raise WrongResult(f"hamming_topk, {slots} keys: other distances than torch.topk's")
+        ready = [scores.to(dtype) for dtype in _TYPES]
+        calls = [partial(torch.topk, x, k, largest=False, sorted=False) for x in ready]
+        ours, *theirs = clock(
+            [partial(hata.hamming_topk, q, codes, k), *calls], rounds, True, lambda: None
+        )
+        times = [timing.median for timing in theirs]
+        dtype = _TYPES[times.index(min(times))]
+        ratio = min(times) / ours.median
+        name = (
+            f"hamming_topk, {batch}x{heads} heads x {slots >> 10}K ({ours.median:.0f} µs): times "
+            f"faster than torch.topk of {str(dtype).removeprefix('torch.')} scores"
+        )
+        found.append((name, 3.0, ratio, ratio >= 3.0))
+    return found
+
+
+def distances(q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Summed distances `[B, Hkv, S]` (int32, in bits) of groups of query codes, bit by bit."""
+    batch, heads, slots, width = codes.shape
+    groups = q.view(batch, heads, -1, width)
+    total = torch.zeros((batch, heads, slots), dtype=torch.int32, device=q.device)
+    for byte in range(width):
+        for bit in range(8):
+            ones = (groups[..., byte] >> bit & 1).sum(-1, dtype=torch.int32)[..., None]
+            differ = torch.where((codes[..., byte] >> bit & 1).bool(), groups.shape[2] - ones, ones)
+            total += differ
+    return total
+
 
 def bars(rounds: int) -> list[Bar]:
-    """Both as bars: (bar, wanted, measured, met).
+    """All of it as bars: (bar, wanted, measured, met).
 
     Args:
         rounds: Samples of each time.
 
     Raises:
-        WrongResult: all keys are equal, and others than the first are selected.
+        WrongResult: all keys are equal, and others than the first are selected; or as of
+            `beside_torch`.
     """
     keys = torch.randn(1, 8, 128 * 1024, 128, dtype=torch.bfloat16, device="cuda")
     projection = torch.randn(8, 128, 128, dtype=torch.bfloat16, device="cuda")
@@ -49,4 +111,4 @@ def bars(rounds: int) -> list[Bar]:
             (f"{millions}M keys, all tied ({ties.median:.0f} µs): times the time of drawn codes, "
              "most", 1.5, ratio, ratio <= 1.5)
         )  # fmt: skip
-    return found
+    return found + beside_torch(rounds)
