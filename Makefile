@@ -7,8 +7,7 @@ PYTHON ?= python3
 TEST_WORKERS ?= 2
 TEST_THREADS ?= 2
 TUNE_ARGS ?=
-# The folder of the model to learn an encoder for, and where the encoder goes. LEARN_ARGS of two CPU
-# cores and a quarter of an hour: --sequences 6 --steps 1600 --keys 4096.
+# The folder of the model to learn an encoder for, and where the encoder goes.
 MODEL ?= $(HATA_TEST_MODEL)
 ENCODER ?= build/$(notdir $(abspath $(MODEL))).safetensors
 LEARN_ARGS ?=

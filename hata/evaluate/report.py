@@ -67,24 +67,45 @@ def _number(one: Kept | None, value: str) -> str:
 
 
 def plot(path: Path, found: Sequence[Kept]) -> bool:
-    """Draw kept mass per layer, one panel per length and budget; whether matplotlib is there."""
+    """Draw kept mass, a column per length and budget; whether matplotlib is there.
+
+    Above: the mean over layers against the bits of a code. Below: layer by layer.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     places = sorted({(one.tokens, one.k) for one in found})
-    figure = Figure(figsize=(5 * len(places), 4.5), layout="constrained")
+    figure = Figure(figsize=(5 * len(places), 8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
-    for panel, (tokens, k) in zip(panels, places, strict=True):
-        for one in found:
-            if (one.tokens, one.k) == (tokens, k) and one.selector != "exact top-k":
-                label = f"{one.selector}, {one.bits} bits" if one.bits else one.selector
-                panel.plot(list(one.kept), list(one.kept.values()), marker=".", label=label)
-        panel.set(title=f"{k} of {tokens:,} keys", xlabel="layer")
-        panel.axhline(1.0, color="grey", linewidth=0.5)
-    panels[0].set_ylabel("mass kept, share of exact top-k's")
-    panels[-1].legend(fontsize=6)
+    above, below = figure.subplots(2, len(places), squeeze=False, sharey="row")
+    for mean, layers, (tokens, k) in zip(above, below, places, strict=True):
+        here = [
+            one
+            for one in found
+            if (one.tokens, one.k) == (tokens, k) and one.selector != "exact top-k"
+        ]
+        for name in dict.fromkeys(one.selector for one in here):
+            same = sorted((one.bits, one.mean) for one in here if one.selector == name)
+            if same[0][0]:
+                mean.plot(*zip(*same, strict=True), marker="o", label=name)
+            else:
+                mean.axhline(same[0][1], linestyle=":", label=name, color="grey")
+        for one in here:
+            label = f"{one.selector}, {one.bits} bits" if one.bits else one.selector
+            layers.plot(list(one.kept), list(one.kept.values()), marker=".", label=label)
+        bits = sorted({one.bits for one in here if one.bits})
+        mean.set(title=f"{k} of {tokens:,} keys", xlabel="bits")
+        if bits:
+            mean.set_xscale("log", base=2)
+            mean.set_xticks(bits, [str(n) for n in bits])
+        layers.set(xlabel="layer")
+        for panel in (mean, layers):
+            panel.axhline(1.0, color="black", linewidth=0.5)
+    above[0].set_ylabel("mass kept, share of exact top-k's, mean over layers")
+    below[0].set_ylabel("mass kept, share of exact top-k's")
+    above[-1].legend(fontsize=7)
+    below[-1].legend(fontsize=6)
     figure.savefig(path)
     return True

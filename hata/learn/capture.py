@@ -26,7 +26,7 @@ from hata.learn.text import CaptureError
 
 # Queries before this position see too few keys to choose among.
 FIRST_QUERY = 256
-QUERIES = 2048
+QUERIES = 4096
 
 
 def positions(

@@ -20,9 +20,9 @@ BITS = {"listwise": 256, "hata": 128, "hashattention": 32}
 TOKENS = 16384
 SEQUENCES = 16
 # Two CPU cores learn a small model's encoder with these in a quarter of an hour.
-CPU_SEQUENCES, CPU_KEYS, CPU_STEPS = 6, 4096, 1600
+CPU_SEQUENCES, CPU_KEYS, CPU_STEPS = 6, 4096, 2500
 # Tokens per assignment that is asked back.
-RECALL = 256
+RECALL = 384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"to learn from ({SEQUENCES}; on a CPU {CPU_SEQUENCES})",
     )
     parser.add_argument("--tokens", type=int, help=f"of a sequence (the model's, up to {TOKENS})")
-    parser.add_argument("--queries", type=int, default=2048, help="kept of a sequence (2048)")
+    parser.add_argument("--queries", type=int, default=4096, help="kept of a sequence (4096)")
     parser.add_argument(
         "--recall",
         type=int,
-        help="assignments put into a sequence, which it asks back (listwise: one in 256 tokens; "
+        help="assignments put into a sequence, which it asks back (listwise: one in 384 tokens; "
         "others: none)",
     )
     parser.add_argument("--seed", type=int, default=0)

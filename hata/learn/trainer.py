@@ -8,8 +8,10 @@ every layer starts from the seed, the result is the same as if it had not been.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ from hata.learn.samples import LayerSamples
 
 # How often the held-out sequence is looked at while a layer is trained.
 LOOKS = 4
+# On a CPU; each has its samples in memory.
+LAYERS_AT_ONCE = 4
 
 
 class Outcome(NamedTuple):
@@ -81,9 +85,20 @@ def learn(
     """
     dense = _capture(plan, load, ids, asked, store, device, ranks, progress)
     layers = [layer for layer in plan.layers if layer not in dense]
-    for layer in ranks.share(layers):
-        if not _layer_file(folder, layer).is_file():
-            _train_layer(plan, recipe, shape, folder, store, layer, device, progress)
+    missing = [i for i in ranks.share(layers) if not _layer_file(folder, i).is_file()]
+
+    stop = threading.Event()
+
+    def train(layer: int) -> None:
+        _train_layer(plan, recipe, shape, folder, store, layer, device, progress, stop)
+
+    with _side_by_side(device) as several:
+        try:
+            for _ in several(train, missing):
+                pass
+        finally:
+            # Cut off: what runs beside is not waited for to the end.
+            stop.set()
     ranks.meet()
     if ranks.rank:
         return None
@@ -141,8 +156,9 @@ def _train_layer(
     layer: int,
     device: str,
     progress: Progress,
+    stop: threading.Event,
 ) -> None:
-    """Train one layer and write its file."""
+    """Train one layer and write its file, unless stopped before."""
     device = "cuda" if device == "spread" else device
     started = time.monotonic()
     *learned_from, held_out = range(plan.capture.sequences)
@@ -153,6 +169,8 @@ def _train_layer(
     looks = {(plan.steps - 1) * (i + 1) // LOOKS for i in range(LOOKS)} | {0}
 
     def watch(step: int, loss: torch.Tensor, export: Callable[[], Learned]) -> None:
+        if stop.is_set():
+            raise CancelledError
         if step in looks:
             kept = judge(export(), bits)
             history.append({"step": step, "loss": float(loss), "kept": kept})
@@ -216,6 +234,25 @@ def _peak(device: str) -> str:
         return ""
     peak = torch.cuda.max_memory_allocated(device) / 2**30
     return f"; peak device memory so far {peak:.1f} GiB"
+
+
+@contextmanager
+def _side_by_side(device: str) -> Iterator[Callable[..., Iterator[None]]]:
+    """A `map` that works on a few layers at once on a CPU.
+
+    Its cores do more each with a layer of their own than all of them with one.
+    """
+    if device != "cpu":
+        yield map
+        return
+    cores = torch.get_num_threads()
+    workers = min(cores, LAYERS_AT_ONCE)
+    torch.set_num_threads(cores // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(cores)
 
 
 @contextmanager

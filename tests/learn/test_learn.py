@@ -53,6 +53,7 @@ def test_an_encoder_for_every_layer(learned):
     assert (encoder.bits, encoder.dense_layers) == (64, ())
     assert encoder.made["recipe"] == "listwise"
     assert encoder.made["sequences"] == 3
+    assert encoder.made["recall"] == 1
     # Eight codes for the two query heads of a KV head, of which the layer has two.
     assert encoder.query(1).projection.shape == (16, 16, 64)
     assert learned.with_suffix(".png").stat().st_size > 1000
@@ -108,11 +109,33 @@ def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypat
     assert "steps: 4 there, 5 asked" in capsys.readouterr().err
 
 
+def test_layers_side_by_side(learned, tiny, text, tmp_path, monkeypatch):
+    """On two cores, two layers at once: the same result, and none goes on where one failed."""
+    torch.set_num_threads(2)
+    try:
+        out = tmp_path / "enc.safetensors"
+        assert cli.main(arguments(tiny, text, out)) == 0
+        equal(out, learned)
+        original = capture.load
+
+        def dies(folder, layer, *args):
+            if layer == 0:
+                raise KeyboardInterrupt
+            return original(folder, layer, *args)
+
+        monkeypatch.setattr(capture, "load", dies)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(arguments(tiny, text, tmp_path / "cut.safetensors", steps=100000))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_capture_serves_several_trainings(learned, tiny, text, tmp_path, monkeypatch):
     store = tmp_path / "capture"
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert (
-        cli.main(arguments(tiny, text, a, capture=store, recipe="hashattention", bits=32, recall=2))
+        cli.main(arguments(tiny, text, a, capture=store, recipe="hashattention", bits=32, recall=1))
         == 0
     )
     monkeypatch.setattr(recorder, "load_model", None)
