@@ -6,7 +6,15 @@ parts                   blocks that share a row: its scan, its selection and its
                         many as all rows find room for at the same time
 threads                 of such a block
 joined                  blocks of a row meet as a cluster, or by counters in global memory
+stages                  sets of 16 keys and values that a warp has on their way to shared memory; 0:
+                        plain loads. Not in a step of one launch
+split                   keys are scored in one launch and selected in the next, so that the scan has
+                        as many blocks as there is room for; not with key norms
+scan_parts              blocks that score a row then; 0: as many as all rows find room for
+scan_threads            of such a block
 ahead                   vectors of codes that a thread loads ahead
+binary                  distances on binary tensor cores: codes of 128 bits, groups of up to 8, and
+                        even ones of up to 14, sm_80 to sm_90
 fused                   codes of a step are made by the blocks that need them, not by a launch
 overlap                 the second launch starts while the first one drains (sm_90 and newer)
 """
@@ -20,7 +28,7 @@ ENCODE = {
     "columns": (32, 64, 128),
     "encode_warps": (2, 4, 8),
     "tiles": (1, 2, 4),
-    "loops": (1, 2, 4, 8),
+    "loops": (1, 2, 4, 8, 16, 32),
 }
 STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
@@ -28,16 +36,32 @@ ROWS = {
     "threads": (128, 256, 512, 1024),
     "joined": ("cluster", "counters"),
 }
-SCAN = {"ahead": (1, 2, 4, 8)}
+SCAN = {
+    "split": (False, True),
+    "scan_parts": (0, 1, 2, 4, 8, 16, 32, 64),
+    "scan_threads": (128, 256, 512),
+    "ahead": (1, 2, 4, 8, 16),
+    "binary": (False, True),
+}
+GATHER = {"stages": (0, 2, 3)}
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**ROWS, **SCAN},
-    "sparse_attend": ROWS,
-    "hash_attend": {**STEP, **ROWS, **SCAN, "fused": (False, True), "overlap": (False, True)},
+    "sparse_attend": {**ROWS, **GATHER},
+    "hash_attend": {
+        **STEP,
+        **ROWS,
+        **GATHER,
+        **SCAN,
+        "fused": (False, True),
+        "overlap": (False, True),
+    },
 }
 
 # Rows that blocks of 512 threads serve best, one a multiprocessor; more have smaller blocks.
 _FEW = 128
+# Vectors from which on blocks of the encode keep a whole projection, and go over many of them.
+_MANY = 8192
 
 
 def share(total: int, most: int) -> int:
@@ -49,18 +73,22 @@ def of(problem: Problem) -> Config:
     """The default configuration: blocks that fill a large GPU once."""
     if problem.op == "encode":
         vectors = problem.batch * problem.heads * problem.tokens
+        if vectors < _MANY:
+            return {"columns": 32, "encode_warps": 4, "tiles": 1, "loops": 1}
         return {
             "columns": 128,
-            "encode_warps": 4,
-            "tiles": 2,
-            "loops": share(vectors // 65536, 8),
+            "encode_warps": 8,
+            "tiles": 4,
+            "loops": share(vectors // 32768, 32),
         }
     lists = problem.heads if problem.per_head else problem.kv_heads
     rows = problem.batch * lists * problem.tokens
     config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "cluster"}
     if problem.op == "sparse_attend":
-        return config
-    config["ahead"] = 4
+        return {**config, "stages": 0}
+    if not problem.norms:
+        config["threads"] = 256
+    config |= {"split": True, "scan_parts": 0, "scan_threads": 256, "ahead": 16, "binary": True}
     if problem.op == "hamming_topk":
         return config
-    return {"columns": 32, "encode_warps": 4, **config, "fused": True, "overlap": True}
+    return {"columns": 32, "encode_warps": 4, **config, "stages": 0, "fused": True, "overlap": True}

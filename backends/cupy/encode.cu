@@ -4,14 +4,15 @@
 //
 // Bits are the rows and vectors the columns of a product on the tensor cores. A block keeps some
 // columns of a projection in shared memory, in the order in which lanes take them, and its warps go
-// over vectors; accumulators are compared with zero and packed, so nothing but codes is written.
-// With fp32 vectors or weights (IEEE) every sum is a chain of fused products over the dimensions.
+// over vectors, which come through a ring of asynchronous copies of each warp. Bits are dealt out so
+// that the signs a lane makes of a vector are neighbours; nothing but codes is written. With fp32 vectors or weights (IEEE) every sum is a chain of fused products over the
+// dimensions.
 //
 // A job is a set of vectors with one projection: the vectors of the op, the queries of a decode
 // step, or its fresh keys, whose positions follow from the lengths. A launch does one or two.
 //
-// D, R, N (bits a block makes), WARPS, TILES (of 8 vectors a warp takes at once), DATA, WIDE_WEIGHTS
-// (fp32 projection beside 16-bit vectors), ALIGNED, WORDS (codes are written as aligned words).
+// D, R, N (bits a block makes), WARPS, TILES (of 8 vectors a warp takes at once), STAGES (of its ring), DATA, WIDE_WEIGHTS (fp32 projection beside 16-bit vectors), ALIGNED, WORDS
+// (codes are written as aligned words).
 
 #include "ptx.cu"
 #include "vectors.cu"
@@ -84,13 +85,13 @@ INLINE void store_word(char* p, u32 word) {
 #endif
 }
 
+#if IEEE
+
 INLINE void store_norm(const Arrays& its, const Vector& vector, int column, int j) {
     if (its.norms == nullptr || column != 0) return;
     float squares = squares_of(vector.x, vector.inside, j);
     if (vector.inside && j == 0) its.norms[vector.norm] = norm_of(squares);
 }
-
-#if IEEE
 
 // N bits of VECTORS vectors from `first` on; a lane makes one bit of a word.
 INLINE void project(const Params& p, const Arrays& its, const Job& job, int kv_head, int column, int first) {
@@ -123,76 +124,154 @@ INLINE void project(const Params& p, const Arrays& its, const Job& job, int kv_h
 
 extern __shared__ __align__(16) char memory[];
 
-// Keep N columns of a projection in lane order: [N / 16][2 CHUNKS][32 lanes] of 4 registers.
+#define OPERANDS (N / 16 * 2 * CHUNKS * 32)
+// Signs that a lane makes of a vector, and lanes that make a word.
+#define OWN (N / 8)
+#define MAKERS (32 / OWN)
+
+// Keep N columns of a projection in lane order, [N / 16][2 CHUNKS][32 lanes] of 4 registers, and the
+// biases, negated. Rows g and g + 8 of a tile m are the bits 2m and 2m + 1 of those of lanes 4g + j.
 INLINE void keep_weights(const Arrays& its, const Job& job, int kv_head, int column) {
     u16* operands = reinterpret_cast<u16*>(memory);
+    float* biases = reinterpret_cast<float*>(memory + OPERANDS * 16);
     const data_t* weights = reinterpret_cast<const data_t*>(its.projection)
         + kv_head * job.projection_h + column;
-    for (int i = threadIdx.x; i < CHUNKS * 32 * (N / 8); i += 32 * WARPS) {
-        int d = i / (N / 8), bit = i % (N / 8) * 8;
+#pragma unroll 2
+    for (u32 i = threadIdx.x; i < CHUNKS * 32 * (N / 8); i += 32 * WARPS) {
+        u32 d = i / (N / 8), bit = i % (N / 8) * 8;
         uint4 eight = load_eight(weights + d * job.projection_d + bit, d < D);
         // Dimension d is one of a pair, of which a lane takes two in each product.
-        int step = 2 * (d / 32) + d % 8 / 4, quad = d % 32 / 8, upper = d % 4 / 2;
+        u32 step = 2 * (d / 32) + d % 8 / 4, quad = d % 32 / 8, upper = d % 4 / 2;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            int row = (bit + k) % 16;
-            int at = ((bit + k) / 16 * (2 * CHUNKS) + step) * 32 + row % 8 * 4 + quad;
-            operands[at * 8 + (2 * upper + row / 8) * 2 + d % 2] =
+            u32 g = (bit + k) / OWN, own = (bit + k) % OWN;
+            u32 at = (own / 2 * (2 * CHUNKS) + step) * 32 + g * 4 + quad;
+            operands[at * 8 + (2 * upper + own % 2) * 2 + d % 2] =
                 u16(word_of(eight, k / 2) >> (16 * (k % 2)));
         }
     }
+    for (int i = threadIdx.x; i < N; i += 32 * WARPS)
+        biases[i] = 0.f - optional(its.bias, job.bias_kind, kv_head * job.bias_h + column + i);
     __syncthreads();
 }
 
-// N bits of VECTORS vectors from `first` on; lane 4g + j loads from vector g of each tile.
-INLINE void project(const Params& p, const Arrays& its, const Job& job, int kv_head, int column, int first) {
-    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const uint4* operands = reinterpret_cast<const uint4*>(memory);
-    Vector found[TILES];
-    float sum[TILES][N / 16][4] = {};
-    for (int t = 0; t < TILES; ++t) found[t] = find(p, its, job, kv_head, first + 8 * t + g);
+// Where 8 dimensions of a vector lie in a stage: rows, in which lanes meet all banks.
+INLINE int place(int row, int eight) {
+    return row * (4 * CHUNKS) + (CHUNKS % 2 ? eight : eight ^ (row & 1) << 2);
+}
+
+// Start the copies of a stage; lane i knows vector i of it.
+INLINE void copy_vectors(const Arrays& its, uint4* stage, const Vector& found) {
+    const int lane = threadIdx.x % 32;
+    const u64 mine = found.inside ? u64(found.x) : 0;
+    // Of memory that there is, for copies of nothing.
+    const data_t* base = reinterpret_cast<const data_t*>(its.x);
+#pragma unroll 4
+    for (int n = 0; n < TILES * CHUNKS; ++n) {
+        const u32 i = lane + 32 * n;
+        int row = i / (4 * CHUNKS), eight = i % (4 * CHUNKS);
+        const data_t* from = reinterpret_cast<const data_t*>(from_lane(mine, row));
+        bool inside = from != nullptr && 8 * eight < D;
+        copy_or_clear(stage + place(row, eight), inside ? from + 8 * eight : base, inside);
+    }
+}
+
+// Norms of the vectors of a stage, 8 at a time.
+INLINE void store_norms(const Arrays& its, const uint4* stage, const Vector& found) {
+    const int j = threadIdx.x % 4;
+#pragma unroll 1
+    for (int row = threadIdx.x % 32 / 4; row < VECTORS; row += 8) {
+        float sum = 0.f;
+#pragma unroll 1
+        for (int u = 0; u < CHUNKS; ++u) {
+            uint4 v = stage[place(row, 4 * u + j)];
 #pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float y = widen(u16(word_of(v, i / 2) >> (16 * (i % 2))));
+                sum = fmaf(y, y, sum);
+            }
+        }
+        sum += across(sum, 1);
+        sum += across(sum, 2);
+        i64 at = from_lane(u64(found.norm), row);
+        if (from_lane(u32(found.inside), row) && j == 0) its.norms[at] = norm_of(sum);
+    }
+}
+
+// N bits of the vectors of a stage; lane 4g + j has the signs of vectors 2j and 2j + 1 of each 8.
+INLINE void project(const Arrays& its, const uint4* stage, const Vector& found, int column) {
+    const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const uint4* operands = reinterpret_cast<const uint4*>(memory);
+    const float* biases = reinterpret_cast<const float*>(memory + OPERANDS * 16) + g * OWN;
+    float sum[TILES][N / 16][4] = {};
+#pragma unroll (CHUNKS > 4 ? 2 : CHUNKS)
     for (int u = 0; u < CHUNKS; ++u) {
         uint4 x[TILES];
 #pragma unroll
-        for (int t = 0; t < TILES; ++t)
-            x[t] = load_eight(found[t].x + 32 * u + 8 * j, found[t].inside && 32 * u + 8 * j < D);
+        for (int t = 0; t < TILES; ++t) x[t] = stage[place(8 * t + g, 4 * u + j)];
 #pragma unroll
         for (int m = 0; m < N / 16; ++m) {
             uint4 a = operands[(m * 2 * CHUNKS + 2 * u) * 32 + lane];
             uint4 b = operands[(m * 2 * CHUNKS + 2 * u + 1) * 32 + lane];
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                mma(sum[t][m], a.x, a.y, a.z, a.w, x[t].x, x[t].y, DATA);
-                mma(sum[t][m], b.x, b.y, b.z, b.w, x[t].z, x[t].w, DATA);
-            }
+            for (int t = 0; t < TILES; ++t) mma(sum[t][m], a.x, a.y, a.z, a.w, x[t].x, x[t].y, DATA);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) mma(sum[t][m], b.x, b.y, b.z, b.w, x[t].z, x[t].w, DATA);
         }
     }
+    u32 signs[TILES][2] = {};
 #pragma unroll
-    for (int word = 0; word < N / 32; ++word) {
-        float bias[4];
-        for (int k = 0; k < 4; ++k)
-            bias[k] = optional(its.bias, job.bias_kind,
-                               kv_head * job.bias_h + column + 32 * word + 8 * k + g);
+    for (int own = OWN - 1; own >= 0; --own) {
+        const float bias = biases[own];
 #pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            u32 mine = 0;
+        for (int t = 0; t < TILES; ++t)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                // Of vector 2j + i this lane has the bits g, g + 8, g + 16, g + 24.
-                u32 bits = 0;
-                for (int k = 0; k < 4; ++k)
-                    bits |= u32(sum[t][2 * word + k / 2][k % 2 * 2 + i] + bias[k] > 0.f)
-                        << (8 * k + g);
-                for (int mask = 4; mask < 32; mask *= 2) bits |= across(bits, mask);
-                bits = from_lane(bits, g / 2);
-                if (g % 2 == i) mine = bits;
-            }
-            if (j == 0 && found[t].inside)
-                store_word(its.codes + found[t].code + (column / 32 + word) * 4, mine);
-        }
+            for (int i = 0; i < 2; ++i)
+                signs[t][i] = signs[t][i] << 1
+                    | is_below_zero(bias - sum[t][own / 2][own % 2 * 2 + i]);
     }
-    for (int t = 0; t < TILES; ++t) store_norm(its, found[t], column, j);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        u32 mine = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            u32 word = signs[t][i] << (g % MAKERS * OWN);
+            for (int mask = 1; mask < MAKERS; mask *= 2) word |= across(word, 4 * mask);
+            if (g % MAKERS == i) mine = word;
+        }
+        const int vector = 8 * t + 2 * j + g % MAKERS % 2;
+        char* to = its.codes + i64(from_lane(u64(found.code), vector)) + column / 8 + g / MAKERS * 4;
+        if (from_lane(u32(found.inside), vector) && g % MAKERS < 2) store_word(to, mine);
+    }
+    if (its.norms != nullptr && column == 0) store_norms(its, stage, found);
+}
+
+// A warp's vectors: those of every round from `first` on, `step` apart.
+INLINE void project_all(const Params& p, const Arrays& its, const Job& job, int kv_head, int column,
+                        int first, int step) {
+    const int lane = threadIdx.x % 32;
+    uint4* ring = reinterpret_cast<uint4*>(memory + OPERANDS * 16 + N * 4)
+        + threadIdx.x / 32 * (STAGES * VECTORS * 4 * CHUNKS);
+    constexpr int SIZE = VECTORS * 4 * CHUNKS, AHEAD = STAGES - 1;
+    for (int loop = 0; loop < AHEAD; ++loop) {
+        if (loop < job.loops)
+            copy_vectors(its, ring + loop * SIZE, find(p, its, job, kv_head, first + loop * step + lane));
+        end_batch();
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int loop = 0; loop < job.loops && first < job.vectors; ++loop, first += step) {
+        if (loop + AHEAD < job.loops)
+            copy_vectors(its, ring + (slot + AHEAD) % STAGES * SIZE,
+                         find(p, its, job, kv_head, first + AHEAD * step + lane));
+        end_batch();
+        wait_for_batches<STAGES - 1>();
+        sync_warp();
+        project(its, ring + slot * SIZE, find(p, its, job, kv_head, first + lane), column);
+        sync_warp();
+        slot = (slot + 1) % STAGES;
+    }
+    wait_for_batches<0>();
 }
 
 #endif
@@ -209,8 +288,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(const __grid_con
 #if !IEEE
     keep_weights(its, job, kv_head, column);
 #endif
-    for (int loop = 0; loop < job.loops; ++loop) {
-        int first = ((tile * job.loops + loop) * WARPS + threadIdx.x / 32) * VECTORS;
-        if (first < job.vectors) project(p, its, job, kv_head, column, first);
-    }
+    const int first = (tile * job.loops * WARPS + threadIdx.x / 32) * VECTORS, step = WARPS * VECTORS;
+#if IEEE
+    for (int loop = 0; loop < job.loops && first + loop * step < job.vectors; ++loop)
+        project(p, its, job, kv_head, column, first + loop * step);
+#else
+    project_all(p, its, job, kv_head, column, first, step);
+#endif
 }

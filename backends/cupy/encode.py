@@ -41,6 +41,8 @@ LAYOUT = {
 }
 # Bytes of shared memory for the columns that a block keeps.
 _ROOM = 48 * 1024
+# Stages of the ring through which vectors come, at most.
+MOST_STAGES = 3
 
 
 class Job(NamedTuple):
@@ -88,20 +90,40 @@ def launch_jobs(
         while bits % columns or (not ieee and padded * columns * 2 > _ROOM):
             columns //= 2
         warps, tiles = config["encode_warps"], 1 if ieee else config["tiles"]
+        stages, weights = 1, 0
+        if not ieee:
+            weights = padded * columns * 2 + columns * 4
+            room = plan.device.shared - weights
+            warps, tiles, stages = _stages(room, warps, tiles, padded * 16)
+            stages = min(stages, config["loops"])
         macros = {
-            "D": depth, "R": bits, "N": columns, "WARPS": warps, "TILES": tiles,
+            "D": depth, "R": bits, "N": columns, "WARPS": warps, "TILES": tiles, "STAGES": stages,
             "DATA": DATA[dtype], "WIDE_WEIGHTS": wide, "ALIGNED": aligned, "WORDS": words,
             "OVERLAP": int(overlap),
         }  # fmt: skip
         fields: dict[str, Any] = {"kv_heads": kv_heads, "slots": slots, **spans}
         grid = 0
         for i, job in enumerate(together):
-            own = _fields(plan, job, dtype, warps * 8 * tiles, config["loops"])
+            rows = 8 * warps * tiles
+            own = _fields(plan, job, dtype, rows, config["loops"])
             own["blocks"] *= kv_heads * (bits // columns)
             grid += own["blocks"]
             fields |= {f"{name}{i}": value for name, value in own.items()}
         kernel = Kernel("encode", tuple(macros.items()), 32 * warps)
-        plan.launch(kernel, grid, 0 if ieee else padded * columns * 2, fields, LAYOUT)
+        ring = 0 if ieee else warps * stages * tiles * padded * 16
+        plan.launch(kernel, grid, weights + ring, fields, LAYOUT)
+
+
+def _stages(room: int, warps: int, tiles: int, tile: int) -> tuple[int, int, int]:
+    """Warps, tiles and stages of rings that find room; `tile` is bytes of 8 vectors."""
+    while True:
+        stages = min(room // (warps * tiles * tile), MOST_STAGES)
+        if stages >= 2 or warps == tiles == 1:
+            return warps, tiles, max(stages, 1)
+        if tiles > 1:
+            tiles //= 2
+        else:
+            warps //= 2
 
 
 def _fields(plan: Plan, job: Job, dtype: str, rows: int, loops: int) -> dict[str, Any]:

@@ -4,8 +4,11 @@
 // out' = V' P', so a gathered row goes from memory straight into the operands, in 16-byte loads. With
 // fp32 data a warp takes a key at a time, in IEEE products.
 //
+// Rows come through a ring of asynchronous copies of each warp (STAGES), or, where there is no room
+// for one or they are no whole vectors, by plain loads.
+//
 // G (heads that share keys), SOFTCAP (there is one), HEADS and LANES (heads and value dimensions of a
-// pass), D, DV.
+// pass), STAGES (of 16 keys), KEPT_ROWS (where they lie in shared memory), D, DV.
 
 #define WARPS (THREADS / 32)
 #define CHUNKS ((D + 31) / 32)
@@ -27,7 +30,11 @@ INLINE const data_t* queries_of(const Params& p, const Row& row) {
 
 INLINE int position_at(const Params& p, const Row& row, const Share& share, int rank) {
     if (rank >= share.end) return -1;
+#if LISTED
+    int position = row.everything ? row.start + rank : share.list[rank];
+#else
     int position = row.everything ? row.start + rank : __ldcg(share.list + rank);
+#endif
     return position < p.slots ? position : -1;
 }
 
@@ -100,6 +107,10 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 
 #else
 
+#if STAGES
+#include "stage.cu"
+#endif
+
 #define WARP_KEYS 16
 #define TILES ((HEADS + 7) / 8)
 #define BLOCKS (LANES / 64)
@@ -146,9 +157,44 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         sum[t][0] = sum[t][1] = 0.f;
     }
     int rank = share.first + 16 * warp;
+#if STAGES
+    uint4* ring = reinterpret_cast<uint4*>(memory + KEPT_ROWS) + warp * STAGES * STAGE;
+    // Lanes i and i + 16 know the i-th key of every stage.
+    int known[STAGES], slot = 0;
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s)
+        known[s] = position_at(p, row, share, rank + 16 * WARPS * s + lane % 16);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s)
+        copy_rows(p, share, known[s], lane0, ring + s * STAGE);
+#else
     int next[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
+#endif
 #pragma unroll 1
     for (; rank < share.end; rank += 16 * WARPS) {
+        float s[TILES][4] = {};
+#if STAGES
+        const uint4* stage = ring + slot * STAGE;
+        copy_rows(p, share, known[STAGES - 1], lane0, ring + (slot + STAGES - 1) % STAGES * STAGE);
+        slot = (slot + 1) % STAGES;
+        wait_for_batches<STAGES - 1>();
+        sync_warp();
+        const int at[2] = {from_lane(known[0], g), from_lane(known[0], g + 8)};
+        any |= at[0] >= 0 || at[1] >= 0;
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; ++s) known[s] = known[s + 1];
+        known[STAGES - 1] = position_at(p, row, share, rank + 16 * WARPS * STAGES + lane % 16);
+#pragma unroll
+        for (int u = 0; u < CHUNKS; ++u) {
+            uint4 k[2] = {stage[key_place(g, 4 * u + j)], stage[key_place(g + 8, 4 * u + j)]};
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                uint4 q = kept_queries()[(t * CHUNKS + u) * 32 + lane];
+                mma(s[t], k[0].x, k[1].x, k[0].y, k[1].y, q.x, q.y, DATA);
+                mma(s[t], k[0].z, k[1].z, k[0].w, k[1].w, q.z, q.w, DATA);
+            }
+        }
+#else
         int at[2] = {next[0], next[1]};
         for (int i = 0; i < 2; ++i)
             next[i] = position_at(p, row, share, rank + 16 * WARPS + 8 * i + g);
@@ -156,7 +202,6 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
         const data_t* keys[2] = {share.keys + i64(max(at[0], 0)) * p.keys_s,
                                  share.keys + i64(max(at[1], 0)) * p.keys_s};
         uint4 k[2][STRETCH], v[4][BLOCKS];
-        float s[TILES][4] = {};
 #pragma unroll
         for (int u = 0; u < STRETCH; ++u)
 #pragma unroll
@@ -193,6 +238,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
                         mma(s[t], k[0][u].z, k[1][u].z, k[0][u].w, k[1][u].w, q.z, q.w, DATA);
                     }
         }
+#endif
         u32 weights[TILES][2];
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
@@ -216,6 +262,15 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
             weights[t][0] = transpose(narrow_pair(w[0], w[1], DATA));
             weights[t][1] = transpose(narrow_pair(w[2], w[3], DATA));
         }
+#if STAGES
+        uint4 v[4][BLOCKS];
+        // Values of keys 2j, 2j + 1 and 8 more.
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b)
+                v[i][b] = stage[value_place(i / 2 * 8 + 2 * j + i % 2, 8 * b + g)];
+#endif
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -227,7 +282,13 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
                     mma(acc[t][4 * b + m], low_halves(v0, v1), high_halves(v0, v1),
                         low_halves(v2, v3), high_halves(v2, v3), weights[t][0], weights[t][1], DATA);
             }
+#if STAGES
+        sync_warp();
+#endif
     }
+#if STAGES
+    wait_for_batches<0>();
+#endif
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll

@@ -1,4 +1,4 @@
-"""hamming_topk: launcher of `hamming_topk.cu`."""
+"""hamming_topk: launcher of `hamming_topk.cu`, alone or after `score.cu` (`split`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .plan import Plan, View, planned
-from .row import budget_fields, launch_rows, selecting, span_fields, steps
+from .row import (
+    budget_fields,
+    is_binary,
+    launch_rows,
+    selecting,
+    span_fields,
+    steps,
+)
 from .shapes import shape_of
+from .split import launch_split, split_of
 
 
 def write_hamming_topk(
@@ -32,7 +40,8 @@ def write_hamming_topk(
     indices = plan.output((batch, lists, tokens, budget.k), "int32")
     shape = shape_of(plan.device, problem, config, problem.batch * lists * tokens)
     group, norms = heads // lists, key_norms is not None
-    chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"])
+    binary = is_binary(plan.device, config)
+    chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"], binary)
     fields = {
         "q_codes": plan.address(q_codes),
         "codes": plan.address(k_codes),
@@ -48,7 +57,16 @@ def write_hamming_topk(
         "tokens": tokens,
         "slots": slots,
     }
-    launch_rows(plan, "hamming_topk", problem, shape, batch * lists * tokens, fields, chosen)
+    rows = batch * lists * tokens
+    if config["split"] and chosen.macros["ROUNDS"] == 1:
+        near = problem.batch * lists * tokens
+        split = split_of(plan.device, problem, config, near, shape.parts, chosen.bins)
+        more = {"FUSED": 0, "FRESH": 0}
+        launch_split(
+            plan, "hamming_topk", problem, config, split, shape, rows, fields, chosen, more=more
+        )
+    else:
+        launch_rows(plan, "hamming_topk", problem, config, shape, rows, fields, chosen)
 
 
 def launch(

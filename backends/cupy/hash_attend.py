@@ -1,9 +1,11 @@
-"""hash_attend: launcher of a decode step, one or two launches (arXiv 2506.02572, Algorithm 3).
+"""hash_attend: launcher of a decode step, one to three launches (arXiv 2506.02572, Algorithm 3).
 
 1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place. Left out where
    they are few and short (`fused`): then the blocks that need them make them.
-2. `hash_attend.cu`: everything else. It starts while the first launch drains, where the GPU can do
-   that.
+2. `score.cu`: keys to select by, and their histograms (`split`), see split.py.
+3. `hash_attend.cu`: everything else.
+
+Each starts while the one before drains, where the GPU can do that.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from .plan import NONE, Plan, View, kind, planned
 from .row import (
     attending,
     budget_fields,
+    is_binary,
     launch_rows,
     selecting,
     span_fields,
     steps,
 )
 from .shapes import shape_of
-from .sparse_attend import is_aligned, nothing
+from .sparse_attend import is_aligned, is_near, nothing
+from .split import launch_split, split_of
 
 # Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.
 MOST_FRESH = 8
@@ -134,12 +138,44 @@ def write_hash_attend(
             "bias_kind": kind(bias, dtype),
         }
     more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
-    scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"])
+    binary = is_binary(plan.device, config)
+    scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"], binary)
     aligned = is_aligned(dtype, q, keys, values)
     attended = attending(
-        shape, problem, heads // kv_heads, aligned, softcap is not None, 4 * scanned.bins
-    )
-    launch_rows(plan, "hash_attend", problem, shape, rows, fields, scanned, attended, more, overlap)
+        shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
+        4 * scanned.bins,
+    )  # fmt: skip
+    if config["split"] and scanned.macros["ROUNDS"] == 1:
+        near = problem.batch * kv_heads * tokens
+        split = split_of(plan.device, problem, config, near, shape.parts, scanned.bins)
+        launch_split(
+            plan,
+            "hash_attend",
+            problem,
+            config,
+            split,
+            shape,
+            rows,
+            fields,
+            scanned,
+            attended,
+            more,
+            overlap,
+        )
+    else:
+        launch_rows(
+            plan,
+            "hash_attend",
+            problem,
+            config,
+            shape,
+            rows,
+            fields,
+            scanned,
+            attended,
+            more,
+            overlap,
+        )
 
 
 def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -> bool:

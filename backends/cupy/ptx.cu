@@ -38,6 +38,9 @@ INLINE u32 narrow_pair(float low, float high, int data) {
     return y;
 }
 
+// 1 for numbers below zero; a NaN that comes of arithmetic is positive.
+INLINE u32 is_below_zero(float x) { return __float_as_uint(x) >> 31; }
+
 INLINE float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -58,8 +61,11 @@ INLINE int from_lane(int x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE u64 from_lane(u64 x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE float from_lane(float x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE float across(float x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
+INLINE int across(int x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
 INLINE u32 across(u32 x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
 INLINE u64 from_below(u64 x, int distance) { return __shfl_up_sync(FULL, x, distance); }
+INLINE u32 from_below(u32 x, int distance) { return __shfl_up_sync(FULL, x, distance); }
+INLINE u32 sum_of_warp(u32 x) { return __reduce_add_sync(FULL, x); }
 INLINE void sync_warp() { __syncwarp(); }
 
 // c += a b for a 16x16 and b 16x8 of 16-bit numbers. Lane 4g + j holds, with pairs in a register:
@@ -79,6 +85,26 @@ INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, i
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// d = c + the bits that a and b share, for a 16x256 and b 256x8 of bits. Lane 4g + j holds, with 32
+// bits in a register: a: (row g, bits 32j..), (g + 8, 32j..), (g, 128 + 32j..), (g + 8, 128 + 32j..);
+// b: (bits 32j.., column g), (128 + 32j.., column g); c and d as above, c the same in both rows.
+INLINE void mma_bits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c0, int c1) {
+    asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%10,%11};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
+}
+
+// Four 8x8 matrices of 16-bit numbers in shared memory; lane 8i + g knows row g of the i-th. Lane
+// 4g + j gets columns 2j and 2j + 1 of row g of each.
+INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
+    u32 shared = u32(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
 // Transpose an 8x8 matrix of 16-bit numbers: lane 4g + j holds row g, columns 2j and 2j + 1.
 INLINE u32 transpose(u32 x) {
     u32 y;
@@ -92,6 +118,13 @@ INLINE u32 transpose(u32 x) {
 INLINE void copy_ahead(void* to, const void* from) {
     u32 shared = u32(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+// The same, or zeros unless `inside`.
+INLINE void copy_ahead(void* to, const void* from, bool inside) {
+    u32 shared = u32(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
 }
 INLINE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until no more than so many of the thread's last batches are on their way.

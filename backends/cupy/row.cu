@@ -26,7 +26,7 @@ struct Params {
     // Positions [row, k], ascending: what hamming_topk returns, or what is attended to.
     int* positions;
     const int *lengths, *starts;
-    char *exchange, *scores;
+    char *exchange, *scores, *tallies;
     u32* arrivals;
     i64 q_codes_b, q_codes_h, q_codes_t, codes_b, codes_h, codes_s, norms_b, norms_h, norms_s;
     i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s;

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hata.backend import Budget
+from hata.backend import Budget, Config
 from hata.problem import Problem
 
-from .device import Kernel
+from .device import Described, Kernel
 from .plan import Address, Plan, View, row_step
 from .shapes import Shape, capacity_of, counting
 
@@ -24,7 +24,7 @@ LAYOUT = {
     **dict.fromkeys(
         (
             *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse",
-            "positions", "lengths", "starts", "exchange", "scores", "arrivals",
+            "positions", "lengths", "starts", "exchange", "scores", "tallies", "arrivals",
         ),
         "P",
     ),
@@ -54,12 +54,15 @@ class Selecting(NamedTuple):
     macros: dict[str, int]
     bins: int
     itemsize: int
+    keys: int
     vectors: int
     ahead: int
 
 
-def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Selecting:
-    """Which scan a call takes."""
+def selecting(
+    group: int, bits: int, codes: View, norms: bool, ahead: int, binary: bool
+) -> Selecting:
+    """Which scan a call takes; `binary`: on binary tensor cores where they serve."""
     how = counting(group, bits, norms)
     width = bits // 8
     unit = next(
@@ -77,11 +80,15 @@ def selecting(group: int, bits: int, codes: View, norms: bool, ahead: int) -> Se
     ):
         unit, keys = 16, 16 // width
     macros = {
-        "R": bits, "GROUP": group, "PLANES": group.bit_length(), "NORMS": int(norms),
-        "ROUNDS": how.rounds, "BINS": how.bins, "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
+        "R": bits, "GROUP": group, "NORMS": int(norms), "ROUNDS": how.rounds, "BINS": how.bins,
+        "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
     }  # fmt: skip
+    # Planes in two's complement of what a bit of a key adds to its distance.
+    planes = (group >> how.halve).bit_length() + 1
+    binary = binary and bits == 128 and unit == 16 and planes <= 4 and not norms
+    macros |= {"BINARY": int(binary), "BITS": planes, "PLANES": group.bit_length()}
     vectors = keys * width // 16 if unit == 16 else 0
-    return Selecting(macros, how.rounds * how.bins, how.itemsize, vectors, ahead)
+    return Selecting(macros, how.rounds * how.bins, how.itemsize, keys, vectors, ahead)
 
 
 class Attending(NamedTuple):
@@ -91,12 +98,23 @@ class Attending(NamedTuple):
     area: int
     queries: int
     partials: int
+    stage: int
 
 
 def attending(
-    shape: Shape, problem: Problem, members: int, aligned: bool, softcap: bool, seen: int = 0
+    shape: Shape,
+    problem: Problem,
+    members: int,
+    aligned: bool,
+    near: bool,
+    softcap: bool,
+    seen: int = 0,
 ) -> Attending:
-    """Which attention a call takes, beside an exchange area of `seen` bytes."""
+    """Which attention a call takes, for `members` heads that share keys.
+
+    Its exchange area has `seen` bytes at least. Rows that are whole vectors of 16 bytes (`aligned`)
+    and less than 2**31 elements apart (`near`) can be copied ahead.
+    """
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
     heads = min(members, 16 if chunks else 8)
@@ -112,7 +130,21 @@ def attending(
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
         "SOFTCAP": int(softcap),
     }  # fmt: skip
-    return Attending(macros, area, queries, partials)
+    # Of all warps, 16 keys and values each.
+    stage = (
+        shape.threads // 32 * (64 * chunks + 2 * lanes) * 16 if aligned and near and chunks else 0
+    )
+    return Attending(macros, area, queries, partials, stage)
+
+
+def row_stages(
+    attending: Attending, config: Config, used: int, room: int
+) -> tuple[dict[str, int], int]:
+    """Stages of the rings of keys and values after `used` bytes, and bytes that they take."""
+    stages = min((room - used) // attending.stage, config["stages"]) if attending.stage else 0
+    # One stage hides nothing that plain loads do not.
+    stages = stages if stages > 1 else 0
+    return {"STAGES": stages, "KEPT_ROWS": used}, stages * attending.stage
 
 
 def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
@@ -144,10 +176,34 @@ def span_fields(plan: Plan, lengths: View | None, starts: View | None) -> dict[s
     }
 
 
+def is_binary(device: Described, config: Config) -> bool:
+    """Whether a GPU has binary tensor cores that and, and the scan may use them."""
+    return config["binary"] and 80 <= device.architecture <= 90
+
+
+def ring_of(
+    selecting: Selecting, threads: int, room: int, reads: int | None = None
+) -> tuple[dict[str, int], int]:
+    """The scan in `room` bytes: constants, and bytes of its ring.
+
+    A thread is no further ahead than it has `reads`. Without room for a ring, codes are read when
+    they are needed.
+    """
+    slot = threads * selecting.vectors * 16
+    ahead = selecting.ahead if slot else 1
+    while ahead > 1 and ((ahead + 1) * slot > room or ahead >= 2 * (reads or ahead)):
+        ahead //= 2
+    ring, macros = (ahead + 1) * slot, selecting.macros
+    if ring > room:
+        macros, ring = {**macros, "UNIT": min(macros["UNIT"], 4), "KEYS": 1, "BINARY": 0}, 0
+    return {**macros, "AHEAD": ahead, "RING": ring}, ring
+
+
 def launch_rows(
     plan: Plan,
     name: str,
     problem: Problem,
+    config: Config,
     shape: Shape,
     rows: int,
     fields: dict[str, Any],
@@ -176,22 +232,17 @@ def launch_rows(
         counters = -(-selecting.bins * 4 // 16) * 16
         fixed, keys = exchange + 16 + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.
-        ahead = selecting.ahead if selecting.vectors else 1
-        slot = shape.threads * selecting.vectors * 16
-        while ahead > 1 and fixed + keys + (ahead + 1) * slot > shape.room:
-            ahead //= 2
-        ring = (ahead + 1) * slot
-        spill = fixed + ring + keys > shape.room
-        scanned = selecting.macros
-        if spill and fixed + ring > shape.room:
-            # Not even so: codes are read when they are needed.
-            scanned, ring, ahead = {**scanned, "UNIT": min(scanned["UNIT"], 4), "KEYS": 1}, 0, 1
+        scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - keys)
+        spill = fixed + ring + keys > shape.room or ring == 0 < selecting.vectors
+        if spill:
+            scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed)
         macros |= {
             **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
-            "AHEAD": ahead, "RING": ring,
+            "ROW_TILES": shape.parts, "PER": 1, "SPLIT": 0,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
         if spill:
+            fields["capacity"] = shape.parts * capacity
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + capacity * selecting.itemsize)
@@ -203,6 +254,11 @@ def launch_rows(
         zero = Kernel("zero", (("OVERLAP", int(overlap)),), 256)
         counters = {"counters": arrivals, "count": rows}
         plan.launch(zero, -(-rows // 256), 0, counters, {"counters": "P", "count": "q"}, overlap)
+    if attending is not None and selecting is None:
+        shared = -(-shared // 16) * 16
+        rings, size = row_stages(attending, config, exchange + queries + shared, shape.room)
+        macros |= rings
+        shared += size
     macros |= {
         "EXCHANGE": exchange, "QUERIES": queries, "RESIDENT": shape.resident,
         "OVERLAP": int(overlap),

@@ -1,45 +1,31 @@
 // The scan: one pass over a part's codes that leaves a key to select by per stored key, and counts.
 //
-// For a group of G query codes, the distance of key k is the sum over its bits of G - c where the
-// bit is set and of c where it is not, c being how many queries set it. Written in planes P_j of
-// weights w_j that sum up to G, c = sum_j w_j P_j, so distance = sum_j w_j popcount(k ^ P_j): few
-// planes stand for many queries. And as popcount is slow, words of one weight go through adders that
-// leave one or two words a weight to be counted (Harley and Seal).
-//
 // The keys to select by, of which the smallest win: 0 for the first and last keys that win anyway,
 // else 1 + distance, halved where all distances of a group have one parity; with key norms (or very
 // long codes) 32 bits wide, and found digit by digit (ROUNDS).
 //
-// R, GROUP, PLANES, NORMS, ROUNDS, BINS, HALVE, UNIT (bytes that codes are read by: 16, 4, 1), KEYS
-// (codes in a 16-byte vector, where they are shorter), AHEAD (reads that a thread is ahead), RING (bytes),
-// SPILL (keys to select by lie in global memory), COUNTERS (bytes of counters), FUSED (see codes.cu).
-
-#if ROUNDS == 1
-typedef u16 order_t;
-#define NEVER 0x7fffu
-#else
-typedef u32 order_t;
-#define NEVER 0xffffffffu
-#endif
+// R, GROUP, BINARY (distances by binary.cu, else by planes.cu), NORMS, ROUNDS, BINS, HALVE, UNIT (bytes
+// that codes are read by: 16, 4, 1), KEYS (codes in a 16-byte vector, where they are shorter), AHEAD
+// (reads that a thread is ahead), RING (bytes), SPILL (keys to select by lie in global memory), PER
+// (tiles of a part), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
 // The part of a row that this block scans.
 struct Part {
-    int low, count;
+    // Its first key, its keys, and those of each of its tiles.
+    int low, count, tile;
     order_t* keys;
     uint4* ring;
 };
 
 INLINE Part find_part(const Params& p, const Row& row) {
     Part part;
-    // Parts begin at whole vectors, of codes and of keys to select by.
-    int origin = row.start & ~15;
-    int size = (row.stop - origin + PARTS - 1) / PARTS;
-    size = (size + 63) & ~63;
-    part.low = min(i64(origin) + i64(size) * row.part, i64(row.stop));
+    const int origin = origin_of(row);
+    part.tile = tile_size(row);
+    part.low = min(i64(origin) + i64(part.tile) * PER * row.part, i64(row.stop));
     // A row of which all is taken is not scanned.
-    part.count = row.everything ? 0 : min(size, row.stop - part.low);
+    part.count = row.everything ? 0 : min(part.tile * PER, row.stop - part.low);
 #if SPILL
-    part.keys = reinterpret_cast<order_t*>(p.scores) + (row.index * PARTS + row.part) * p.capacity;
+    part.keys = order_of(p, row) + (part.low - origin);
 #else
     part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES + COUNTERS + RING);
 #endif
@@ -47,66 +33,8 @@ INLINE Part find_part(const Params& p, const Row& row) {
     return part;
 }
 
-// Weight of a plane: powers of two, and for the last one what is missing to the group.
-__host__ __device__ constexpr int weight_of(int plane) {
-    return plane < PLANES - 1 ? 1 << plane : GROUP - (1 << (PLANES - 1)) + 1;
-}
-
-__host__ __device__ constexpr int planes_at(int level) {
-    int count = 0;
-    for (int plane = 0; plane < PLANES; ++plane) count += weight_of(plane) >> level & 1;
-    return count;
-}
-
-// Sum over words of 2^LEVEL and higher weights, with CARRIED words from the adders below.
-template <int LEVEL, int CARRIED>
-INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
-    constexpr int OWN = planes_at(LEVEL) * W, COUNT = OWN + CARRIED;
-    if constexpr (COUNT == 0 && (GROUP >> LEVEL) == 0) {
-        return 0;
-    } else {
-        u32 words[COUNT > 0 ? COUNT : 1], carries[COUNT > 2 ? (COUNT - 1) / 2 : 1];
-        int count = 0;
-#pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane)
-            if (weight_of(plane) >> LEVEL & 1)
-#pragma unroll
-                for (int i = 0; i < W; ++i) words[count++] = code[i] ^ planes[plane * W + i];
-#pragma unroll
-        for (int i = 0; i < CARRIED; ++i) words[count++] = carried[i];
-        u32 left = COUNT > 0 ? words[0] : 0;
-#pragma unroll
-        for (int i = 0; i < (COUNT - 1) / 2; ++i) {
-            u32 a = words[2 * i + 1], b = words[2 * i + 2];
-            carries[i] = (left & a) | (left & b) | (a & b);
-            left ^= a ^ b;
-        }
-        u32 sum = __popc(left);
-        if constexpr (COUNT > 0 && COUNT % 2 == 0) sum += __popc(words[COUNT - 1]);
-        constexpr int UP = COUNT > 2 ? (COUNT - 1) / 2 : 0;
-        return sum + 2 * tally<LEVEL + 1, UP>(code, planes, carries);
-    }
-}
-
-// The bit planes of a row's query codes, which are `step` bytes apart, in shared memory.
-INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
-#pragma unroll 1
-    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        int count = 0;
-        if (bit < R)
-            for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
-        bool above = count >= 1 << (PLANES - 1);
-        if (above) count -= weight_of(PLANES - 1);
-        for (int plane = 0; plane < PLANES; ++plane) {
-            u32 word = ballot(plane == PLANES - 1 ? above : count >> plane & 1);
-            if (bit < R && bit % 32 == 0) planes[plane * W + bit / 32] = word;
-        }
-    }
-    __syncthreads();
-}
-
 // Codes come in vectors of 16 bytes through a ring in shared memory, in which every thread has slots
-// of its own: what it reads it has copied itself, so it waits for nobody. Codes that are not so
+// of its own: what it reads it (or, if BINARY, its warp) has copied itself. Codes that are not so
 // aligned are read when they are needed.
 #define RINGED (UNIT == 16)
 #define VECTORS (KEYS * W / 4)
@@ -163,27 +91,27 @@ INLINE u32 key_of(u32 distance, u16 norm) {
 #if NORMS
     return reversed(__fmul_rn(float(GROUP * R - 2 * int(distance)), widen_fp16(norm)));
 #else
-    return (distance >> HALVE) + 1;
+    return distance + 1;
 #endif
 }
 
 // Fill the part's keys to select by, up to a multiple of 64, and count their first digits.
 INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& weights) {
-    __shared__ u32 shared_planes[PLANES * W];
+    __shared__ u32 shared_planes[PLANE_WORDS];
     const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
     u32* bins = counters(0);
-    const int padded = (part.count + 63) & ~63, stride = THREADS * KEYS;
+    const int count = part.count, padded = (count + 63) & ~63, stride = THREADS * KEYS;
     int mine = threadIdx.x * KEYS;
     // The first codes are on their way while planes are made.
     const char* from = codes + (part.low + mine) * p.codes_s;
     const i64 hop = stride * p.codes_s;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
-        if (mine + a * stride < part.count) copy_codes(slot_of(part, a), from + a * hop);
+        if (mine + a * stride < count) copy_codes(slot_of(part, a), from + a * hop);
         end_batch();
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
+    for (int i = threadIdx.x; i < PER * ROUNDS * BINS; i += THREADS) bins[i] = 0;
     int unscanned = row.stop;
 #if FUSED && FRESH > 0
     __shared__ u32 fresh_codes[FRESH * W];
@@ -191,8 +119,8 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
     unscanned = fresh.from;
     Columns<1> fresh_keys;
-    const int g = threadIdx.x % 32 / 4, count = fresh.end - fresh.first;
-    if (count > 0) load_column(fresh_key(p, row, fresh, min(g, count - 1)), g < count, fresh_keys.at[0]);
+    const int g = threadIdx.x % 32 / 4, here = fresh.end - fresh.first;
+    if (here > 0) load_column(fresh_key(p, row, fresh, min(g, here - 1)), g < here, fresh_keys.at[0]);
 #endif
 #if FUSED
     __shared__ u32 query_codes[GROUP * W];
@@ -206,45 +134,68 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
 #if FUSED && FRESH > 0
     hash_fresh(p, row, fresh, fresh_keys, weights, fresh_codes, fresh_norms);
 #endif
-    u32 planes[PLANES * W];
-#pragma unroll
-    for (int i = 0; i < PLANES * W; ++i) planes[i] = shared_planes[i];
+    const Planes planes = planes_of(shared_planes);
 #if NORMS
     const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
 #endif
     // Between these, keys are scored; elsewhere they win anyway, are not seen, or come later.
     const int low = row.start + p.sink, high = min(row.stop - p.recent, unscanned);
     const u32 scored = max(high - low, 0);
-    int slot = 0, refilled = AHEAD;
+#if BINARY
+    const int shift = own_key() - int(threadIdx.x % 32);
+#else
+    const int shift = 0;
+#endif
+    // Of the first key of this thread in this round: how far behind `low` it is, and where it goes.
+    int behind = part.low + mine + shift - low;
+    order_t* to = part.keys + mine + shift;
+    uint4 *read = slot_of(part, 0), *refilled = slot_of(part, AHEAD), *const last = refilled;
+    const char* next = from + AHEAD * hop;
+#if PER > 1
+    int border = part.tile;
+#endif
 #pragma unroll 2
-    for (; mine < padded; mine += stride) {
-        u32 words[KEYS * W];
+    for (; mine < padded; mine += stride, behind += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
-        read_codes(words, slot_of(part, slot), from, mine < part.count);
-        // The slot that was read last time.
-        if (mine + AHEAD * stride < part.count)
-            copy_codes(slot_of(part, refilled), from + AHEAD * hop);
-        end_batch();
-        slot = slot == AHEAD ? 0 : slot + 1;
-        refilled = refilled == AHEAD ? 0 : refilled + 1;
+#if BINARY
+        // Lanes read what others of their warp have copied.
+        sync_warp();
+        const u32 distance = distance_of_own(read, planes);
+#else
+        u32 words[KEYS * W];
+        read_codes(words, read, from, mine < count);
         from += hop;
+#endif
+        // The slot that was read last time.
+        if (mine + AHEAD * stride < count) copy_codes(refilled, next);
+        end_batch();
+        next += hop;
+        read = read == last ? slot_of(part, 0) : read + VECTORS * THREADS;
+        refilled = refilled == last ? slot_of(part, 0) : refilled + VECTORS * THREADS;
+#if PER > 1
+        for (; mine >= border; border += part.tile) bins += BINS;
+#endif
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) {
-            int at = mine + i, position = part.low + at;
-            u32 distance = tally<0, 0>(words + i * W, planes, nullptr), key = 0;
-            if (u32(position - low) < scored) {
+#if !BINARY
+            const u32 distance = distance_of(words + i * W, planes, shared_planes);
+#endif
+            u32 key = 0;
+            if (u32(behind + i) < scored) {
 #if NORMS
-                key = key_of(distance, norms[position * p.norms_s]);
+                key = key_of(distance, norms[(behind + i + low) * p.norms_s]);
 #else
                 key = key_of(distance, 0);
 #endif
-            } else if (position < row.start || position >= row.stop) {
-                part.keys[at] = NEVER;
-                continue;
-            } else if (position >= unscanned) {
-                continue;
+            } else {
+                const int position = behind + i + low;
+                if (position < row.start || position >= row.stop) {
+                    to[i] = NEVER;
+                    continue;
+                }
+                if (position >= unscanned) continue;
             }
-            part.keys[at] = key;
+            to[i] = key;
             atomicAdd(bins + digit_of(key, 0), 1);
         }
     }
@@ -252,10 +203,11 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
 #pragma unroll 1
     for (int position = fresh.first + int(threadIdx.x); position < fresh.end; position += THREADS) {
         int i = position - fresh.first;
-        u32 distance = tally<0, 0>(fresh_codes + i * W, planes, nullptr);
+        u32 distance = distance_of(fresh_codes + i * W, planes, shared_planes);
         bool scored_too = position >= low && position < row.stop - p.recent;
         u32 key = scored_too ? key_of(distance, fresh_norms[i]) : 0;
         part.keys[position - part.low] = key;
+        bins = counters((position - part.low) / part.tile);
         atomicAdd(bins + digit_of(key, 0), 1);
     }
 #endif

@@ -12,12 +12,7 @@ struct Threshold {
     int below, equal;
 };
 
-// What other parts read of a histogram: counts of 16 bits where parts are short, four a read.
-#if NARROW
-typedef u16 count_t;
-#else
-typedef u32 count_t;
-#endif
+// Counts that are read together.
 #define TOGETHER 4
 
 INLINE const count_t* counts(const char* exchange, int round) {
@@ -95,22 +90,6 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
                  shared.equal};
     }
     return found;
-}
-
-#define VECTOR int(16 / sizeof(order_t))
-
-// Which of the keys in a vector are at most `key`: bit i for the i-th.
-INLINE u32 at_most(const uint4& v, u32 key) {
-#if ROUNDS == 1
-    // Two 15-bit keys a word: the difference to 0x8000 more than `key` keeps its highest bit. The
-    // product moves four such bits to the top.
-    u32 most = key * 0x10001u | 0x80008000u;
-    u32 low = (__byte_perm(most - v.x, most - v.y, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
-    u32 high = (__byte_perm(most - v.z, most - v.w, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
-    return low | high << 4;
-#else
-    return u32(v.x <= key) | u32(v.y <= key) << 1 | u32(v.z <= key) << 2 | u32(v.w <= key) << 3;
-#endif
 }
 
 // Write the positions of the part's selected keys to the row's list. A thread takes vectors that

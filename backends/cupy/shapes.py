@@ -36,7 +36,7 @@ def counting(group: int, bits: int, norms: bool) -> Counting:
     """How to count keys for groups of `group` codes of `bits` bits."""
     halve = int(group % 2 == 0 and not norms)
     # 0 stands for keys that win anyway, and distances begin at 1.
-    bins = -(-((group * bits >> halve) + 2) // 4) * 4
+    bins = -(-((group * bits >> halve) + 2) // 8) * 8
     if norms or bins > MOST_BINS:
         return Counting(3, DIGIT_BINS, halve, 4)
     return Counting(1, bins, halve, 2)
@@ -63,7 +63,8 @@ class Shape(NamedTuple):
 def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> Shape:
     """The shape of a problem's rows on a device, of which there are about `rows`."""
     threads = config["threads"]
-    resident = max(512 // threads, 1)
+    # Rings of keys and values take the shared memory of a second block.
+    resident = max((256 if config.get("stages") else 512) // threads, 1)
     parts, counted = config["parts"], config["joined"] == "counters"
     if not parts:
         parts, counted = _parts(device, problem, rows, resident, counted)

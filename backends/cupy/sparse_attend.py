@@ -18,6 +18,11 @@ def is_aligned(dtype: str, *arrays: View) -> bool:
     return all(x.in_units_of(16, ITEMSIZE[dtype]) for x in arrays)
 
 
+def is_near(*arrays: View) -> bool:
+    """Whether steps between tokens are counts of less than 2**31 elements, as rings take them."""
+    return all(0 <= x.strides[2] < 2**31 for x in arrays)
+
+
 def write_sparse_attend(
     plan: Plan,
     problem: Problem,
@@ -63,9 +68,10 @@ def write_sparse_attend(
         "scale": scale,
         "softcap": softcap or 0.0,
     }
-    chosen = attending(shape, problem, heads // lists, aligned, softcap is not None)
+    near = is_near(keys, values)
+    chosen = attending(shape, problem, heads // lists, aligned, near, softcap is not None)
     rows = batch * lists * tokens
-    launch_rows(plan, "sparse_attend", problem, shape, rows, fields, attending=chosen)
+    launch_rows(plan, "sparse_attend", problem, config, shape, rows, fields, attending=chosen)
 
 
 def nothing(fw: Framework, q: Any, problem: Problem, return_lse: bool) -> tuple[Any, Any]:

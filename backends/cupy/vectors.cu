@@ -41,6 +41,15 @@ INLINE uint4 load_eight(const u16* p, bool inside) {
     return v;
 }
 
+// Copy eight 16-bit numbers to shared memory, without waiting; zeros unless `inside`.
+INLINE void copy_or_clear(uint4* to, const u16* from, bool inside) {
+#if ALIGNED
+    copy_ahead(to, from, inside);
+#else
+    *to = load_eight(from, inside);
+#endif
+}
+
 // Four floats; zeros unless `inside`.
 INLINE float4 load_four(const float* p, bool inside) {
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);

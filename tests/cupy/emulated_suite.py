@@ -43,6 +43,10 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
         config = dict(defaults.of(problem))
         if "threads" in config:
             config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
+        if "binary" in config:
+            config["binary"] = MODE != "spill"
+        if "stages" in config:
+            config["stages"] = 2 if MODE == "cluster" else 0
         return config
 
 

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -85,8 +86,16 @@ struct Cluster {
     }
 };
 
+// Copies of a thread that are on their way.
+struct Copy { void* to; const void* from; };
+struct Copies {
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> batches;
+};
+
 struct Block {
     Cluster* cluster;
+    std::vector<Copies> copies;
     std::vector<ucontext_t> fibers;
     std::vector<Meeting*> warps;
     Meeting* all;
@@ -143,6 +152,7 @@ INLINE u32 narrow_pair(float low, float high, int data) {
     return data == 1 ? narrow_fp16(low) | u32(narrow_fp16(high)) << 16
                      : narrow_bf16(low) | u32(narrow_bf16(high)) << 16;
 }
+INLINE u32 is_below_zero(float x) { return x < 0.f; }
 INLINE float exp2_fast(float x) { return exp2f(x); }
 INLINE float log2_fast(float x) { return log2f(x); }
 static inline float __fdividef(float x, float y) { return x / y; }
@@ -165,10 +175,18 @@ INLINE float from_lane(float x, int lane) {
     return __uint_as_float(u32(exchanged(__float_as_uint(x), lane)));
 }
 INLINE float across(float x, int mask) { return from_lane(x, lane_id() ^ mask); }
+INLINE int across(int x, int mask) { return from_lane(x, lane_id() ^ mask); }
 INLINE u32 across(u32 x, int mask) { return from_lane(x, lane_id() ^ mask); }
 INLINE u64 from_below(u64 x, int distance) {
     int from = int(lane_id()) - distance;
     return exchanged(x, from < 0 ? lane_id() : from);
+}
+INLINE u32 from_below(u32 x, int distance) { return u32(from_below(u64(x), distance)); }
+INLINE u32 sum_of_warp(u32 x) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), x), sum = 0;
+    for (int i = 0; i < 32; ++i) sum += u32(m->left[n][i][0]);
+    return sum;
 }
 INLINE void sync_warp() { come(warp(), lane_id(), 0); }
 
@@ -194,6 +212,29 @@ INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, i
     }
 }
 
+INLINE void mma_bits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c0, int c1) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), a0 | u64(a1) << 32, a2 | u64(a3) << 32, b0 | u64(b1) << 32);
+    int g = lane_id() / 4, j = lane_id() % 4;
+    for (int i = 0; i < 4; ++i) {
+        int row = g, column = 2 * j + i % 2, sum = i % 2 ? c1 : c0;
+        for (int k = 0; k < 8; ++k) {
+            // Words 0 to 3 of a row are in the first registers of four lanes, 4 to 7 in the others.
+            u64 a = m->left[n][row * 4 + k % 4][k / 4], b = m->left[n][column * 4 + k % 4][2];
+            sum += __builtin_popcount(u32(i / 2 ? a >> 32 : a) & u32(k / 4 ? b >> 32 : b));
+        }
+        d[i] = sum;
+    }
+}
+
+INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), u64(row));
+    int g = lane_id() / 4, j = lane_id() % 4;
+    for (int i = 0; i < 4; ++i)
+        x[i] = reinterpret_cast<const u32*>(m->left[n][8 * i + g][0])[j];
+}
+
 INLINE u32 transpose(u32 x) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), x);
@@ -203,12 +244,28 @@ INLINE u32 transpose(u32 x) {
     return low | high << 16;
 }
 
-INLINE void copy_ahead(void* to, const void* from) {
-    if (u64(to) % 16 || u64(from) % 16) fprintf(stderr, "misaligned vector\n"), abort();
-    memcpy(to, from, 16);
+// An asynchronous copy happens at some time from its start to the wait for it: at once in blocks of
+// even numbers, as late as may be in the others.
+static void copy_now(const Copy& copy) {
+    copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
 }
-INLINE void end_batch() {}
-template <int LEFT> void wait_for_batches() {}
+INLINE void copy_ahead(void* to, const void* from, bool inside) {
+    if (u64(to) % 16 || inside && u64(from) % 16) fprintf(stderr, "misaligned vector\n"), abort();
+    Copy copy = {to, inside ? from : nullptr};
+    if (blockIdx.x % 2) here->copies[threadIdx.x].open.push_back(copy);
+    else copy_now(copy);
+}
+INLINE void copy_ahead(void* to, const void* from) { copy_ahead(to, from, true); }
+INLINE void end_batch() {
+    Copies& mine = here->copies[threadIdx.x];
+    mine.batches.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int LEFT> void wait_for_batches() {
+    Copies& mine = here->copies[threadIdx.x];
+    for (; mine.batches.size() > LEFT; mine.batches.pop_front())
+        for (const Copy& copy : mine.batches.front()) copy_now(copy);
+}
 template <typename T> T __ldcg(const T* p) { T x; memcpy(&x, (const void*)p, sizeof(T)); return x; }
 static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
 

@@ -13,6 +13,7 @@ static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const 
     Block self;
     self.cluster = cluster;
     self.fibers.resize(threads);
+    self.copies.resize(threads);
     Meeting all;
     all.size = threads;
     self.all = &all;

@@ -13,8 +13,8 @@ pytest.importorskip("cupy", reason="the CuPy backend needs it")
 
 compiler = importlib.import_module("hata.backends.cupy.compiler")
 MACROS = (
-    ("D", 32), ("R", 32), ("N", 32), ("WARPS", 2), ("TILES", 1), ("DATA", 2), ("WIDE_WEIGHTS", 0),
-    ("ALIGNED", 1), ("WORDS", 1), ("OVERLAP", 0),
+    ("D", 32), ("R", 32), ("N", 32), ("WARPS", 2), ("TILES", 1), ("STAGES", 2), ("DATA", 2),
+    ("WIDE_WEIGHTS", 0), ("ALIGNED", 1), ("WORDS", 1), ("OVERLAP", 0),
 )  # fmt: skip
 
 

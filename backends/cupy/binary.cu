@@ -1,0 +1,84 @@
+// Distances on binary tensor cores.
+//
+// With c as in planes.cu, distance = sum of c + sum over the bits of a key of G - 2 c. The latter,
+// halved where the group is even, is written in planes of two's complement, so the distance is a
+// weighted sum of popcount(k & V_j). One instruction makes those of 32 keys of 128 bits: row g of its
+// first operand is keys g and 16 + g; columns 0 to 3 of the second one are the planes for the first
+// key and zeros, columns 4 to 7 zeros and the planes for the second key.
+//
+// R (128), GROUP, BITS (planes, 4 at most), HALVE.
+
+// Words of shared memory that planes take; sums of c follow them.
+#define PLANE_WORDS ((BITS + 1) * W)
+
+// What a lane has of the planes: an operand, weights of its two columns, and where its sum starts.
+struct Planes {
+    u32 low, high;
+    int first, second, start;
+};
+
+__host__ __device__ constexpr int weight_of(int plane) {
+    return plane >= BITS ? 0 : plane == BITS - 1 ? -(1 << plane) : 1 << plane;
+}
+
+// Planes of a row's query codes, which are `step` bytes apart, in shared memory.
+INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
+#pragma unroll 1
+    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
+        int count = 0;
+        if (bit < R)
+            for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
+        const int value = HALVE ? GROUP / 2 - count : GROUP - 2 * count;
+        const u32 sum = sum_of_warp(u32(count));
+        const bool writes = bit < R && bit % 32 == 0;
+        if (writes) planes[BITS * W + bit / 32] = sum;
+        for (int plane = 0; plane < BITS; ++plane) {
+            u32 word = ballot(value >> plane & 1);
+            if (writes) planes[plane * W + bit / 32] = word;
+        }
+    }
+    __syncthreads();
+}
+
+// The distance of a key of no bits.
+INLINE int sum_of_counts(const u32* shared) {
+    u32 sum = 0;
+    for (int i = 0; i < W; ++i) sum += shared[BITS * W + i];
+    return int(sum >> HALVE);
+}
+
+INLINE Planes planes_of(const u32* shared) {
+    const int column = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+    const u32 word = column % 4 < BITS ? shared[column % 4 * W + j] : 0;
+    return {column < 4 ? word : 0, column < 4 ? 0 : word, weight_of(j % 2 * 2),
+            weight_of(j % 2 * 2 + 1), j % 2 ? 0 : sum_of_counts(shared)};
+}
+
+// Which of a warp's 32 keys a lane finds the distance of.
+INLINE int own_key() {
+    const int lane = threadIdx.x % 32;
+    return lane / 4 + lane % 4 * 8 % 16 + lane % 4 / 2 * 16;
+}
+
+// The distance of the lane's own key (halved as in planes.cu), from the 32 keys of its warp, of which
+// it knows where its own one as a thread lies. Two lanes share the columns of a key: each sums up its
+// own for the keys of both.
+INLINE u32 distance_of_own(const uint4* code, const Planes& planes) {
+    u32 keys[4];
+    int sum[4];
+    load_matrices(keys, code);
+    mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
+    // The first column of even lanes has weight 1: their sums start with the constant.
+    const int first = sum[0] * planes.first + sum[1] * planes.second;
+    const int second = sum[2] * planes.first + sum[3] * planes.second;
+    const bool odd = threadIdx.x % 2;
+    return u32((odd ? second : first) + across(odd ? first : second, 1));
+}
+
+// The distance of one key, by counting.
+INLINE u32 distance_of(const u32* code, const Planes& planes, const u32* shared) {
+    int sum = sum_of_counts(shared);
+#pragma unroll 1
+    for (int i = 0; i < BITS * W; ++i) sum += weight_of(i / W) * int(__popc(code[i % W] & shared[i]));
+    return u32(sum);
+}
