@@ -5,14 +5,15 @@
 // Bits are the rows and vectors the columns of a product on the tensor cores. A block keeps some
 // columns of a projection in shared memory, in the order in which lanes take them, and its warps go
 // over vectors, which come through a ring of asynchronous copies of each warp. Bits are dealt out so
-// that the signs a lane makes of a vector are neighbours; nothing but codes is written. With fp32 vectors or weights (IEEE) every sum is a chain of fused products over the
-// dimensions.
+// that the signs a lane makes of a vector are neighbours; nothing but codes is written. With fp32
+// vectors or weights (IEEE) every sum is a chain of fused products over the dimensions.
 //
 // A job is a set of vectors with one projection: the vectors of the op, the queries of a decode
 // step, or its fresh keys, whose positions follow from the lengths. A launch does one or two.
 //
-// D, R, N (bits a block makes), WARPS, TILES (of 8 vectors a warp takes at once), STAGES (of its ring), DATA, WIDE_WEIGHTS (fp32 projection beside 16-bit vectors), ALIGNED, WORDS
-// (codes are written as aligned words).
+// D, R, N (bits a block makes), WARPS, TILES (of 8 vectors a warp takes at once), STAGES (of its
+// ring), DATA, WIDE_WEIGHTS (fp32 projection beside 16-bit vectors), ALIGNED, WORDS (codes are
+// written as aligned words).
 
 #include "ptx.cu"
 #include "vectors.cu"

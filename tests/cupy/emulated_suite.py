@@ -23,6 +23,8 @@ DEVICES = {
     "cluster": {},
     "counters": {"architecture": 80, "clusters": 1},
     "spill": {"shared": 56 * 1024, "clusters": 2},
+    "split": {},
+    "split-counters": {"architecture": 80, "clusters": 1},
 }
 MODE = os.environ.get("EMULATED", "cluster")
 DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
@@ -42,11 +44,11 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
     def default(self, problem):
         config = dict(defaults.of(problem))
         if "threads" in config:
-            config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
-        if "binary" in config:
-            config["binary"] = MODE != "spill"
-        if "stages" in config:
-            config["stages"] = 2 if MODE == "cluster" else 0
+            config |= {"threads": 128, "parts": 4 if MODE.endswith("counters") else 2}
+        if MODE.startswith("split"):
+            # What is not the default: two launches, binary tensor cores, rings of keys and values.
+            config |= {k: True for k in ("split", "binary") if k in config}
+            config |= {"stages": 2} if "stages" in config else {}
         return config
 
 

@@ -97,8 +97,9 @@ def test_kernels_compile(name, architecture, record_property):
     found = rehearsal.kernels(backend, PROBLEMS[name], device)
     assert found
     if name == "decode":
-        # In one launch; by counters; with keys and values copied ahead.
-        for changes in ({"split": False}, {"joined": "counters"}, {"stages": 2}):
+        # By counters; in two launches; with all that is not the default.
+        two = {"split": True}
+        for changes in ({"joined": "counters"}, two, {**two, "binary": True, "stages": 2}):
             config = {**backend.default(PROBLEMS[name]), "parts": 8, **changes}
             with use_config("cupy", PROBLEMS[name].op, config):
                 found += rehearsal.kernels(backend, PROBLEMS[name], device)

@@ -139,9 +139,10 @@ def using(op, **changes):
         yield
 
 
-def test_a_decode_step_is_two_launches(device):
+def test_a_decode_step_is_two_launches_where_asked(device):
     arguments = step()
-    hata.hash_attend(**arguments, fresh=1)
+    with using("hash_attend", split=True):
+        hata.hash_attend(**arguments, fresh=1)
     (first, data), (second, same) = device.launched
     scored, macros = dict(first.kernel.macros), dict(second.kernel.macros)
     assert (first.kernel.name, second.kernel.name) == ("score", "hash_attend")
@@ -161,9 +162,8 @@ def test_a_decode_step_is_two_launches(device):
     assert same == data
 
 
-def test_a_decode_step_is_one_launch_where_asked(device):
-    with using("hash_attend", split=False):
-        hata.hash_attend(**step(), fresh=1)
+def test_a_decode_step_is_one_launch(device):
+    hata.hash_attend(**step(), fresh=1)
     [(launch, _)] = device.launched
     macros = dict(launch.kernel.macros)
     assert (macros["FUSED"], macros["FRESH"], macros["SAME"]) == (1, 1, 1)
@@ -174,7 +174,8 @@ def test_a_decode_step_is_one_launch_where_asked(device):
 def test_key_norms_are_counted_in_one_launch(device):
     arguments = step()
     norms = np.zeros(arguments["key_codes"].shape[:3], np.float16)
-    hata.hash_attend(**arguments, key_norms=norms, fresh=1)
+    with using("hash_attend", split=True):
+        hata.hash_attend(**arguments, key_norms=norms, fresh=1)
     [(launch, _)] = device.launched
     assert dict(launch.kernel.macros)["ROUNDS"] == 3
 
@@ -182,7 +183,8 @@ def test_key_norms_are_counted_in_one_launch(device):
 def test_given_codes_need_no_encode(device):
     arguments = step()
     q_codes = np.zeros((1, 16, 1, 16), np.uint8)
-    hata.hash_attend(**arguments, q_codes=q_codes)
+    with using("hash_attend", split=True):
+        hata.hash_attend(**arguments, q_codes=q_codes)
     (first, data), (second, _) = device.launched
     scored, macros = dict(first.kernel.macros), dict(second.kernel.macros)
     assert (scored["FUSED"], scored["GROUP"], macros["G"]) == (0, 2, 4)
@@ -191,7 +193,8 @@ def test_given_codes_need_no_encode(device):
 
 def test_long_projections_are_a_launch_of_their_own(device):
     arguments = step(bits=512)
-    hata.hash_attend(**arguments, fresh=1)
+    with using("hash_attend", split=True):
+        hata.hash_attend(**arguments, fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "score", "hash_attend"]
     assert [launch.overlap for launch in launches] == [False, True, True]
@@ -199,9 +202,9 @@ def test_long_projections_are_a_launch_of_their_own(device):
 
 def test_old_gpus_count_arrivals(device):
     device.architecture, device.clusters = 80, 1
-    hata.hash_attend(**step(), fresh=1)
-    with using("hash_attend", split=False):
-        hata.hash_attend(**step(), fresh=1)
+    for split in (True, False):
+        with using("hash_attend", split=split):
+            hata.hash_attend(**step(), fresh=1)
     (first, scored), (second, data), (zero, zeroed), (launch, alone) = device.launched
     for last in (second, launch):
         macros = dict(last.kernel.macros)
@@ -242,7 +245,8 @@ def test_scanners_fill_the_gpu(device):
         device.launched.clear()
         codes = np.broadcast_to(np.zeros((1, 1, 1, 16), np.uint8), (batch, 8, 2**17, 16))
         q_codes = np.broadcast_to(np.zeros((1, 1, 1, 16), np.uint8), (batch, 32, 1, 16))
-        hata.hamming_topk(np.ascontiguousarray(q_codes), codes, 2048)
+        with using("hamming_topk", split=True):
+            hata.hamming_topk(np.ascontiguousarray(q_codes), codes, 2048)
         scored, macros = (dict(launch.kernel.macros) for launch, _ in device.launched)
         assert scored["PARTS"] == blocks
         assert macros["PARTS"] == 1 or macros["ROW_TILES"] >= 4 * macros["PARTS"]
@@ -253,7 +257,7 @@ def test_a_plan_serves_other_arrays(device):
         arguments = step()
         hata.hash_attend(**arguments)
         assert len(plan._plans) == 1
-        given = fields(device.launched[2 * turn][1], row.LAYOUT)
+        given = fields(device.launched[turn][1], row.LAYOUT)
         assert given["q"] == arguments["q"].__array_interface__["data"][0]
     # One array in two roles of a call, then two.
     arguments = step()
@@ -264,9 +268,11 @@ def test_a_plan_serves_other_arrays(device):
 
 
 def test_a_growing_cache_compiles_nothing_new(device):
-    for slots in (3000, 3001, 3500, 4096):
-        hata.hash_attend(**step(slots=slots), fresh=1)
-    assert len({launch.kernel for launch, _ in device.launched}) == 2
+    for split in (False, True):
+        with using("hash_attend", split=split):
+            for slots in (3000, 3001, 3500, 4096):
+                hata.hash_attend(**step(slots=slots), fresh=1)
+    assert len({launch.kernel for launch, _ in device.launched}) == 3
 
 
 def test_prepare_loads_and_launches_nothing(device):
