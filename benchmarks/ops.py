@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from benchmarks.contenders import Case, Contender
 from benchmarks.report import Row
 from benchmarks.shapes import ITEMSIZE, SUITES, Shape, parse
 from hata import registry
+from hata.backend import Backend, Config
+from hata.problem import OPS, Problem
 
 
 def measure(
@@ -116,6 +118,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cold", action="store_true", help="empty the caches before every counted call"
     )
+    parser.add_argument(
+        "--set", nargs="+", type=_knob, default=[], metavar="KNOB=VALUE",
+        help="change the backend's default configuration, in every op that has the knob",
+    )  # fmt: skip
     parser.add_argument("--profile", help="a tuned profile, or 'none' (default: the one in force)")
     parser.add_argument(
         "--markdown", action="store_true", help="print the closing table as Markdown too"
@@ -135,6 +141,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.shapes and args.suite:
         parser.error("--shapes and --suite: got both, expected one of them")
+    if args.set and args.backend == "auto":
+        parser.error("--set: knobs are a backend's own; name it with --backend")
+    if args.set and args.profile not in (None, "none"):
+        parser.error("--set and --profile: got both, expected one of them")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
     return args
 
@@ -144,6 +154,45 @@ def _shape(text: str) -> Shape:
         return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _knob(text: str) -> tuple[str, bool | int | str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KNOB=VALUE, such as threads=256")
+    if value in ("true", "false"):
+        return name, value == "true"
+    return name, int(value) if value.isdecimal() else value
+
+
+def change_defaults(backend: Backend, changes: Mapping[str, bool | int | str]) -> None:
+    """Have a backend run its default configurations with some knobs changed, and no profile's.
+
+    Raises:
+        HataError: no op has such a knob, or a knob has no such value.
+    """
+    known = set()
+    for op in OPS:
+        known |= set(backend.tunables(op, Problem(op, "cuda", "float16", "float16")))
+    for name in changes:
+        if name not in known:
+            raise hata.HataError(
+                f"--set: got {name!r}, expected a knob of backend {backend.name!r}: "
+                f"{', '.join(sorted(known)) or 'it has none'}"
+            )
+
+    def changed(backend: Backend, problem: Problem) -> Config:
+        knobs = backend.tunables(problem.op, problem)
+        mine = {name: value for name, value in changes.items() if name in knobs}
+        for name, value in mine.items():
+            # 1 equals True.
+            if value not in knobs[name] or type(value) is not type(knobs[name][0]):
+                raise hata.HataError(
+                    f"--set {name}: got {value!r}, expected one of {knobs[name]} for {problem.op}"
+                )
+        return {**backend.default(problem), **mine}
+
+    backend.look_up_with(changed)
 
 
 def groups_of(args: argparse.Namespace) -> list[list[Shape]]:
@@ -181,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Console(width=None if sys.stdout.isatty() else 110)
     err = Console(stderr=True)
     kind = torch.device(args.device).type
+    if args.set:
+        args.profile = "none"
     if args.profile is not None:
         os.environ["HATA_PROFILE"] = args.profile
         registry.reset()
@@ -188,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
-    settings = {"backend": args.backend, "rounds": args.rounds, "cold": args.cold}
+    changes = dict(args.set)
+    settings = {"backend": args.backend, "rounds": args.rounds, "cold": args.cold, "set": changes}
     rows: list[Row] = []
     beyond: list[report.Bar] = []
     bar = Progress(
@@ -201,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with bar, torch.no_grad(), hata.use_backend(args.backend):
             out.print(report.heading(args.device, settings), soft_wrap=True)
+            if changes:
+                change_defaults(registry.load(args.backend), changes)
             if os.getloadavg()[0] > 0.5:
                 err.print("the machine is not quiet (see load): do not trust these times")
             groups = groups_of(args)

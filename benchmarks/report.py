@@ -230,11 +230,12 @@ def machine(device: str) -> dict[str, Any]:
 def heading(device: str, settings: dict[str, Any]) -> str:
     """What is run, and on what, in one line."""
     facts = machine(device)
+    knobs = "".join(f", {name}={value}" for name, value in settings.get("set", {}).items())
     return (
         f"{facts['name']}, {facts['cores']} cores, torch {facts['torch']}, "
         f"load {facts['load']:.2f}, backend {settings['backend']}, "
         f"profile {facts['profile'] or 'none'}, {'cold' if settings['cold'] else 'warm'} caches, "
-        f"{settings['rounds']} rounds"
+        f"{settings['rounds']} rounds{knobs}"
     )
 
 

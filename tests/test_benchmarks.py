@@ -251,10 +251,38 @@ def test_command_refuses_a_backend_that_cannot_run(capsys):
     assert "triton" in capsys.readouterr().err
 
 
+def test_command_changes_knobs(tmp_path, capsys, monkeypatch):
+    kind = registry.class_of("reference")
+    seen = set()
+    launch = kind.launch_hash_attend
+
+    def spied(backend, problem, fw, *arguments):
+        seen.update(backend.config(problem).items())
+        return launch(backend, problem, fw, *arguments)
+
+    monkeypatch.setattr(kind, "launch_hash_attend", spied)
+    file = tmp_path / "figures.json"
+    assert ops.main(small("--json", str(file), "--set", "chunk=2048", "variant=direct")) == 0
+    assert {("chunk", 2048), ("variant", "direct")} <= seen
+    assert json.loads(file.read_text())["settings"]["set"] == {"chunk": 2048, "variant": "direct"}
+    assert "chunk=2048, variant=direct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["chunk=3", "chunk=true", "colour=2048"])
+def test_command_refuses_knobs_that_are_not_there(change, capsys):
+    assert ops.main(small("--set", change)) == 1
+    told = capsys.readouterr().err
+    assert change.partition("=")[0] in told
+    assert "expected" in told
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--device", "tpu"],
+        ["--set", "chunk"],
+        ["--set", "chunk=2048", "--backend", "auto"],
+        ["--set", "chunk=2048", "--backend", "reference", "--profile", "p.yaml"],
         ["--rounds", "0"],
         ["--shapes", "1x32/5x4K"],
         ["--shapes", "1x4/2x96", "--suite", "cpu"],
