@@ -86,12 +86,12 @@ def plot(path: Path, found: Sequence[Kept]) -> bool:
             for one in found
             if (one.tokens, one.k) == (tokens, k) and one.selector != "exact top-k"
         ]
-        for name in dict.fromkeys(one.selector for one in here):
+        for i, name in enumerate(dict.fromkeys(one.selector for one in here)):
             same = sorted((one.bits, one.mean) for one in here if one.selector == name)
             if same[0][0]:
-                mean.plot(*zip(*same, strict=True), marker="o", label=name)
+                mean.plot(*zip(*same, strict=True), marker="o", color=f"C{i}", label=name)
             else:
-                mean.axhline(same[0][1], linestyle=":", label=name, color="grey")
+                mean.axhline(same[0][1], linestyle=":", color=f"C{i}", label=name)
         for one in here:
             label = f"{one.selector}, {one.bits} bits" if one.bits else one.selector
             layers.plot(list(one.kept), list(one.kept.values()), marker=".", label=label)
