@@ -9,16 +9,9 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .plan import Plan, View, planned
-from .row import (
-    budget_fields,
-    is_binary,
-    launch_rows,
-    selecting,
-    span_fields,
-    steps,
-)
+from .row import budget_fields, is_binary, selecting, span_fields, steps
 from .shapes import shape_of
-from .split import launch_split, split_of
+from .split import launch_selection
 
 
 def write_hamming_topk(
@@ -38,7 +31,8 @@ def write_hamming_topk(
     _, kv_heads, slots, _ = k_codes.shape
     lists = heads if per_head else kv_heads
     indices = plan.output((batch, lists, tokens, budget.k), "int32")
-    shape = shape_of(plan.device, problem, config, problem.batch * lists * tokens)
+    near = problem.batch * lists * tokens
+    shape = shape_of(plan.device, problem, config, near)
     group, norms = heads // lists, key_norms is not None
     binary = is_binary(plan.device, config)
     chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"], binary)
@@ -57,16 +51,9 @@ def write_hamming_topk(
         "tokens": tokens,
         "slots": slots,
     }
-    rows = batch * lists * tokens
-    if config["split"] and chosen.macros["ROUNDS"] == 1:
-        near = problem.batch * lists * tokens
-        split = split_of(plan.device, problem, config, near, shape.parts, chosen.bins)
-        more = {"FUSED": 0, "FRESH": 0}
-        launch_split(
-            plan, "hamming_topk", problem, config, split, shape, rows, fields, chosen, more=more
-        )
-    else:
-        launch_rows(plan, "hamming_topk", problem, config, shape, rows, fields, chosen)
+    launch_selection(
+        plan, "hamming_topk", problem, config, shape, near, batch * lists * tokens, fields, chosen
+    )
 
 
 def launch(

@@ -22,14 +22,13 @@ from .row import (
     attending,
     budget_fields,
     is_binary,
-    launch_rows,
     selecting,
     span_fields,
     steps,
 )
 from .shapes import shape_of
 from .sparse_attend import is_aligned, is_near, nothing
-from .split import launch_split, split_of
+from .split import launch_selection
 
 # Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.
 MOST_FRESH = 8
@@ -73,7 +72,8 @@ def write_hash_attend(
     fresh = min(fresh, slots)
     spans = span_fields(plan, lengths, starts)
     rows = batch * kv_heads * tokens
-    shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens)
+    near = problem.batch * kv_heads * tokens
+    shape = shape_of(plan.device, problem, config, near)
 
     group = heads // kv_heads
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
@@ -145,37 +145,10 @@ def write_hash_attend(
         shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
         4 * scanned.bins,
     )  # fmt: skip
-    if config["split"] and scanned.macros["ROUNDS"] == 1:
-        near = problem.batch * kv_heads * tokens
-        split = split_of(plan.device, problem, config, near, shape.parts, scanned.bins)
-        launch_split(
-            plan,
-            "hash_attend",
-            problem,
-            config,
-            split,
-            shape,
-            rows,
-            fields,
-            scanned,
-            attended,
-            more,
-            overlap,
-        )
-    else:
-        launch_rows(
-            plan,
-            "hash_attend",
-            problem,
-            config,
-            shape,
-            rows,
-            fields,
-            scanned,
-            attended,
-            more,
-            overlap,
-        )
+    launch_selection(
+        plan, "hash_attend", problem, config, shape, near, rows, fields, scanned, attended, more,
+        overlap,
+    )  # fmt: skip
 
 
 def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -> bool:

@@ -1,8 +1,8 @@
-"""The two launches of a split selection: `score.cu`, and one that takes what it left (`ranks.cu`).
+"""A selection in one launch, or split: `score.cu`, then one that takes what it left (`ranks.cu`).
 
-Blocks of a row do not meet to select, so a row's scan has as many blocks as there is room for, and
-its keys to select by may be of any number. In between lie keys to select by and histograms, in
-scratch of the call.
+Where it is split, blocks of a row do not meet to select, so a row's scan has as many blocks as
+there is room for, and its keys to select by may be of any number. In between lie keys to select by
+and histograms, in scratch of the call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hata.problem import Problem
 
 from .device import Described, Kernel
 from .plan import Plan
-from .row import LAYOUT, Attending, Selecting, ring_of, row_stages
+from .row import LAYOUT, Attending, Selecting, launch_rows, ring_of, row_stages
 from .shapes import LEAST_KEYS, Shape
 
 # Blocks that scan a row at most; tiles of such a block, and bytes of their histograms.
@@ -59,7 +59,35 @@ def split_of(
     return Split(scanners, threads, resident, room, per, device.architecture >= 90)
 
 
-def launch_split(
+def launch_selection(
+    plan: Plan,
+    name: str,
+    problem: Problem,
+    config: Config,
+    shape: Shape,
+    near: int,
+    rows: int,
+    fields: dict[str, Any],
+    selecting: Selecting,
+    attending: Attending | None = None,
+    more: dict[str, int] | None = None,
+    overlap: bool = False,
+) -> None:
+    """Write a selection, and the attention after it, into a plan, and what they need of scratch.
+
+    Split where that is asked for and one histogram is enough. `near`: about how many rows there
+    are, for what must not depend on their number. `more`: further constants of the launch that
+    scans. `overlap`: the first launch may start while the one before it drains.
+    """
+    rest = rows, fields, selecting, attending, more or {}, overlap
+    if config["split"] and selecting.macros["ROUNDS"] == 1:
+        split = split_of(plan.device, problem, config, near, shape.parts, selecting.bins)
+        _launch_split(plan, name, problem, config, split, shape, *rest)
+    else:
+        launch_rows(plan, name, problem, config, shape, *rest)
+
+
+def _launch_split(
     plan: Plan,
     name: str,
     problem: Problem,
@@ -69,15 +97,10 @@ def launch_split(
     rows: int,
     fields: dict[str, Any],
     selecting: Selecting,
-    attending: Attending | None = None,
-    more: dict[str, int] | None = None,
-    overlap: bool = False,
+    attending: Attending | None,
+    more: dict[str, int],
+    overlap: bool,
 ) -> None:
-    """Write the two launches of a split selection into a plan, and what they need of scratch.
-
-    `more`: further constants of the first launch. `overlap`: it may start while the launch before
-    it drains.
-    """
     slots = fields["slots"]
     # From the last multiple of 16 before the first visible key on, in whole tiles.
     fields["capacity"] = capacity = (-(-slots // 64) + 1) * 64
@@ -93,7 +116,8 @@ def launch_split(
     scanned, ring = ring_of(selecting, split.threads, split.room - counters, reads)
     macros = {
         "PARTS": split.parts, "JOINED": 0, "THREADS": split.threads, **scanned,
-        **(more or {}), "ROW_TILES": split.tiles, "PER": split.per, "NARROW": int(narrow),
+        "FUSED": 0, "FRESH": 0, **more, "ROW_TILES": split.tiles, "PER": split.per,
+        "NARROW": int(narrow),
         "SPILL": 1, "COUNTERS": counters, "EXCHANGE": 0, "QUERIES": 0,
         "RESIDENT": split.resident, "COUNTED": counted, "OVERLAP": int(split.overlap),
     }  # fmt: skip

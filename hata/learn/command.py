@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
     from hata.learn.recall import planted
     from hata.learn.trainer import learn
 
+    _check_numbers(options)
     if options.rehearse is not None:
         return _rehearse(options)
     if options.out is None:
@@ -191,6 +192,11 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     if options.recipe == "listwise" and _on_cpu(options):
         recipe = dataclasses.replace(recipe, keys=CPU_KEYS, steps=CPU_STEPS)
     if options.no_nested:
+        if options.recipe != "listwise":
+            raise LearnError(
+                f"--no-nested: got it for recipe {options.recipe}, whose codes are never nested; "
+                "leave it out, or use recipe listwise"
+            )
         recipe = dataclasses.replace(recipe, nested=False)
     for name in ("query_codes", "keys"):
         value = getattr(options, name)
@@ -207,6 +213,15 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     return recipe, bits
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    from hata.learn.plan import LearnError
+
+    for name in ("sequences", "tokens", "queries", "steps", "recall"):
+        value, least = getattr(options, name), 0 if name == "recall" else 1
+        if value is not None and value < least:
+            raise LearnError(f"--{name}: got {value}, expected {least} or more")
+
+
 def _on_cpu(options: argparse.Namespace) -> bool:
     from hata.learn.ranks import Ranks
 
@@ -215,7 +230,9 @@ def _on_cpu(options: argparse.Namespace) -> bool:
 
 def _sequences(options: argparse.Namespace) -> int:
     """How many to learn from."""
-    return options.sequences or (CPU_SEQUENCES if _on_cpu(options) else SEQUENCES)
+    if options.sequences is not None:
+        return options.sequences
+    return CPU_SEQUENCES if _on_cpu(options) else SEQUENCES
 
 
 def _rehearse(options: argparse.Namespace) -> int:

@@ -225,6 +225,10 @@ def test_layers_in_words():
         ({"dataset": "python"}, "not both"),
         ({"query_codes": 4, "recipe": "hata"}, "with recipe listwise"),
         ({"work": "."}, "files of something else"),
+        ({"sequences": 0}, "--sequences: got 0, expected 1 or more"),
+        ({"steps": 0}, "--steps: got 0, expected 1 or more"),
+        ({"queries": -3}, "--queries: got -3, expected 1 or more"),
+        ({"recall": -1}, "--recall: got -1, expected 0 or more"),
     ],
 )
 def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, expected):
@@ -240,6 +244,12 @@ def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, ex
     assert "Traceback" not in told
     assert (tmp_path / "mine.txt").read_text() == "do not touch"
     assert not (tmp_path / "enc.safetensors").exists()
+
+
+def test_only_nested_codes_can_be_trained_as_others(tiny, text, tmp_path, capsys):
+    words = arguments(tiny, text, tmp_path / "enc.safetensors", recipe="hata")
+    assert cli.main([*words, "--no-nested"]) == 1
+    assert "--no-nested: got it for recipe hata" in capsys.readouterr().err
 
 
 def test_a_dataset_needs_its_library(tiny, tmp_path, monkeypatch, capsys):
