@@ -2,13 +2,19 @@
 //
 // Each block takes an equal share of the row's ranks, whichever parts of the row they lie in. Warps
 // (gather.cu), then parts, leave a maximum, a sum and an unnormalised output, which are merged in a
-// fixed order.
+// fixed order. Of a row's output every part merges a slice: within a cluster the others write what it
+// needs into its memory, elsewhere it fetches that.
 
 #include "gather.cu"
 
 // Floats of shared memory before the peaks: of what warps leave, and of an exchange area.
 #define PEAKS (WARPS * HEADS * ROW_STRIDE)
+#define SLICE ((HEADS * LANES + PARTS - 1) / PARTS)
+#if JOINED == 1
+#define AREA_PEAKS (PARTS * SLICE)
+#else
 #define AREA_PEAKS (HEADS * LANES)
+#endif
 
 // Join the sink, normalise and store one element of the result.
 INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, float peak, float sum,
@@ -26,12 +32,49 @@ INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, flo
         p.lse[at] = any ? (reference + log2_fast(sum)) * LN2 : NOTHING;
 }
 
-// One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on.
+#if PARTS > 1
+
+// Leave an element, and with the first of a head its peak and sum, for the parts that merge them.
+INLINE void leave(const Row& row, int i, float acc, float peak, float sum) {
+    const int h = i / LANES, last = i % LANES == 0 ? PARTS : 0;
+#if JOINED == 1
+    const int to = i / SLICE;
+    reinterpret_cast<float*>(in_block(memory, to))[row.part * SLICE + i - to * SLICE] = acc;
+    for (int n = 0; n < last; ++n) {
+        float* peaks = reinterpret_cast<float*>(in_block(memory, n)) + AREA_PEAKS + row.part * 2 * HEADS;
+        peaks[h] = peak, peaks[HEADS + h] = sum;
+    }
+#else
+    float* area = reinterpret_cast<float*>(memory);
+    area[i] = acc;
+    if (last) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = sum;
+#endif
+}
+
+// What part `n` left of element i: its share of the output, its peak and its sum.
+INLINE void take(const Params& p, const Row& row, int n, int i, float& acc, float& peak, float& sum) {
+    const int h = i / LANES;
+#if JOINED == 1
+    const float* area = reinterpret_cast<const float*>(memory);
+    const float* peaks = area + AREA_PEAKS + n * 2 * HEADS;
+    acc = area[n * SLICE + i - row.part * SLICE], peak = peaks[h], sum = peaks[HEADS + h];
+#else
+    const float* area = reinterpret_cast<const float*>(exchange_of(p, row, n));
+    peak = peer(area + AREA_PEAKS + h), sum = peer(area + AREA_PEAKS + HEADS + h), acc = peer(area + i);
+#endif
+}
+
+#endif
+
+// One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on. `open`: no block of the
+// row needs what its exchange area holds.
 INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int head, int lane0,
-                        u32& met) {
+                        bool open, u32& met) {
+#if JOINED == 1
+    if (!open) arrive_at_cluster();
+#endif
     float* partials = reinterpret_cast<float*>(memory + EXCHANGE + QUERIES);
     float* peaks = partials + PEAKS;
-    float* area = reinterpret_cast<float*>(memory);
     int warp = threadIdx.x / 32;
     // Warps that have keys.
     int used = min((share.end - share.first + WARP_KEYS - 1) / WARP_KEYS, WARPS);
@@ -40,6 +83,9 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
                           peaks + warp * HEADS);
     any = __syncthreads_or(any);
+#if JOINED == 1
+    if (!open) wait_for_cluster();
+#endif
 #pragma unroll 1
     for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
         int h = i / LANES, d = i % LANES;
@@ -57,28 +103,21 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, acc, peak, sum, any);
 #else
-        area[i] = acc;
         // A part without keys says so by a negative zero.
-        if (d == 0) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = any ? sum : -0.f;
+        leave(row, i, acc, peak, any ? sum : -0.f);
 #endif
     }
 #if PARTS > 1
     publish(p, row, 0, (AREA_PEAKS + 2 * HEADS) * 4);
     meet(p, row, met);
-    constexpr int EACH = (HEADS * LANES + PARTS - 1) / PARTS;
-    int end = min((row.part + 1) * EACH, HEADS * LANES);
+    int end = min((row.part + 1) * SLICE, HEADS * LANES);
 #pragma unroll 1
-    for (int i = row.part * EACH + threadIdx.x; i < end; i += THREADS) {
+    for (int i = row.part * SLICE + threadIdx.x; i < end; i += THREADS) {
         int h = i / LANES, d = i % LANES;
         float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], most = NOTHING;
         bool found = false;
 #pragma unroll
-        for (int n = 0; n < PARTS; ++n) {
-            const float* other = reinterpret_cast<const float*>(exchange_of(p, row, n));
-            part_peak[n] = peer(other + AREA_PEAKS + h);
-            part_sum[n] = peer(other + AREA_PEAKS + HEADS + h);
-            part_acc[n] = peer(other + i);
-        }
+        for (int n = 0; n < PARTS; ++n) take(p, row, n, i, part_acc[n], part_peak[n], part_sum[n]);
 #pragma unroll
         for (int n = 0; n < PARTS; ++n) {
             found |= __float_as_uint(part_sum[n]) != 0x80000000u;
@@ -94,15 +133,15 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, value, most, total, found);
     }
-    // Areas are written again by the next pass; those of a cluster must last until all have read them.
-    if (JOINED == 1 || head + HEADS < G || lane0 + LANES < DV) meet(p, row, met);
+    // Areas in global memory are written again by the next pass.
+    if (JOINED == 2 && (head + HEADS < G || lane0 + LANES < DV)) meet(p, row, met);
 #else
     __syncthreads();
 #endif
 }
 
 INLINE Share find_share(const Params& p, const Row& row, const int* list) {
-    int taken = row.taken, size = ((taken + PARTS - 1) / PARTS + 15) & ~15;
+    int taken = row.taken, size = share_size(row);
     Share share;
     share.first = min(i64(row.part) * size, i64(taken));
     share.end = min(share.first + size, taken);
@@ -115,8 +154,8 @@ INLINE Share find_share(const Params& p, const Row& row, const int* list) {
     return share;
 }
 
-// Attend to this block's share of a row, whose first queries are kept already.
-INLINE void attend(const Params& p, const Row& row, const Share& share, u32& met) {
+// Attend to this block's share of a row, whose first queries are kept already. `open`: see above.
+INLINE void attend(const Params& p, const Row& row, const Share& share, bool open, u32& met) {
 #pragma unroll 1
     for (int head = 0; head < G; head += HEADS) {
         if (head > 0) {
@@ -127,6 +166,6 @@ INLINE void attend(const Params& p, const Row& row, const Share& share, u32& met
         __syncthreads();
 #pragma unroll 1
         for (int lane0 = 0; lane0 < DV; lane0 += LANES)
-            attend_pass(p, row, share, head, lane0, met);
+            attend_pass(p, row, share, head, lane0, open && head + lane0 == 0, met);
     }
 }

@@ -75,10 +75,10 @@ INLINE u32 distance_of_own(const uint4* code, const Planes& planes) {
     return u32((odd ? second : first) + across(odd ? first : second, 1));
 }
 
-// The distance of one key, by counting.
-INLINE u32 distance_of(const u32* code, const Planes& planes, const u32* shared) {
-    int sum = sum_of_counts(shared);
-#pragma unroll 1
-    for (int i = 0; i < BITS * W; ++i) sum += weight_of(i / W) * int(__popc(code[i % W] & shared[i]));
-    return u32(sum);
+// The distance of a key that a whole warp asks for, by counting.
+INLINE u32 distance_by_warp(const u32* code, const Planes& planes, const u32* shared) {
+    const int i = threadIdx.x % 32;
+    const int mine = i < BITS * W ? weight_of(i / W) * int(__popc(code[i % W] & shared[i])) : 0;
+    // The first lane's sum starts with that of a key of no bits.
+    return u32(from_lane(planes.start, 0)) + sum_of_warp(u32(mine));
 }

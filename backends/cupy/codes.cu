@@ -8,8 +8,8 @@
 // Bits are the rows of the products and vectors the columns; of a tile of 16 bits lane 4g + j loads
 // bits 2g and 2g + 1 of the dimensions 8j..8j + 7 of each chunk.
 //
-// FUSED: codes are made here. FRESH:
-// how many fresh keys there are. SAME: keys and queries have one projection.
+// FUSED: codes are made here. FRESH: how many fresh keys there are. SAME: keys and queries have one
+// projection.
 
 // Fresh keys of a part: codes and norms, and where they stand.
 struct Fresh {
@@ -32,6 +32,8 @@ INLINE Fresh find_fresh(const Params& p, const Row& row, int low, int high) {
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
 #define QUERY_TILES ((GROUP + 7) / 8)
+// Whether fresh keys take columns that queries leave free, and so cost no products of their own.
+#define BESIDE (FRESH > 0 && SAME && 8 * QUERY_TILES - GROUP >= FRESH)
 // Whether a warp has one tile of bits at most, and so keeps its weights.
 #define ONE_TILE (R / 16 <= THREADS / 32)
 
@@ -124,8 +126,9 @@ INLINE void hash_columns(const Row& row, const Columns<TILES>& x, int count, Wei
     }
 }
 
-INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, u32* codes) {
-    hash_columns(row, weights.queries, GROUP, weights, false, p.query_projection,
+// Codes of the queries, and of what fresh keys stand beside them: of `count` columns.
+INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, int count, u32* codes) {
+    hash_columns(row, weights.queries, count, weights, false, p.query_projection,
                  p.query_projection_h, p.query_projection_d, p.query_bias, p.query_bias_kind,
                  p.query_bias_h, codes);
     __syncthreads();
@@ -133,25 +136,37 @@ INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, u32*
 
 #if FRESH > 0
 
-// Codes, and norms, of the block's fresh keys; `keys` were loaded before. The last token's blocks
-// write them to memory too.
+// Columns from `column` on become the block's fresh keys.
+INLINE void load_fresh(const Params& p, const Row& row, const Fresh& fresh, int column,
+                       uint4 (&at)[WEIGHT_CHUNKS]) {
+    const int i = int(threadIdx.x % 32 / 4) - column;
+    if (i >= 0 && i < fresh.end - fresh.first) load_column(fresh_key(p, row, fresh, i), true, at);
+}
+
+// Codes of fresh keys that do not stand beside the queries.
 INLINE void hash_fresh(const Params& p, const Row& row, const Fresh& fresh, const Columns<1>& keys,
-                       Weights& weights, u32* codes, u16* norms) {
+                       Weights& weights, u32* codes) {
     int count = fresh.end - fresh.first;
     if (count == 0) return;
     hash_columns(row, keys, count, weights, !SAME || !ONE_TILE, p.projection, p.projection_h,
                  p.projection_d, p.bias, p.bias_kind, p.bias_h, codes);
-#if NORMS
-    if (threadIdx.x < 32) {
-        int i = threadIdx.x / 4;
-        float squares = squares_of(fresh_key(p, row, fresh, i), i < count, threadIdx.x % 4);
-        if (threadIdx.x % 4 == 0) norms[i] = norm_of(squares);
-    }
-#endif
     __syncthreads();
+}
+
+INLINE void measure_fresh(const Params& p, const Row& row, const Fresh& fresh, u16* norms) {
+    if (threadIdx.x >= 32 || fresh.first == fresh.end) return;
+    int i = threadIdx.x / 4;
+    float squares =
+        squares_of(fresh_key(p, row, fresh, i), i < fresh.end - fresh.first, threadIdx.x % 4);
+    if (threadIdx.x % 4 == 0) norms[i] = norm_of(squares);
+}
+
+// The last token's blocks write codes and norms to memory.
+INLINE void store_fresh(const Params& p, const Row& row, const Fresh& fresh, const u32* codes,
+                        const u16* norms) {
     if (row.token < p.tokens - 1) return;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * W; i += THREADS) {
+    for (int i = threadIdx.x; i < (fresh.end - fresh.first) * W; i += THREADS) {
         i64 position = fresh.first + i / W;
         char* to = const_cast<char*>(p.codes) + row.batch * p.codes_b + row.kv_head * p.codes_h
             + position * p.codes_s + i % W * 4;

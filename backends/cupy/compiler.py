@@ -30,7 +30,6 @@ INCLUDED = (
     "binary.cu",
     "scan.cu",
     "select.cu",
-    "ranks.cu",
     "stage.cu",
     "gather.cu",
     "attend.cu",

@@ -5,13 +5,10 @@ tiles, loops            sets of 8 vectors that a warp takes at once, and rounds 
 parts                   blocks that share a row: its scan, its selection and its attention; 0: as
                         many as all rows find room for at the same time
 threads                 of such a block
-joined                  blocks of a row meet as a cluster, or by counters in global memory
+joined                  blocks of a row meet as a cluster, or by counters in global memory; auto: by
+                        counters where rows are long and clusters leave much of the GPU idle
 stages                  sets of 16 keys and values that a warp has on their way to shared memory; 0:
-                        plain loads. Not in a step of one launch
-split                   keys are scored in one launch and selected in the next, so that the scan has
-                        as many blocks as there is room for; not with key norms
-scan_parts              blocks that score a row then; 0: as many as all rows find room for
-scan_threads            of such a block
+                        plain loads
 ahead                   vectors of codes that a thread loads ahead
 binary                  distances on binary tensor cores: codes of 128 bits, groups of up to 8, and
                         even ones of up to 14, sm_80 to sm_90
@@ -34,24 +31,16 @@ STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
     "parts": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
     "threads": (128, 256, 512, 1024),
-    "joined": ("cluster", "counters"),
+    "joined": ("auto", "cluster", "counters"),
 }
-SCAN = {
-    "split": (False, True),
-    "scan_parts": (0, 1, 2, 4, 8, 16, 32, 64),
-    "scan_threads": (128, 256, 512),
-    "ahead": (1, 2, 4, 8, 16),
-    "binary": (False, True),
-}
-GATHER = {"stages": (0, 2, 3)}
+SCAN = {"ahead": (1, 2, 4, 8, 16), "binary": (False, True)}
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**ROWS, **SCAN},
-    "sparse_attend": {**ROWS, **GATHER},
+    "sparse_attend": {**ROWS, "stages": (0, 2, 3)},
     "hash_attend": {
         **STEP,
         **ROWS,
-        **GATHER,
         **SCAN,
         "fused": (False, True),
         "overlap": (False, True),
@@ -83,11 +72,11 @@ def of(problem: Problem) -> Config:
         }
     lists = problem.heads if problem.per_head else problem.kv_heads
     rows = problem.batch * lists * problem.tokens
-    config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "cluster"}
+    config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "auto"}
     if problem.op == "sparse_attend":
         return {**config, "stages": 0}
-    # Of what was measured on a GPU: neither two launches nor binary tensor cores have been.
-    config |= {"split": False, "scan_parts": 0, "scan_threads": 256, "ahead": 4, "binary": False}
+    # Single heads have one plane, which plain arithmetic is as fast with.
+    config |= {"ahead": 4, "binary": problem.heads > lists}
     if problem.op == "hamming_topk":
         return config
-    return {"columns": 32, "encode_warps": 4, **config, "stages": 0, "fused": True, "overlap": True}
+    return {"columns": 32, "encode_warps": 4, **config, "fused": True, "overlap": True}

@@ -7,7 +7,7 @@
 // Rows come through a ring of asynchronous copies of each warp (STAGES), or, where there is no room
 // for one or they are no whole vectors, by plain loads.
 //
-// G (heads that share keys), SOFTCAP (there is one), HEADS and LANES (heads and value dimensions of a
+// LISTED (positions lie in shared memory), G (heads that share keys), SOFTCAP (there is one), HEADS and LANES (heads and value dimensions of a
 // pass), STAGES (of 16 keys), KEPT_ROWS (where they lie in shared memory), D, DV.
 
 #define WARPS (THREADS / 32)

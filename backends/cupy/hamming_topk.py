@@ -1,4 +1,4 @@
-"""hamming_topk: launcher of `hamming_topk.cu`, alone or after `score.cu` (`split`)."""
+"""hamming_topk: launcher of `hamming_topk.cu`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .plan import Plan, View, planned
-from .row import budget_fields, is_binary, selecting, span_fields, steps
+from .row import budget_fields, is_binary, launch_rows, selecting, span_fields, steps
 from .shapes import shape_of
-from .split import launch_selection
 
 
 def write_hamming_topk(
@@ -31,8 +30,7 @@ def write_hamming_topk(
     _, kv_heads, slots, _ = k_codes.shape
     lists = heads if per_head else kv_heads
     indices = plan.output((batch, lists, tokens, budget.k), "int32")
-    near = problem.batch * lists * tokens
-    shape = shape_of(plan.device, problem, config, near)
+    shape = shape_of(plan.device, problem, config, problem.batch * lists * tokens)
     group, norms = heads // lists, key_norms is not None
     binary = is_binary(plan.device, config)
     chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"], binary)
@@ -51,8 +49,8 @@ def write_hamming_topk(
         "tokens": tokens,
         "slots": slots,
     }
-    launch_selection(
-        plan, "hamming_topk", problem, config, shape, near, batch * lists * tokens, fields, chosen
+    launch_rows(
+        plan, "hamming_topk", problem, config, shape, batch * lists * tokens, fields, chosen
     )
 
 

@@ -1,11 +1,10 @@
-"""hash_attend: launcher of a decode step, one to three launches (arXiv 2506.02572, Algorithm 3).
+"""hash_attend: launcher of a decode step, one or two launches (arXiv 2506.02572, Algorithm 3).
 
 1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place. Left out where
    they are few and short (`fused`): then the blocks that need them make them.
-2. `score.cu`: keys to select by, and their histograms (`split`), see split.py.
-3. `hash_attend.cu`: everything else.
+2. `hash_attend.cu`: everything else. It starts while the first one drains, where the GPU can do that.
 
-Each starts while the one before drains, where the GPU can do that.
+Blocks that meet by counters need those zeroed: a launch of one block in front, see `zero.cu`.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from .row import (
     attending,
     budget_fields,
     is_binary,
+    launch_rows,
     selecting,
     span_fields,
     steps,
 )
 from .shapes import shape_of
 from .sparse_attend import is_aligned, is_near, nothing
-from .split import launch_selection
 
 # Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.
 MOST_FRESH = 8
@@ -72,8 +71,7 @@ def write_hash_attend(
     fresh = min(fresh, slots)
     spans = span_fields(plan, lengths, starts)
     rows = batch * kv_heads * tokens
-    near = problem.batch * kv_heads * tokens
-    shape = shape_of(plan.device, problem, config, near)
+    shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens)
 
     group = heads // kv_heads
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
@@ -145,10 +143,9 @@ def write_hash_attend(
         shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
         4 * scanned.bins,
     )  # fmt: skip
-    launch_selection(
-        plan, "hash_attend", problem, config, shape, near, rows, fields, scanned, attended, more,
-        overlap,
-    )  # fmt: skip
+    launch_rows(
+        plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap
+    )
 
 
 def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -> bool:

@@ -1,10 +1,9 @@
 // Keys to select by: what the scan leaves per stored key, and the smallest of which win.
 //
-// A row's visible keys, from the last multiple of 16 before the first one on, are cut in ROW_TILES of
-// equal size, by their own number and whatever S is. A split step keeps the keys to select by of a
-// row in global memory [rows, capacity], and a histogram of every tile [rows, ROW_TILES, BINS].
+// A row's visible keys, from the last multiple of 16 before the first one on, are cut in PARTS of
+// equal size, by their own number and whatever S is.
 //
-// ROUNDS, BINS, ROW_TILES, NARROW (counts fit 16 bits).
+// ROUNDS, NARROW (counts fit 16 bits).
 
 #if ROUNDS == 1
 typedef u16 order_t;
@@ -26,18 +25,10 @@ typedef u32 count_t;
 
 INLINE int origin_of(const Row& row) { return row.start & ~15; }
 
-// Keys of a tile: whole vectors of codes and of keys to select by.
-INLINE int tile_size(const Row& row) {
-    int size = (row.stop - origin_of(row) + ROW_TILES - 1) / ROW_TILES;
+// Keys of a part: whole vectors of codes and of keys to select by.
+INLINE int part_size(const Row& row) {
+    int size = (row.stop - origin_of(row) + PARTS - 1) / PARTS;
     return (size + 63) & ~63;
-}
-
-INLINE order_t* order_of(const Params& p, const Row& row) {
-    return reinterpret_cast<order_t*>(p.scores) + row.index * p.capacity;
-}
-
-INLINE count_t* tallies_of(const Params& p, const Row& row) {
-    return reinterpret_cast<count_t*>(p.tallies) + row.index * (i64(ROW_TILES) * BINS);
 }
 
 // Which of the keys in a vector are at most `key`: bit i for the i-th.

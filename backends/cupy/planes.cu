@@ -84,3 +84,8 @@ INLINE Planes planes_of(const u32* shared) {
 INLINE u32 distance_of(const u32* code, const Planes& planes, const u32* shared) {
     return tally<0, 0>(code, planes.words, nullptr) >> HALVE;
 }
+
+// The same of a key that a whole warp asks for.
+INLINE u32 distance_by_warp(const u32* code, const Planes& planes, const u32* shared) {
+    return distance_of(code, planes, shared);
+}

@@ -139,11 +139,17 @@ INLINE char* in_block(char* p, u32 rank) {
     return (char*)q;
 }
 
-// Every thread of every block of the cluster arrives; what they wrote is seen after it.
+// Every thread of every block of the cluster arrives, and waits until all have; what they wrote before
+// they arrived is seen after the wait.
+INLINE void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+INLINE void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 INLINE void sync_cluster() {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+    arrive_at_cluster();
+    wait_for_cluster();
 }
 
 // Count an arrival and wait until `target` were counted; one thread of a block calls it, after the

@@ -26,7 +26,7 @@ struct Params {
     // Positions [row, k], ascending: what hamming_topk returns, or what is attended to.
     int* positions;
     const int *lengths, *starts;
-    char *exchange, *scores, *tallies;
+    char *exchange, *scores;
     u32* arrivals;
     i64 q_codes_b, q_codes_h, q_codes_t, codes_b, codes_h, codes_s, norms_b, norms_h, norms_s;
     i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s;
@@ -78,6 +78,9 @@ INLINE void look_at_row(const Params& p, Row& row) {
     row.everything = seen <= max(row.budget, p.dense_below);
     row.taken = row.everything ? seen : row.budget;
 }
+
+// Ranks of selected keys that a block attends to, in whole tiles of a warp.
+INLINE int share_size(const Row& row) { return ((row.taken + PARTS - 1) / PARTS + 15) & ~15; }
 
 // The exchange area of a part of this row; what others wrote is seen after a barrier.
 INLINE char* exchange_of(const Params& p, const Row& row, int part) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from hata.backend import Budget, Config
-from hata.problem import Problem
+from hata.problem import Problem, pow2
 
 from .device import Described, Kernel
 from .plan import Address, Plan, View, row_step
@@ -18,13 +18,15 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 DATA = {"float32": 0, "float16": 1, "bfloat16": 2}
 # Words in which a thread marks keys that may be selected, at most.
 MOST_MASKS = 5
+# Bytes of positions that a block keeps at most.
+MOST_LISTED = 16 * 1024
 _CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 # `struct Params` of row.cu.
 LAYOUT = {
     **dict.fromkeys(
         (
             *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse",
-            "positions", "lengths", "starts", "exchange", "scores", "tallies", "arrivals",
+            "positions", "lengths", "starts", "exchange", "scores", "arrivals",
         ),
         "P",
     ),
@@ -119,7 +121,11 @@ def attending(
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
     heads = min(members, 16 if chunks else 8)
     while True:
-        area = 0 if shape.parts == 1 else (heads * lanes + 2 * heads + 1) * 4
+        area = 0
+        if shape.parts > 1:
+            # Within a cluster a slice of every part, and the peaks and sums of all.
+            slices = shape.parts if shape.joined == 1 else 1
+            area = (slices * (-(-heads * lanes // slices) + 2 * heads) + 1) * 4
         queries = -(-heads // 8) * chunks * 512
         partials = shape.threads // 32 * heads * (lanes + 6) * 4
         if heads == 1 or max(area, seen) + 16 + queries + partials <= shape.room:
@@ -219,7 +225,7 @@ def launch_rows(
         "THREADS": shape.threads,
         **(more or {}),
     }
-    exchange = queries = shared = 0
+    exchange = queries = shared = listed = 0
     if attending is not None:
         macros |= attending.macros
         exchange, queries, shared = attending.area, attending.queries, attending.partials
@@ -228,7 +234,14 @@ def launch_rows(
         # By the bucket of the slots, so that a cache that grows takes the same kernel.
         most = capacity_of(shape, problem.slots)
         narrow = most < 2**16
-        exchange = max(exchange, selecting.bins * (2 if narrow else 4))
+        exchange = -(-max(exchange, selecting.bins * (2 if narrow else 4)) // 16) * 16
+        # A share of the largest budget of the kind, in whole tiles.
+        positions = (-(-pow2(fields["k"]) // shape.parts) + 15) * 4
+        positions = -(-positions // 16) * 16
+        needed = exchange + positions + queries + max(shared, selecting.bins * 4) + 32
+        if attending is not None and shape.joined != 2 and positions <= MOST_LISTED:
+            listed = exchange if needed <= shape.room else 0
+            exchange += positions if listed else 0
         counters = -(-selecting.bins * 4 // 16) * 16
         fixed, keys = exchange + 16 + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.
@@ -238,7 +251,6 @@ def launch_rows(
             scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed)
         macros |= {
             **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
-            "ROW_TILES": shape.parts, "PER": 1, "SPLIT": 0,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
         if spill:
@@ -260,7 +272,7 @@ def launch_rows(
         macros |= rings
         shared += size
     macros |= {
-        "EXCHANGE": exchange, "QUERIES": queries, "RESIDENT": shape.resident,
+        "EXCHANGE": exchange, "QUERIES": queries, "LISTED": listed, "RESIDENT": shape.resident,
         "OVERLAP": int(overlap),
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1

@@ -6,26 +6,25 @@
 //
 // R, GROUP, BINARY (distances by binary.cu, else by planes.cu), NORMS, ROUNDS, BINS, HALVE, UNIT (bytes
 // that codes are read by: 16, 4, 1), KEYS (codes in a 16-byte vector, where they are shorter), AHEAD
-// (reads that a thread is ahead), RING (bytes), SPILL (keys to select by lie in global memory), PER
-// (tiles of a part), COUNTERS (bytes of counters), FUSED (see codes.cu).
+// (reads that a thread is ahead), RING (bytes), SPILL (keys to select by lie in global memory, capacity a
+// row), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
 // The part of a row that this block scans.
 struct Part {
-    // Its first key, its keys, and those of each of its tiles.
-    int low, count, tile;
+    // Its first key, and how many.
+    int low, count;
     order_t* keys;
     uint4* ring;
 };
 
 INLINE Part find_part(const Params& p, const Row& row) {
     Part part;
-    const int origin = origin_of(row);
-    part.tile = tile_size(row);
-    part.low = min(i64(origin) + i64(part.tile) * PER * row.part, i64(row.stop));
+    const int origin = origin_of(row), size = part_size(row);
+    part.low = min(i64(origin) + i64(size) * row.part, i64(row.stop));
     // A row of which all is taken is not scanned.
-    part.count = row.everything ? 0 : min(part.tile * PER, row.stop - part.low);
+    part.count = row.everything ? 0 : min(size, row.stop - part.low);
 #if SPILL
-    part.keys = order_of(p, row) + (part.low - origin);
+    part.keys = reinterpret_cast<order_t*>(p.scores) + row.index * p.capacity + (part.low - origin);
 #else
     part.keys = reinterpret_cast<order_t*>(memory + EXCHANGE + QUERIES + COUNTERS + RING);
 #endif
@@ -111,28 +110,40 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
         end_batch();
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < PER * ROUNDS * BINS; i += THREADS) bins[i] = 0;
+    for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
     int unscanned = row.stop;
 #if FUSED && FRESH > 0
-    __shared__ u32 fresh_codes[FRESH * W];
     __shared__ u16 fresh_norms[8];
     const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
     unscanned = fresh.from;
-    Columns<1> fresh_keys;
-    const int g = threadIdx.x % 32 / 4, here = fresh.end - fresh.first;
-    if (here > 0) load_column(fresh_key(p, row, fresh, min(g, here - 1)), g < here, fresh_keys.at[0]);
+#if BESIDE
+    const int columns = GROUP + fresh.end - fresh.first;
+    load_fresh(p, row, fresh, GROUP % 8, weights.queries.at[QUERY_TILES - 1]);
+#else
+    const int columns = GROUP;
+    Columns<1> fresh_keys = {};
+    load_fresh(p, row, fresh, 0, fresh_keys.at[0]);
+#endif
+#if NORMS
+    measure_fresh(p, row, fresh, fresh_norms);
+#endif
+#elif FUSED
+    const int columns = GROUP;
 #endif
 #if FUSED
-    __shared__ u32 query_codes[GROUP * W];
-    hash_queries(p, row, weights, query_codes);
-    make_planes(reinterpret_cast<const u8*>(query_codes), R / 8, shared_planes);
+    __shared__ u32 made[(GROUP + FRESH) * W];
+    hash_queries(p, row, weights, columns, made);
+    make_planes(reinterpret_cast<const u8*>(made), R / 8, shared_planes);
 #else
     make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
                     + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
                 p.q_codes_h, shared_planes);
 #endif
 #if FUSED && FRESH > 0
-    hash_fresh(p, row, fresh, fresh_keys, weights, fresh_codes, fresh_norms);
+    const u32* fresh_codes = made + GROUP * W;
+#if !BESIDE
+    hash_fresh(p, row, fresh, fresh_keys, weights, made + GROUP * W);
+#endif
 #endif
     const Planes planes = planes_of(shared_planes);
 #if NORMS
@@ -151,9 +162,6 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     order_t* to = part.keys + mine + shift;
     uint4 *read = slot_of(part, 0), *refilled = slot_of(part, AHEAD), *const last = refilled;
     const char* next = from + AHEAD * hop;
-#if PER > 1
-    int border = part.tile;
-#endif
 #pragma unroll 2
     for (; mine < padded; mine += stride, behind += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
@@ -172,9 +180,6 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
         next += hop;
         read = read == last ? slot_of(part, 0) : read + VECTORS * THREADS;
         refilled = refilled == last ? slot_of(part, 0) : refilled + VECTORS * THREADS;
-#if PER > 1
-        for (; mine >= border; border += part.tile) bins += BINS;
-#endif
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) {
 #if !BINARY
@@ -200,15 +205,18 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
         }
     }
 #if FUSED && FRESH > 0
+    // A warp takes a fresh key.
 #pragma unroll 1
-    for (int position = fresh.first + int(threadIdx.x); position < fresh.end; position += THREADS) {
-        int i = position - fresh.first;
-        u32 distance = distance_of(fresh_codes + i * W, planes, shared_planes);
-        bool scored_too = position >= low && position < row.stop - p.recent;
-        u32 key = scored_too ? key_of(distance, fresh_norms[i]) : 0;
+    for (int position = fresh.first + int(threadIdx.x / 32); position < fresh.end;
+         position += THREADS / 32) {
+        const int i = position - fresh.first;
+        const u32 distance = distance_by_warp(fresh_codes + i * W, planes, shared_planes);
+        if (threadIdx.x % 32 > 0) continue;
+        const bool counts = position >= low && position < row.stop - p.recent;
+        const u32 key = counts ? key_of(distance, fresh_norms[i]) : 0;
         part.keys[position - part.low] = key;
-        bins = counters((position - part.low) / part.tile);
         atomicAdd(bins + digit_of(key, 0), 1);
     }
+    store_fresh(p, row, fresh, fresh_codes, fresh_norms);
 #endif
 }

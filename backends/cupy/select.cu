@@ -58,7 +58,8 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
         for (int b = 0; b < EACH; b += TOGETHER) {
             int bin = threadIdx.x * EACH + b;
             if (bin < BINS)
-#pragma unroll 4
+// All at once: what takes time is the way there and back.
+#pragma unroll
                 for (int i = 0; i < PARTS; ++i) {
                     u32 found[TOGETHER];
                     peer_counts(counts(exchange_of(p, row, i), round) + bin, found);
@@ -92,11 +93,24 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
     return found;
 }
 
-// Write the positions of the part's selected keys to the row's list. A thread takes vectors that
-// follow one another, an odd number of them, so that a warp meets every bank of shared memory. It
-// marks the few candidates first, and then looks at those alone, once to count and once to write.
-// MASKS: words of marks that it holds at once.
-INLINE void write_positions(const Part& part, const Threshold& found, int* list) {
+// Put down the position of a rank: in memory, or (LISTED) in that of the block that attends to it.
+INLINE void put_position(const Row& row, int* list, int rank, int position) {
+#if LISTED
+    const u32 size = share_size(row), part = u32(rank) / size;
+#if JOINED == 1
+    list = reinterpret_cast<int*>(in_block(memory + LISTED, part)) - part * size;
+#else
+    list = reinterpret_cast<int*>(memory + LISTED);
+#endif
+#endif
+    list[rank] = position;
+}
+
+// Put down the positions of the part's selected keys. A thread takes vectors that
+// follow one another, an odd number of them, so that a warp meets every bank of shared memory. Keys
+// are looked at once, and leave marks; ranks are counts of marks, so ties cost no more than others.
+// MASKS: words of marks of a kind that a thread holds at once.
+INLINE void write_positions(const Row& row, const Part& part, const Threshold& found, int* list) {
     constexpr int GROUPED = 32 / VECTOR;
     const int vectors = (part.count + VECTOR - 1) / VECTOR;
     const int each = min((vectors + THREADS - 1) / THREADS | 1, MASKS * GROUPED - 1);
@@ -105,33 +119,33 @@ INLINE void write_positions(const Part& part, const Threshold& found, int* list)
 #pragma unroll 1
     for (int tile = 0; tile < vectors; tile += each * THREADS) {
         const int first = tile + threadIdx.x * each, last = min(first + each, vectors);
-        u32 candidates[MASKS];
+        u32 under[MASKS], upto[MASKS];
         u64 mine = 0;
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
-            candidates[m] = 0;
+            under[m] = upto[m] = 0;
 #pragma unroll
             for (int v = 0; v < GROUPED; ++v) {
                 int i = first + m * GROUPED + v;
-                if (i < last) candidates[m] |= at_most(keys[i], found.key) << (v * VECTOR);
+                if (i >= last) break;
+                const uint4 read = keys[i];
+                upto[m] |= at_most(read, found.key) << (v * VECTOR);
+                if (found.key > 0) under[m] |= at_most(read, found.key - 1) << (v * VECTOR);
             }
-            const order_t* own = part.keys + (first + m * GROUPED) * VECTOR;
-#pragma unroll 1
-            for (u32 left = candidates[m]; left; left &= left - 1)
-                mine += own[__ffs(left) - 1] < found.key ? 1ull << 32 : 1ull;
+            mine += u64(__popc(under[m])) << 32 | u32(__popc(upto[m] ^ under[m]));
         }
         u64 all, before = sum_before(mine, all);
         int ties = equal + int(u32(before));
         int rank = below + int(before >> 32) + min(ties, found.ties);
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
-            const int at = (first + m * GROUPED) * VECTOR;
+            const int at = part.low + (first + m * GROUPED) * VECTOR - 1;
+            // Of those at the threshold, the first few win.
+            u32 left = ties < found.ties ? upto[m] : under[m];
 #pragma unroll 1
-            for (u32 left = candidates[m]; left; left &= left - 1) {
-                int i = at + __ffs(left) - 1;
-                // Of those at the threshold, the first few win.
-                if (part.keys[i] == found.key && ties++ >= found.ties) continue;
-                list[rank++] = part.low + i;
+            for (; left; left &= left - 1) {
+                if (!(under[m] & left & -left) && ties++ >= found.ties) continue;
+                put_position(row, list, rank++, at + __ffs(left));
             }
         }
         below += int(all >> 32), equal += int(u32(all));
@@ -148,5 +162,5 @@ INLINE void select(const Params& p, const Row& row, Weights& weights, int* list,
     scan(p, row, part, weights);
     if (row.everything) return;
     Threshold found = find_threshold(p, row, part, met);
-    write_positions(part, found, list);
+    write_positions(row, part, found, list);
 }

@@ -14,6 +14,8 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
+# Keys of a part from which on a wider row gains more than meeting by counters costs.
+FAR = 8192
 
 
 class Counting(NamedTuple):
@@ -67,7 +69,7 @@ def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> 
     resident = max((256 if config.get("stages") else 512) // threads, 1)
     parts, counted = config["parts"], config["joined"] == "counters"
     if not parts:
-        parts, counted = _parts(device, problem, rows, resident, counted)
+        parts, counted = _parts(device, problem, rows, resident, config["joined"])
     # An explicit number of parts may be a cluster that fits nowhere.
     whole = parts <= device.clusters and (parts == 1 or device.at_once(parts, resident) > 0)
     joined = 0 if parts == 1 else 2 if counted or not whole else 1
@@ -77,18 +79,26 @@ def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> 
 
 
 def _parts(
-    device: Described, problem: Problem, rows: int, resident: int, counted: bool
+    device: Described, problem: Problem, rows: int, resident: int, joined: str
 ) -> tuple[int, bool]:
     """Most parts with which all rows find room at the same time, and none is too small.
 
+    Clusters must lie within groups of multiprocessors, so some of a GPU may not serve them.
+
     Returns:
-        `(parts, counted)`: also whether they meet by counters, as where there are no clusters.
+        `(parts, counted)`: also whether they meet by counters.
     """
-    keys, least = (problem.k, 64) if problem.op == "sparse_attend" else (problem.slots, LEAST_KEYS)
+    attends = problem.op == "sparse_attend"
+    keys, least = (problem.k, 64) if attends else (problem.slots, LEAST_KEYS)
     most = min(MOST_PARTS, keys // least)
-    if counted or device.clusters == 1:
-        return max(min(most, device.sms * resident // max(rows, 1)), 1), True
-    return next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1), False
+    anywhere = max(min(most, device.sms * resident // max(rows, 1)), 1)
+    if joined == "counters" or device.clusters == 1:
+        return anywhere, True
+    together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
+    far = joined == "auto" and not attends and keys >= FAR * anywhere
+    if far and 4 * together <= 3 * anywhere:
+        return anywhere, True
+    return together, False
 
 
 def capacity_of(shape: Shape, slots: int) -> int:

@@ -18,5 +18,5 @@ sparse_attend(const __grid_constant__ Params p) {
     row.taken = p.k;
     Share share = find_share(p, row, list);
     keep_queries(queries);
-    attend(p, row, share, met);
+    attend(p, row, share, false, met);
 }

@@ -18,13 +18,12 @@ compiler = importlib.import_module("hata.backends.cupy.compiler")
 defaults = importlib.import_module("hata.backends.cupy.defaults")
 plan = importlib.import_module("hata.backends.cupy.plan")
 
-# PARTS JOINED and the like are drawn from what the device may do.
+# PARTS, JOINED and the like follow from what the device may do.
 DEVICES = {
     "cluster": {},
     "counters": {"architecture": 80, "clusters": 1},
     "spill": {"shared": 56 * 1024, "clusters": 2},
-    "split": {},
-    "split-counters": {"architecture": 80, "clusters": 1},
+    "other": {},
 }
 MODE = os.environ.get("EMULATED", "cluster")
 DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
@@ -44,11 +43,11 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
     def default(self, problem):
         config = dict(defaults.of(problem))
         if "threads" in config:
-            config |= {"threads": 128, "parts": 4 if MODE.endswith("counters") else 2}
-        if MODE.startswith("split"):
-            # What is not the default: two launches, binary tensor cores, rings of keys and values.
-            config |= {k: True for k in ("split", "binary") if k in config}
-            config |= {"stages": 2} if "stages" in config else {}
+            config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
+        if MODE == "other":
+            # What is not the default: single blocks, plain arithmetic, rings of keys and values.
+            other = {"parts": 1, "binary": False, "stages": 2}
+            config |= {name: value for name, value in other.items() if name in config}
         return config
 
 

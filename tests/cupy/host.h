@@ -74,15 +74,19 @@ struct Cluster {
     std::condition_variable changed;
     u32 size = 1, come = 0, number = 0;
     std::vector<std::vector<char>> memories;
-    void meet() {
+    // The number of the meeting that a block has come to.
+    u32 arrive() {
         std::unique_lock<std::mutex> held(lock);
         u32 mine = number;
         if (++come == size) {
             come = 0, ++number;
             changed.notify_all();
-        } else {
-            changed.wait(held, [&] { return number != mine; });
         }
+        return mine;
+    }
+    void wait(u32 mine) {
+        std::unique_lock<std::mutex> held(lock);
+        changed.wait(held, [&] { return number != mine; });
     }
 };
 
@@ -101,6 +105,8 @@ struct Block {
     Meeting* all;
     ucontext_t home;
     u64 steps = 0;
+    // The meeting of the cluster that this block has come to and not waited for, else none.
+    u32 meeting = ~0u;
 };
 
 static thread_local Block* here;
@@ -272,10 +278,24 @@ static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return be
 INLINE char* in_block(char* p, u32 rank) {
     return here->cluster->memories[rank].data() + (p - memory);
 }
+INLINE void arrive_at_cluster() {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (here->meeting != ~0u) fprintf(stderr, "a cluster's barrier is passed twice\n"), abort();
+    here->meeting = here->cluster->arrive();
+}
+INLINE void wait_for_cluster() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        if (here->meeting == ~0u) fprintf(stderr, "nobody came to a cluster's barrier\n"), abort();
+        here->cluster->wait(here->meeting);
+        here->meeting = ~0u;
+    }
+    __syncthreads();
+}
 INLINE void sync_cluster() {
-    __syncthreads();
-    if (threadIdx.x == 0) here->cluster->meet();
-    __syncthreads();
+    arrive_at_cluster();
+    wait_for_cluster();
 }
 INLINE void arrive_and_wait(u32* counter, u32 target) {
     std::atomic_ref<u32> arrivals(*counter);

@@ -13,8 +13,7 @@ SUITE = Path(__file__).with_name("emulated_suite.py")
 RUNS = {
     "cluster": "(test_hash_attend or test_fault_07) and (float16 or bfloat16)",
     "counters": "test_hash_attend and float32",
-    "split": "(test_hash_attend or test_hamming_topk or test_fault_07) and (float16 or bfloat16)",
-    "split-counters": "test_hash_attend and float16",
+    "other": "(test_hash_attend or test_hamming_topk or test_sparse_attend) and bfloat16",
     "spill": "test_hamming_topk",
 }
 

@@ -139,43 +139,26 @@ def using(op, **changes):
         yield
 
 
-def test_a_decode_step_is_two_launches_where_asked(device):
-    arguments = step()
-    with using("hash_attend", split=True):
-        hata.hash_attend(**arguments, fresh=1)
-    (first, data), (second, same) = device.launched
-    scored, macros = dict(first.kernel.macros), dict(second.kernel.macros)
-    assert (first.kernel.name, second.kernel.name) == ("score", "hash_attend")
-    assert (scored["FUSED"], scored["FRESH"], scored["SAME"]) == (1, 1, 1)
-    assert (first.kernel.cluster, first.grid) == (1, 8 * scored["PARTS"])
-    assert second.kernel.cluster == macros["PARTS"] > 1
-    assert second.grid == 8 * macros["PARTS"]
-    assert (first.overlap, second.overlap) == (False, True)
-    assert scored["ROW_TILES"] == macros["ROW_TILES"] == scored["PARTS"] * scored["PER"]
-    given = fields(data, row.LAYOUT)
-    assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
-    assert (given["keys_0"], given["keys_1"], given["keys_2"]) == (0, 4096 * 128, 128)
-    assert (given["k"], given["heads"], given["slots"]) == (512, 8, 4096)
-    assert given["lse"] == given["lengths"] == 0
-    assert given["scores"]
-    assert given["tallies"]
-    assert same == data
-
-
 def test_a_decode_step_is_one_launch(device):
-    hata.hash_attend(**step(), fresh=1)
-    [(launch, _)] = device.launched
+    arguments = step()
+    hata.hash_attend(**arguments, fresh=1)
+    [(launch, data)] = device.launched
     macros = dict(launch.kernel.macros)
     assert (macros["FUSED"], macros["FRESH"], macros["SAME"]) == (1, 1, 1)
     assert launch.kernel.cluster == macros["PARTS"] > 1
     assert launch.grid == 8 * macros["PARTS"]
+    assert not launch.overlap
+    given = fields(data, row.LAYOUT)
+    assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
+    assert (given["keys_0"], given["keys_1"], given["keys_2"]) == (0, 4096 * 128, 128)
+    assert (given["k"], given["heads"], given["slots"]) == (512, 8, 4096)
+    assert given["lse"] == given["lengths"] == given["scores"] == 0
 
 
-def test_key_norms_are_counted_in_one_launch(device):
+def test_key_norms_are_counted_in_three_rounds(device):
     arguments = step()
     norms = np.zeros(arguments["key_codes"].shape[:3], np.float16)
-    with using("hash_attend", split=True):
-        hata.hash_attend(**arguments, key_norms=norms, fresh=1)
+    hata.hash_attend(**arguments, key_norms=norms, fresh=1)
     [(launch, _)] = device.launched
     assert dict(launch.kernel.macros)["ROUNDS"] == 3
 
@@ -183,43 +166,48 @@ def test_key_norms_are_counted_in_one_launch(device):
 def test_given_codes_need_no_encode(device):
     arguments = step()
     q_codes = np.zeros((1, 16, 1, 16), np.uint8)
-    with using("hash_attend", split=True):
-        hata.hash_attend(**arguments, q_codes=q_codes)
-    (first, data), (second, _) = device.launched
-    scored, macros = dict(first.kernel.macros), dict(second.kernel.macros)
-    assert (scored["FUSED"], scored["GROUP"], macros["G"]) == (0, 2, 4)
+    hata.hash_attend(**arguments, q_codes=q_codes)
+    [(launch, data)] = device.launched
+    macros = dict(launch.kernel.macros)
+    assert (macros["FUSED"], macros["GROUP"], macros["G"]) == (0, 2, 4)
     assert fields(data, row.LAYOUT)["q_codes"] == q_codes.__array_interface__["data"][0]
 
 
 def test_long_projections_are_a_launch_of_their_own(device):
-    arguments = step(bits=512)
-    with using("hash_attend", split=True):
-        hata.hash_attend(**arguments, fresh=1)
+    hata.hash_attend(**step(bits=512), fresh=1)
     launches = [launch for launch, _ in device.launched]
-    assert [launch.kernel.name for launch in launches] == ["encode", "score", "hash_attend"]
-    assert [launch.overlap for launch in launches] == [False, True, True]
+    assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
+    assert [launch.overlap for launch in launches] == [False, True]
 
 
 def test_old_gpus_count_arrivals(device):
     device.architecture, device.clusters = 80, 1
-    for split in (True, False):
-        with using("hash_attend", split=split):
-            hata.hash_attend(**step(), fresh=1)
-    (first, scored), (second, data), (zero, zeroed), (launch, alone) = device.launched
-    for last in (second, launch):
-        macros = dict(last.kernel.macros)
-        assert (macros["JOINED"], last.kernel.cluster, last.overlap) == (2, 1, False)
-    # The launch that scores zeroes them.
-    assert dict(first.kernel.macros)["COUNTED"] == 1
-    assert fields(scored, row.LAYOUT)["arrivals"] == fields(data, row.LAYOUT)["arrivals"] != 0
+    hata.hash_attend(**step(), fresh=1)
+    (zero, zeroed), (launch, data) = device.launched
+    macros = dict(launch.kernel.macros)
+    assert (macros["JOINED"], launch.kernel.cluster, launch.overlap) == (2, 1, False)
     assert zero.kernel.name == "zero"
     address, count = struct.unpack_from("<Qq", zeroed)
-    assert address == fields(alone, row.LAYOUT)["arrivals"]
+    assert address == fields(data, row.LAYOUT)["arrivals"]
     assert count == 8
 
 
+def test_positions_lie_in_shared_memory_where_there_is_room(device):
+    for k, joined, listed in ((512, "cluster", True), (4096, "cluster", True),
+                              (512, "counters", False)):  # fmt: skip
+        with using("hash_attend", joined=joined, parts=4):
+            hata.hash_attend(**{**step(slots=8192), "k": k}, fresh=1)
+        launch = device.launched[-1][0]
+        macros = dict(launch.kernel.macros)
+        assert bool(macros["LISTED"]) == listed
+        if listed:
+            # A share of the budget, in whole tiles, behind what others may see.
+            assert macros["EXCHANGE"] >= macros["LISTED"] + (-(-k // 4) + 15) * 4
+            assert macros["LISTED"] % 16 == 0
+
+
 def test_new_gpus_zero_counters_meanwhile(device):
-    with using("hash_attend", split=False, parts=4, joined="counters", fused=False):
+    with using("hash_attend", parts=4, joined="counters", fused=False):
         hata.hash_attend(**step(), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "zero", "hash_attend"]
@@ -231,25 +219,11 @@ def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
     q_codes = np.zeros((1, 4, 1, 16), np.uint8)
     small = np.zeros((1, 1, 4096, 16), np.uint8)
     large = np.broadcast_to(small[:, :, :1], (1, 1, 2**22, 16))
-    with using("hamming_topk", split=False):
-        for codes in (small, large):
-            hata.hamming_topk(q_codes, codes, 9)
+    for codes in (small, large):
+        hata.hamming_topk(q_codes, codes, 9)
     spilled = [dict(launch.kernel.macros)["SPILL"] for launch, _ in device.launched]
     assert spilled == [0, 1]
     assert all(launch.shared <= device.shared for launch, _ in device.launched)
-
-
-def test_scanners_fill_the_gpu(device):
-    """As many blocks as there is room for, and tiles of which the next launch reads few."""
-    for batch, blocks in ((1, 33), (8, 4), (32, 1), (64, 1)):
-        device.launched.clear()
-        codes = np.broadcast_to(np.zeros((1, 1, 1, 16), np.uint8), (batch, 8, 2**17, 16))
-        q_codes = np.broadcast_to(np.zeros((1, 1, 1, 16), np.uint8), (batch, 32, 1, 16))
-        with using("hamming_topk", split=True):
-            hata.hamming_topk(np.ascontiguousarray(q_codes), codes, 2048)
-        scored, macros = (dict(launch.kernel.macros) for launch, _ in device.launched)
-        assert scored["PARTS"] == blocks
-        assert macros["PARTS"] == 1 or macros["ROW_TILES"] >= 4 * macros["PARTS"]
 
 
 def test_a_plan_serves_other_arrays(device):
@@ -268,11 +242,9 @@ def test_a_plan_serves_other_arrays(device):
 
 
 def test_a_growing_cache_compiles_nothing_new(device):
-    for split in (False, True):
-        with using("hash_attend", split=split):
-            for slots in (3000, 3001, 3500, 4096):
-                hata.hash_attend(**step(slots=slots), fresh=1)
-    assert len({launch.kernel for launch, _ in device.launched}) == 3
+    for slots in (3000, 3001, 3500, 4096):
+        hata.hash_attend(**step(slots=slots), fresh=1)
+    assert len({launch.kernel for launch, _ in device.launched}) == 1
 
 
 def test_prepare_loads_and_launches_nothing(device):
@@ -302,12 +274,8 @@ def test_shared_memory_fits(device, sizes, threads, architecture):
     arguments = step(batch=1, slots=2**13, **sizes)
     if norms:
         arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
-    for parts, split, stages in itertools.product((0, 1, 2, 4, 8, 16, 32), (True, False), (0, 3)):
-        scanner = min(threads, 512)
-        with using(
-            "hash_attend", parts=parts, threads=threads, split=split, stages=stages,
-            scan_threads=scanner, ahead=16,
-        ):  # fmt: skip
+    for parts, joined in itertools.product((0, 1, 2, 4, 8, 16, 32), ("auto", "counters")):
+        with using("hash_attend", parts=parts, threads=threads, joined=joined, ahead=16):
             hata.hash_attend(**arguments)
     for launch, _ in device.launched:
         assert launch.grid % launch.kernel.cluster == 0
@@ -322,7 +290,19 @@ def test_parts_are_as_many_as_find_room(device):
     for fit, expected in (({16: 8}, 16), ({9: 9, 10: 7, 16: 7}, 9), ({}, 1)):
         device.at_once = lambda size, resident, fit=fit: fit.get(size, 7)
         plan._plans.clear()
-        with using("hamming_topk", split=False):
+        with using("hamming_topk", joined="cluster"):
             hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 2048)
         launch = device.launched[-1][0]
         assert dict(launch.kernel.macros)["PARTS"] == launch.kernel.cluster == expected
+
+
+def test_long_rows_meet_by_counters_where_clusters_leave_the_gpu_idle(device):
+    """As an H200 has it: 9 clusters of 9 blocks, 8 rows, 132 multiprocessors."""
+    device.sms = 132
+    device.at_once = lambda size, resident: 132 if size == 1 else 9 * (size <= 9)
+    for slots, joined, parts in ((2**15, 1, 9), (2**17, 2, 16), (2**20, 2, 16)):
+        plan._plans.clear()
+        codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, slots, 16))
+        hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 512)
+        macros = dict(device.launched[-1][0].kernel.macros)
+        assert (macros["JOINED"], macros["PARTS"]) == (joined, parts)
