@@ -2,16 +2,18 @@
 //
 // With c as in planes.cu, distance = sum of c + sum over the bits of a key of G - 2 c. The latter,
 // halved where the group is even, is written in planes of two's complement, so the distance is a
-// weighted sum of popcount(k & V_j). One instruction makes those of 32 keys of 128 bits: row g of its
-// first operand is keys g and 16 + g; columns 0 to 3 of the second one are the planes for the first
-// key and zeros, columns 4 to 7 zeros and the planes for the second key.
+// weighted sum of popcount(k & V_j). The first operand of a product is 32 vectors of 128 bits, row g
+// vectors g and 16 + g. Of the second one, columns 0 to 3 are the planes for one key of a row, and
+// columns 4 to 7 for another, with zeros for the row's other bits: codes of 128 bits take one product,
+// codes of 64, of which a vector holds two, take one for each half of a row.
 //
-// R (128), GROUP, BITS (planes, 4 at most), HALVE.
+// R (64 or 128), KEYS (codes in a vector), GROUP, BITS (planes, 4 at most), HALVE.
 
 // Words of shared memory that planes take; sums of c follow them.
 #define PLANE_WORDS ((BITS + 1) * W)
 
-// What a lane has of the planes: an operand, weights of its two columns, and where its sum starts.
+// What a lane has of the planes: an operand, or halves of two, weights of its two columns, and where
+// its sum starts.
 struct Planes {
     u32 low, high;
     int first, second, start;
@@ -49,30 +51,46 @@ INLINE int sum_of_counts(const u32* shared) {
 
 INLINE Planes planes_of(const u32* shared) {
     const int column = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-    const u32 word = column % 4 < BITS ? shared[column % 4 * W + j] : 0;
-    return {column < 4 ? word : 0, column < 4 ? 0 : word, weight_of(j % 2 * 2),
-            weight_of(j % 2 * 2 + 1), j % 2 ? 0 : sum_of_counts(shared)};
+    const u32 word = column % 4 < BITS ? shared[column % 4 * W + j % W] : 0;
+#if KEYS == 1
+    const u32 low = column < 4 ? word : 0, high = column < 4 ? 0 : word;
+#else
+    const u32 low = column / 4 == j / 2 ? word : 0, high = low;
+#endif
+    return {low, high, weight_of(j % 2 * 2), weight_of(j % 2 * 2 + 1),
+            j % 2 ? 0 : sum_of_counts(shared)};
 }
 
-// Which of a warp's 32 keys a lane finds the distance of.
+// Of a warp's 32 KEYS keys, the first that a lane finds the distance of; the other is 32 further on.
 INLINE int own_key() {
-    const int lane = threadIdx.x % 32;
-    return lane / 4 + lane % 4 * 8 % 16 + lane % 4 / 2 * 16;
+    const int lane = threadIdx.x % 32, vector = lane / 4 + lane % 2 * 8;
+    return KEYS == 1 ? vector + lane % 4 / 2 * 16 : 2 * vector + lane % 4 / 2;
 }
 
-// The distance of the lane's own key (halved as in planes.cu), from the 32 keys of its warp, of which
-// it knows where its own one as a thread lies. Two lanes share the columns of a key: each sums up its
-// own for the keys of both.
-INLINE u32 distance_of_own(const uint4* code, const Planes& planes) {
-    u32 keys[4];
-    int sum[4];
-    load_matrices(keys, code);
-    mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
+// Two lanes share the columns of a key: each sums up its own for the keys of both.
+INLINE u32 sum_of_columns(const int (&sum)[4], const Planes& planes) {
     // The first column of even lanes has weight 1: their sums start with the constant.
     const int first = sum[0] * planes.first + sum[1] * planes.second;
     const int second = sum[2] * planes.first + sum[3] * planes.second;
     const bool odd = threadIdx.x % 2;
     return u32((odd ? second : first) + across(odd ? first : second, 1));
+}
+
+// The distances of the lane's own keys (halved as in planes.cu), from the vectors of its warp, of
+// which it knows where its own one as a thread lies.
+INLINE void find_distances(u32 (&distance)[KEYS], const uint4* code, const Planes& planes) {
+    u32 keys[4];
+    int sum[4];
+    load_matrices(keys, code);
+#if KEYS == 1
+    mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
+    distance[0] = sum_of_columns(sum, planes);
+#else
+    mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, 0, planes.start, 0);
+    distance[0] = sum_of_columns(sum, planes);
+    mma_bits(sum, keys[0], keys[1], keys[2], keys[3], 0, planes.high, planes.start, 0);
+    distance[1] = sum_of_columns(sum, planes);
+#endif
 }
 
 // The distance of a key that a whole warp asks for, by counting.

@@ -10,8 +10,8 @@ joined                  blocks of a row meet as a cluster, or by counters in glo
 stages                  sets of 16 keys and values that a warp has on their way to shared memory; 0:
                         plain loads
 ahead                   vectors of codes that a thread loads ahead
-binary                  distances on binary tensor cores: codes of 128 bits, groups of up to 8, and
-                        even ones of up to 14, sm_80 to sm_90
+binary                  distances on binary tensor cores: codes of 64 and 128 bits, groups of up to
+                        8, and even ones of up to 14, sm_80 to sm_90
 fused                   codes of a step are made by the blocks that need them, not by a launch
 overlap                 the second launch starts while the first one drains (sm_90 and newer)
 """
@@ -74,7 +74,7 @@ def of(problem: Problem) -> Config:
     rows = problem.batch * lists * problem.tokens
     config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "auto"}
     if problem.op == "sparse_attend":
-        return {**config, "stages": 0}
+        return {**config, "stages": 0 if rows <= _FEW else 2}
     # Single heads have one plane, which plain arithmetic is as fast with.
     config |= {"ahead": 4, "binary": problem.heads > lists}
     if problem.op == "hamming_topk":

@@ -153,9 +153,9 @@ INLINE void sync_cluster() {
 }
 
 // Count an arrival and wait until `target` were counted; one thread of a block calls it, after the
-// others have arrived at it. The fences are for what those others wrote and will read.
+// others have arrived at it. Release and acquire hold for what those others wrote and will read too,
+// since barriers of the block lie between.
 INLINE void arrive_and_wait(u32* counter, u32 target) {
-    __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     // A block that never comes must become an error, not a hang: seconds of polling, then a trap.
     for (u32 tries = 0;; ++tries) {
@@ -164,7 +164,6 @@ INLINE void arrive_and_wait(u32* counter, u32 target) {
         if (seen >= target) break;
         if (tries > (1u << 25)) asm volatile("trap;");
     }
-    __threadfence();
 }
 
 // Launches that overlap: the next one may start; wait for what the one before wrote.

@@ -87,7 +87,7 @@ def selecting(
     }  # fmt: skip
     # Planes in two's complement of what a bit of a key adds to its distance.
     planes = (group >> how.halve).bit_length() + 1
-    binary = binary and bits == 128 and unit == 16 and planes <= 4 and not norms
+    binary = binary and bits in (64, 128) and unit == 16 and planes <= 4 and not norms
     macros |= {"BINARY": int(binary), "BITS": planes, "PLANES": group.bit_length()}
     vectors = keys * width // 16 if unit == 16 else 0
     return Selecting(macros, how.rounds * how.bins, how.itemsize, keys, vectors, ahead)

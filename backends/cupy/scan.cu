@@ -37,6 +37,8 @@ INLINE Part find_part(const Params& p, const Row& row) {
 // aligned are read when they are needed.
 #define RINGED (UNIT == 16)
 #define VECTORS (KEYS * W / 4)
+// How far apart the keys are that a lane scores in a round.
+#define APART (BINARY ? 32 : 1)
 
 INLINE uint4* slot_of(const Part& part, int slot) {
     return part.ring + slot * VECTORS * THREADS + threadIdx.x;
@@ -148,60 +150,68 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     const Planes planes = planes_of(shared_planes);
 #if NORMS
     const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;
+#define NORM_OF(position) norms[(position) * p.norms_s]
+#else
+#define NORM_OF(position) 0
 #endif
     // Between these, keys are scored; elsewhere they win anyway, are not seen, or come later.
     const int low = row.start + p.sink, high = min(row.stop - p.recent, unscanned);
-    const u32 scored = max(high - low, 0);
+    const int scored = max(high - low, 0);
 #if BINARY
-    const int shift = own_key() - int(threadIdx.x % 32);
+    const int shift = own_key() - int(threadIdx.x % 32) * KEYS;
 #else
     const int shift = 0;
 #endif
-    // Of the first key of this thread in this round: how far behind `low` it is, and where it goes.
-    int behind = part.low + mine + shift - low;
     order_t* to = part.keys + mine + shift;
-    uint4 *read = slot_of(part, 0), *refilled = slot_of(part, AHEAD), *const last = refilled;
     const char* next = from + AHEAD * hop;
+    int slot = 0;
 #pragma unroll 2
-    for (; mine < padded; mine += stride, behind += stride, to += stride) {
+    for (int before = 0; before < padded; before += stride, mine += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
+        u32 distance[KEYS];
 #if BINARY
         // Lanes read what others of their warp have copied.
         sync_warp();
-        const u32 distance = distance_of_own(read, planes);
+        find_distances(distance, slot_of(part, slot), planes);
 #else
         u32 words[KEYS * W];
-        read_codes(words, read, from, mine < count);
+        read_codes(words, slot_of(part, slot), from, mine < count);
         from += hop;
+#pragma unroll
+        for (int i = 0; i < KEYS; ++i)
+            distance[i] = distance_of(words + i * W, planes, shared_planes);
 #endif
         // The slot that was read last time.
-        if (mine + AHEAD * stride < count) copy_codes(refilled, next);
+        if (mine + AHEAD * stride < count) copy_codes(slot_of(part, slot > 0 ? slot - 1 : AHEAD), next);
         end_batch();
         next += hop;
-        read = read == last ? slot_of(part, 0) : read + VECTORS * THREADS;
-        refilled = refilled == last ? slot_of(part, 0) : refilled + VECTORS * THREADS;
+        slot = slot < AHEAD ? slot + 1 : 0;
+        // How far behind `low` this round begins, and the lane's first key is.
+        const int round = part.low + before - low, behind = part.low + mine + shift - low;
+        if (round >= 0 && round + stride <= scored && before + stride <= count) {
+            // Nearly every round.
 #pragma unroll
-        for (int i = 0; i < KEYS; ++i) {
-#if !BINARY
-            const u32 distance = distance_of(words + i * W, planes, shared_planes);
-#endif
-            u32 key = 0;
-            if (u32(behind + i) < scored) {
-#if NORMS
-                key = key_of(distance, norms[(behind + i + low) * p.norms_s]);
-#else
-                key = key_of(distance, 0);
-#endif
-            } else {
-                const int position = behind + i + low;
-                if (position < row.start || position >= row.stop) {
-                    to[i] = NEVER;
+            for (int i = 0; i < KEYS; ++i) {
+                const u32 key = key_of(distance[i], NORM_OF(behind + APART * i + low));
+                to[APART * i] = key;
+                atomicAdd(bins + digit_of(key, 0), 1);
+            }
+        } else if (mine < padded) {
+#pragma unroll
+            for (int i = 0; i < KEYS; ++i) {
+                const int far = behind + APART * i, position = far + low;
+                u32 key = 0;
+                if (u32(far) < u32(scored)) {
+                    key = key_of(distance[i], NORM_OF(position));
+                } else if (position < row.start || position >= row.stop) {
+                    to[APART * i] = NEVER;
+                    continue;
+                } else if (position >= unscanned) {
                     continue;
                 }
-                if (position >= unscanned) continue;
+                to[APART * i] = key;
+                atomicAdd(bins + digit_of(key, 0), 1);
             }
-            to[i] = key;
-            atomicAdd(bins + digit_of(key, 0), 1);
         }
     }
 #if FUSED && FRESH > 0

@@ -15,7 +15,7 @@ DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
 # Keys of a part from which on a wider row gains more than meeting by counters costs.
-FAR = 8192
+FAR = 16384
 
 
 class Counting(NamedTuple):
@@ -96,7 +96,7 @@ def _parts(
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
     far = joined == "auto" and not attends and keys >= FAR * anywhere
-    if far and 4 * together <= 3 * anywhere:
+    if far and 3 * together <= 2 * anywhere:
         return anywhere, True
     return together, False
 
