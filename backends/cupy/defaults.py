@@ -79,4 +79,5 @@ def of(problem: Problem) -> Config:
     config |= {"ahead": 4, "binary": problem.heads > lists}
     if problem.op == "hamming_topk":
         return config
+    config["binary"] &= problem.bits != 64
     return {"columns": 32, "encode_warps": 4, **config, "fused": True, "overlap": True}

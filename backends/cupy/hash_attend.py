@@ -2,7 +2,7 @@
 
 1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place. Left out where
    they are few and short (`fused`): then the blocks that need them make them.
-2. `hash_attend.cu`: everything else. It starts while the first one drains, where the GPU can do that.
+2. `hash_attend.cu`: everything else. It starts while the first one drains, where a GPU can do that.
 
 Blocks that meet by counters need those zeroed: a launch of one block in front, see `zero.cu`.
 """

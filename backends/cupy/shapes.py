@@ -14,8 +14,9 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Keys of a part from which on a wider row gains more than meeting by counters costs.
-FAR = 16384
+# Keys of a part, for each query of a group, from which on a wider row gains more than meeting by
+# counters costs: histograms and what is merged grow with the group.
+FAR = 2048
 
 
 class Counting(NamedTuple):
@@ -95,7 +96,8 @@ def _parts(
     if joined == "counters" or device.clusters == 1:
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
-    far = joined == "auto" and not attends and keys >= FAR * anywhere
+    group = max(problem.heads // max(problem.kv_heads, 1), 1)
+    far = joined == "auto" and not attends and keys >= FAR * group * anywhere
     if far and 3 * together <= 2 * anywhere:
         return anywhere, True
     return together, False

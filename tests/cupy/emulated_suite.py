@@ -6,8 +6,10 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import hata
 from hata import registry
 from hata.testing import BackendSuite
 
@@ -65,6 +67,29 @@ class TestEmulated(BackendSuite):
     max_slots = 200
     max_head_dim = int(os.environ.get("EMULATED_DIM", "192"))
     max_examples = int(os.environ.get("EMULATED_EXAMPLES", "4"))
+
+    @pytest.mark.parametrize("bits", [32, 64, 128, 256])
+    @pytest.mark.parametrize("group", [1, 4, 7, 8])
+    def test_parts_of_several_rounds(self, bits, group):
+        """Rounds of scored keys alone, and those at the ends of parts, take different ways."""
+        rng = np.random.default_rng(bits + group)
+        q_codes = rng.integers(0, 256, (2, 2 * group, 1, bits // 8), dtype=np.uint8)
+        for slots, lengths in ((700, (700, 333)), (1540, (1540, 1001))):
+            codes = rng.integers(0, 256, (2, 2, slots, bits // 8), dtype=np.uint8)
+            found = []
+            for backend in (self.backend, "reference"):
+                with hata.use_backend(backend):
+                    found.append(
+                        hata.hamming_topk(
+                            q_codes,
+                            codes,
+                            40,
+                            lengths=np.array(lengths, np.int32),
+                            sink=3,
+                            recent=5,
+                        )
+                    )
+            np.testing.assert_array_equal(*found)
 
     def test_fault_30_negative_strides(self):
         pytest.skip("it asks a process of its own, which does not know this backend")

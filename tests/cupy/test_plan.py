@@ -300,9 +300,11 @@ def test_long_rows_meet_by_counters_where_clusters_leave_the_gpu_idle(device):
     """As an H200 has it: 9 clusters of 9 blocks, 8 rows, 132 multiprocessors."""
     device.sms = 132
     device.at_once = lambda size, resident: 132 if size == 1 else 9 * (size <= 9)
-    for slots, joined, parts in ((2**15, 1, 9), (2**17, 1, 9), (2**19, 2, 16)):
+    for heads, slots, joined, parts in (
+        (32, 2**15, 1, 9), (32, 2**17, 2, 16), (64, 2**17, 1, 9), (64, 2**19, 2, 16),
+    ):  # fmt: skip
         plan._plans.clear()
         codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, slots, 16))
-        hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 512)
+        hata.hamming_topk(np.zeros((1, heads, 1, 16), np.uint8), codes, 512)
         macros = dict(device.launched[-1][0].kernel.macros)
         assert (macros["JOINED"], macros["PARTS"]) == (joined, parts)
