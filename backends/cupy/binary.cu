@@ -27,9 +27,7 @@ __host__ __device__ constexpr int weight_of(int plane) {
 INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
 #pragma unroll 1
     for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        int count = 0;
-        if (bit < R)
-            for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
+        int count = count_of(codes, step, bit);
         const int value = HALVE ? GROUP / 2 - count : GROUP - 2 * count;
         const u32 sum = sum_of_warp(u32(count));
         const bool writes = bit < R && bit % 32 == 0;

@@ -28,6 +28,14 @@ INLINE Fresh find_fresh(const Params& p, const Row& row, int low, int high) {
     return fresh;
 }
 
+// How many codes of a group have a bit set; they are `step` bytes apart.
+INLINE int count_of(const u8* codes, i64 step, int bit) {
+    int count = 0;
+    if (bit < R)
+        for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
+    return count;
+}
+
 #if FUSED
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)

@@ -7,14 +7,6 @@
 
 #include "ptx.cu"
 #include "row.cu"
-#include "order.cu"
-#include "codes.cu"
-#if BINARY
-#include "binary.cu"
-#else
-#include "planes.cu"
-#endif
-#include "scan.cu"
 #include "select.cu"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)

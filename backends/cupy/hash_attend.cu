@@ -12,14 +12,6 @@
 #include "ptx.cu"
 #include "vectors.cu"
 #include "row.cu"
-#include "order.cu"
-#include "codes.cu"
-#if BINARY
-#include "binary.cu"
-#else
-#include "planes.cu"
-#endif
-#include "scan.cu"
 #include "select.cu"
 #include "attend.cu"
 

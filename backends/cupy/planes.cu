@@ -60,9 +60,7 @@ INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
 INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
 #pragma unroll 1
     for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        int count = 0;
-        if (bit < R)
-            for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
+        int count = count_of(codes, step, bit);
         bool above = count >= 1 << (PLANES - 1);
         if (above) count -= weight_of(PLANES - 1);
         for (int plane = 0; plane < PLANES; ++plane) {

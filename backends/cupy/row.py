@@ -235,13 +235,12 @@ def launch_rows(
         most = capacity_of(shape, problem.slots)
         narrow = most < 2**16
         exchange = -(-max(exchange, selecting.bins * (2 if narrow else 4)) // 16) * 16
-        # A share of the largest budget of the kind, in whole tiles.
-        positions = (-(-pow2(fields["k"]) // shape.parts) + 15) * 4
-        positions = -(-positions // 16) * 16
-        needed = exchange + positions + queries + max(shared, selecting.bins * 4) + 32
-        if attending is not None and shape.joined != 2 and positions <= MOST_LISTED:
-            listed = exchange if needed <= shape.room else 0
-            exchange += positions if listed else 0
+        if attending is not None and shape.joined != 2:
+            # A share of the largest budget of the kind, in whole tiles.
+            positions = -(-(-(-pow2(fields["k"]) // shape.parts) + 15) // 4) * 16
+            needed = exchange + positions + queries + max(shared, selecting.bins * 4) + 32
+            if positions <= MOST_LISTED and needed <= shape.room:
+                listed, exchange = exchange, exchange + positions
         counters = -(-selecting.bins * 4 // 16) * 16
         fixed, keys = exchange + 16 + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.

@@ -9,6 +9,14 @@
 // (reads that a thread is ahead), RING (bytes), SPILL (keys to select by lie in global memory, capacity a
 // row), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
+#include "order.cu"
+#include "codes.cu"
+#if BINARY
+#include "binary.cu"
+#else
+#include "planes.cu"
+#endif
+
 // The part of a row that this block scans.
 struct Part {
     // Its first key, and how many.

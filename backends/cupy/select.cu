@@ -4,6 +4,8 @@
 // win, the histograms of the parts before give the rank of a part's first selected key. Ranks count
 // selected keys in ascending order of position.
 
+#include "scan.cu"
+
 struct Threshold {
     // Keys below it win, and the first `ties` of the row that equal it.
     u32 key;
