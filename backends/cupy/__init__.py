@@ -1,9 +1,9 @@
 """The CuPy backend: hand-written CUDA, compiled by NVRTC at first use.
 
 One file per op: a launcher, and beside it the `.cu` source of its kernel. `row.cu`, `scan.cu`,
-`select.cu`, `ranks.cu` and `attend.cu` hold what kernels share; `compiler` makes machine code and
-keeps it, `device` loads and launches it, `plan` is what a call does again and again. Start reading
-at `hash_attend.cu`.
+`select.cu` and `attend.cu` hold what kernels share; `compiler` makes machine code and keeps it,
+`device` loads and launches it, `plan` is what a call does again and again. Start reading at
+`hash_attend.cu`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@
 //      started.
 //
 // PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
-// EXCHANGE bytes that other blocks may see, QUERIES bytes of queries, then counters and the keys to
-// select by, and after them, in the same place, what the warps have to merge.
+// EXCHANGE bytes that other blocks may see (from LISTED on, positions), QUERIES bytes of queries, then
+// counters and the keys to select by, and after them, in the same place, what the warps have to merge.
 
 // Words of a code.
 #define W (R / 32)

@@ -108,10 +108,10 @@ INLINE void put_position(const Row& row, int* list, int rank, int position) {
     list[rank] = position;
 }
 
-// Put down the positions of the part's selected keys. A thread takes vectors that
-// follow one another, an odd number of them, so that a warp meets every bank of shared memory. Keys
-// are looked at once, and leave marks; ranks are counts of marks, so ties cost no more than others.
-// MASKS: words of marks of a kind that a thread holds at once.
+// Put down the positions of the part's selected keys. A thread takes vectors that follow one another,
+// an odd number of them, so that a warp meets every bank of shared memory. It looks at keys once, and
+// marks them; ranks are counts of marks, so ties cost what others do. MASKS: words of marks of a kind
+// that it holds at once.
 INLINE void write_positions(const Row& row, const Part& part, const Threshold& found, int* list) {
     constexpr int GROUPED = 32 / VECTOR;
     const int vectors = (part.count + VECTOR - 1) / VECTOR;
