@@ -40,8 +40,17 @@ def test_the_sanitizers_script_says_what_is_absent(repo_root):
 def test_gpu_tests_run_in_as_many_processes_as_there_are_cores(repo_root, monkeypatch):
     run = load(repo_root / "tests" / "gpu" / "run.py")
     made = run.command(["-k", "fault_20"], 4)
-    assert made[made.index("-m", 3) + 1] == "gpu"
+    assert made[made.index("-m", 3) + 1] == "gpu and not alone"
     assert made[-2:] == ["-k", "fault_20"]
     assert made[made.index("-n") + 1] == "4"
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda _: None)
     assert "-n" not in run.command([], 4)
+
+
+def test_what_is_timed_runs_alone(repo_root):
+    run = load(repo_root / "tests" / "gpu" / "run.py")
+    made = run.command([], 4, alone=True)
+    assert made[made.index("-m", 3) + 1] == "gpu and alone"
+    assert "-n" not in made
+    # Nothing chosen is no failure where the other run had something to do.
+    assert [run.worst(found) for found in ([0, 5], [5, 1], [1, 0], [5, 5])] == [0, 1, 1, 5]

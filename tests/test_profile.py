@@ -287,6 +287,22 @@ def test_the_nearest_entry_in_log2_space_serves():
     assert "k 1100 for 760" in look_up(profile(entry(k=1100)), k=760).reason
 
 
+def test_a_neighbour_serves_only_where_it_beat_the_default():
+    slow = replace(entry(), default_us=entry().us.median)
+    assert look_up(profile(slow)).config == CONFIG
+    found = look_up(profile(slow), slots=2 * slow.key.slots)
+    assert (found.config, found.entry) == (None, slow)
+    assert "the default is best there" in found.reason
+
+
+def test_a_neighbour_serves_only_where_it_is_near():
+    slots = entry().key.slots
+    assert look_up(profile(entry()), slots=4 * slots).config == CONFIG
+    found = look_up(profile(entry()), slots=4 * slots, k=2 * entry().key.k)
+    assert (found.config, found.entry) == (None, entry())
+    assert "too far" in found.reason
+
+
 def test_of_equally_near_entries_the_first_serves():
     low, high = entry(k=300), entry(k=1200)
     assert look_up(profile(low, high), k=600).entry == low

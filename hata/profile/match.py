@@ -2,8 +2,10 @@
 
 A configuration never crosses a hard difference: the kind of device, its compute capability, the
 sources of the kernel, and `HARD_FIELDS` of the problem. Among the entries that are left the
-nearest in log2 space over `SOFT_FIELDS` serves. What is refused is said once, with the command
-that tunes anew; what differs harmlessly (driver, versions, the machine's name) is logged once.
+nearest in log2 space over `SOFT_FIELDS` serves, if it is near enough. A default is a rule for all
+problems, so where it was the best nearby it is the problem's own default that serves, and not the
+neighbour's. What is refused is said once, with the command that tunes anew; what differs harmlessly
+(driver, versions, the machine's name) is logged once.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from hata.profile.records import Entry
 if TYPE_CHECKING:
     from hata.profile import Profile
 
+# How far an entry may be, in factors of two over all soft fields together.
+_FAR = 2.0
 _logger = logging.getLogger("hata.profile")
 _said: set[tuple[str, str]] = set()
 
@@ -37,7 +41,7 @@ class Match(NamedTuple):
 
     Attributes:
         config: The configuration to run with; `None`: use the backend's default.
-        entry: The entry it is from; `None` exactly where `config` is.
+        entry: The nearest entry; `None` where none may serve. It may leave the problem its default.
         reason: Why this is the answer, for people.
     """
 
@@ -82,7 +86,14 @@ def lookup(
         for name in SOFT_FIELDS
         if getattr(entry.key, name) != getattr(problem, name)
     ]
-    return Match(entry.config, entry, f"nearest: {', '.join(apart)}" if apart else "exact")
+    if not apart:
+        return Match(entry.config, entry, "exact")
+    nearest = f"nearest: {', '.join(apart)}"
+    if entry.us.median >= entry.default_us:
+        return Match(None, entry, f"{nearest}; the default is best there, so here it is used too")
+    if round(_distance(entry.key, problem), 9) > _FAR:
+        return Match(None, entry, f"{nearest}; too far, so the default is used")
+    return Match(entry.config, entry, nearest)
 
 
 def _foreign(profile: Profile, kind: str, here: Fingerprint | None) -> str | None:

@@ -39,11 +39,12 @@ spoken() {
 }
 
 jobs=()
-step suite python3 tests/gpu/run.py & jobs+=($!)
+step suite python3 tests/gpu/run.py --shared & jobs+=($!)
 watched & jobs+=($!)
 spoken & jobs+=($!)
 for job in "${jobs[@]}"; do wait "$job" || failed=1; done
 
+step clocks python3 tests/gpu/run.py --alone || failed=1
 for backend in triton cupy; do
     step design-$backend python3 -m benchmarks.ops --backend $backend --device cuda --suite design \
         --rounds 7 --json "$out/design-$backend.json" || failed=1

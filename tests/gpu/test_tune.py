@@ -104,6 +104,7 @@ def by_events(call, calls=50, replays=20):
     return 1e3 * begin.elapsed_time(end) / (calls * replays)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cycles", [400_000, 20_000], ids=["long", "short"])
 def test_the_clock_agrees_with_events_around_many_calls(cycles):
     """Where a cold cache makes no difference, and launches are no part of what events see."""
