@@ -404,7 +404,7 @@ def test_shipped_profiles_are_sound():
         assert not shipped.selections
         for backend, ops in shipped.fingerprint.kernels.items():
             found = {op: registry.class_of(backend)().kernel_hash(op) for op in ops}
-            # Else it would be refused, with a warning: tune anew on that device, or remove the file.
+            # Else it would be refused: tune anew on that device, or remove the file.
             assert found == dict(ops)
         for entry in shipped.entries:
             assert 0 < entry.us.median <= entry.default_us

@@ -6,7 +6,7 @@
     python tests/gpu/run.py --alone         # those alone
 
 Most of the time goes into compiling kernels, so there are as many processes as cores, up to 12, and
-each keeps to few threads of its own. Tests of clocks follow, one by one. The exit status is pytest's.
+each keeps to few threads of its own. Tests of clocks follow, one by one. The status is pytest's.
 """
 
 from __future__ import annotations
