@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; `None`: those of the process.
 
     Returns:
-        Exit status: 0, 1 for a fault in a file, 2 for a wrong command line.
+        Exit status: 0, 1 for a fault in a file, 2 for a wrong command line, 130 if stopped.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # All that follows `tune` is the tuner's, its --help included.
@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `hata profile show FILE | head` closes early; what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full disk, a folder that may not be written: the message names it.
+        print(f"hata: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hata: stopped", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -95,12 +95,19 @@ def _task(
     progress: Any,
 ) -> dict[tuple[str, int], int]:
     """Right answers of every way."""
-    made = list(tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed))
+    try:
+        made = list(
+            tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed)
+        )
+    except ValueError as error:
+        raise texts.CaptureError(f"--tasks {task}: {error}") from None
     right = {(way.name, way.bits): 0 for way in ways}
     for start in range(0, len(made), batch):
         some = made[start : start + batch]
         ids = torch.tensor([prompt.tokens for prompt in some], device=model.device)
         wanted = [tokenizer(prompt.value) for prompt in some]
+        if not all(wanted):
+            raise texts.CaptureError(f"--tasks {task}: the tokenizer makes no tokens of digits")
         found = decoding.answers(model, ids, ways, max(map(len, wanted)))
         for way, answers in found.items():
             right[way] += sum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hata.learn import text as texts
@@ -11,6 +12,14 @@ from hata.learn.command import add_text_arguments, gather_text
 from hata.profile import user_path
 
 METHODS = ("exact", "random", "pages", "window")
+# Names of rows that are not encoders'.
+TAKEN = frozenset({"dense", "exact top-k", "random hash"})
+# Numbers, and the least of each.
+LEAST = {
+    "sequences": 1, "queries": 1, "prompts": 1, "perplexity": 1, "batch": 1,
+    "dense_layers": 0, "sink": 0, "recent": 0,
+}  # fmt: skip
+MOST_BITS = 512
 # Budgets that are looked at unless others are named: shares of 1.56% and 3.1%.
 SHARES = (64, 32)
 
@@ -20,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of a transformers model")
     add_text_arguments(parser)
     parser.add_argument(
-        "--encoder", nargs="+", default=[], metavar="[NAME=]FILE", help="encoders to compare"
+        "--encoder",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="encoders to compare, by a name or that of the file",
     )
     parser.add_argument(
         "--bits",
@@ -80,8 +93,11 @@ def run(options: argparse.Namespace) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     places = parse_places(options.at)
+    _check(options, places)
     config = texts.load_config(options.model)
+    _check_length(config, max(tokens for tokens, _ in places))
     encoders = _encoders(options, config)
+    folder = _folder(options.out) if options.out else None
     tokenizer = texts.load_tokenizer(user_path(options.model))
     longest = max(tokens for tokens, _ in places)
     text = gather_text(options, longest * options.sequences)
@@ -90,18 +106,78 @@ def run(options: argparse.Namespace) -> int:
     found: list[Any] = []
     if not options.no_mass:
         found = _mass(options, config, encoders, tokenizer, text, places, device, progress)
+        if not found:
+            raise texts.CaptureError(
+                f"--model: no layer of {options.model} shows its queries and keys, or all have "
+                "sliding windows; there is nothing to compare"
+            )
         parts.append(report.retained_tables(found))
     if options.tasks or options.perplexity:
         parts += abilities.tables(options, encoders, tokenizer, text, places, device, progress)
     print("\n\n".join(parts))
-    if options.out:
-        folder = user_path(options.out)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         if found and not report.plot(folder / "mass.png", found):
             progress.note("no plot: it needs matplotlib, from the learn extra")
         progress.note(f"report: {folder / 'report.md'}")
     return 0
+
+
+def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]]) -> None:
+    """Raise `CaptureError` for numbers that mean nothing, or that leave nothing to measure."""
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise texts.CaptureError(
+                f"--{name.replace('_', '-')}: got {value}, expected {least} or more"
+            )
+    for bits in options.bits:
+        if bits % 32 or not 32 <= bits <= MOST_BITS:
+            raise texts.CaptureError(
+                f"--bits: got {bits}, expected multiples of 32 from 32 to {MOST_BITS}"
+            )
+    if not options.methods and not options.encoder:
+        raise texts.CaptureError("--methods and --encoder: got none, so nothing is compared")
+    decodes = bool(options.tasks or options.perplexity)
+    if options.no_mass and not decodes:
+        raise texts.CaptureError(
+            "--no-mass: leaves nothing to measure; name --tasks or --perplexity"
+        )
+    guards = options.sink + options.recent
+    for tokens, budgets in places:
+        if options.perplexity and options.perplexity > tokens - 2:
+            raise texts.CaptureError(
+                f"--perplexity: got {options.perplexity}, expected at most {tokens - 2} of "
+                f"{tokens} tokens"
+            )
+        if decodes and guards > min(budgets):
+            raise texts.CaptureError(
+                f"--sink and --recent: got {guards} keys together, expected no more than the "
+                f"budget of {min(budgets)}"
+            )
+
+
+def _check_length(config: Any, longest: int) -> None:
+    """Raise `CaptureError` where the model knows no positions that far."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and longest > limit:
+        raise texts.CaptureError(
+            f"--at: got {longest} tokens, expected at most {limit}, the model's limit"
+        )
+
+
+def _folder(out: str) -> Path:
+    """The folder of the report, made before anything is measured.
+
+    Raises:
+        CaptureError: It cannot be made.
+    """
+    folder = user_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise texts.CaptureError(f"--out: {out} cannot be made a folder: {error}") from None
+    return folder
 
 
 def parse_places(words: Sequence[str]) -> list[tuple[int, list[int]]]:
@@ -133,18 +209,26 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
     from hata.encoder import Encoder
 
     found = []
+    taken: set[str] = set(TAKEN)
     if "random" in options.methods:
         made = Encoder.random(config, max(options.bits))
-        found += [("random hash", made, bits) for bits in options.bits]
+        found += [("random hash", made, bits) for bits in dict.fromkeys(options.bits)]
     for word in options.encoder:
         name, _, file = word.rpartition("=")
         encoder = Encoder.load(user_path(file))
         encoder.check(config)
         recipe = encoder.made.get("recipe", "unknown")
         nested = recipe == "random" or encoder.made.get("settings", {}).get("nested", False)
-        cut = [bits for bits in options.bits if bits <= encoder.bits]
+        cut = [bits for bits in dict.fromkeys(options.bits) if bits <= encoder.bits]
         widths = cut if nested and cut else [encoder.bits]
-        found += [(name or recipe, encoder, bits) for bits in widths]
+        name = name or Path(file).stem
+        if name in taken:
+            raise texts.CaptureError(
+                f"--encoder: got {name!r} for {file}, which is the name of another row; give it "
+                f"one of its own, such as other={file}"
+            )
+        taken.add(name)
+        found += [(name, encoder, bits) for bits in widths]
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -95,7 +96,12 @@ def attached(name: str, model: Any, encoder: Encoder, bits: int, policy: Policy)
 
 
 def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
-    """Decode steps whose keys a selector chooses, by a mask over dense attention."""
+    """Decode steps whose keys a selector chooses, by a mask over dense attention.
+
+    Layers that the adapter leaves dense, such as those with sliding windows, stay so here.
+    """
+    layers = DynamicCache(config=model.config).layers
+    open_layers = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
 
     @contextmanager
     def opened() -> Iterator[None]:
@@ -103,7 +109,7 @@ def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
             module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
         ) -> tuple[Any, Any]:
             layer = module.layer_idx
-            if query.shape[2] == 1 and layer >= policy.dense_layers:
+            if query.shape[2] == 1 and layer >= policy.dense_layers and layer in open_layers:
                 mask = _chosen(selector, layer, query, key, policy)
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
@@ -152,10 +158,10 @@ def load(model: str | Path, device: str, dtype: str | None) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             Path(model).expanduser(), dtype=wanted, local_files_only=True
         )
+        return loaded.to(device).eval()
     # A model folder can be broken in ways only its own code knows.
     except Exception as error:
         raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
-    return loaded.to(device).eval()
 
 
 def prefilled(model: Any, ids: torch.Tensor) -> DynamicCache:

@@ -18,6 +18,7 @@ import torch
 from hata.evaluate.mass import group_mass, hidden_keys
 from hata.evaluate.selectors import Asked, Exact, Selector
 from hata.learn import recorder
+from hata.learn.text import CaptureError
 
 QUERIES = 256
 
@@ -78,17 +79,22 @@ def measure(
     mass = torch.stack(
         [group_mass(q, keys, scale, asked.hidden)[0] for q, keys in zip(*asked[1:3], strict=True)]
     )
-    best = {k: Exact().choose(asked, k) for k in budgets}
-    exact = {k: float(mass.gather(2, best[k]).sum(-1).mean()) for k in budgets}
+    seen = ~asked.hidden
+
+    def marked(chosen: torch.Tensor) -> torch.Tensor:
+        # What fills the row of a query that sees fewer keys is hidden; a key counts once.
+        return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, chosen, True) & seen
+
+    best = {k: marked(Exact().choose(asked, k)) for k in budgets}
+    exact = {k: float(mass.where(best[k], 0).sum(-1).mean()) for k in budgets}
     found = {}
     for selector in selectors:
         if not selector.covers(asked.layer):
             continue
         for k in budgets:
-            chosen = selector.choose(asked, k)
-            retained = float(mass.gather(2, chosen).sum(-1).mean())
-            marked = torch.zeros_like(mass, dtype=torch.bool).scatter_(2, chosen, True)
-            recall = float(marked.gather(2, best[k]).float().mean())
+            chosen = marked(selector.choose(asked, k))
+            retained = float(mass.where(chosen, 0).sum(-1).mean())
+            recall = float(((chosen & best[k]).sum(-1) / best[k].sum(-1)).mean())
             found[selector.name, selector.bits, k] = (retained, exact[k], recall)
     return found
 
@@ -118,6 +124,8 @@ def evaluate(
 
     def visit(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
         last = q[0, :, -queries:].float().unflatten(0, (keys.shape[1], -1))
+        if not (last.isfinite().all() and keys.isfinite().all()):
+            raise CaptureError(f"layer {layer}: queries or keys are not finite; mend the model")
         hidden = hidden_keys(last.shape[2], keys.shape[2], keys)
         asked = Asked(layer, last, keys[0].float(), hidden)
         for name, found in measure(asked, scale, selectors, budgets).items():

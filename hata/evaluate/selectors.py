@@ -131,7 +131,7 @@ class Pages(Selector):
         self.name, self._page = f"pages of {page} (Quest)", page
 
     def choose(self, asked: Asked, k: int) -> torch.Tensor:
-        """See `Selector`; the page that a query stands in counts up to the query."""
+        """See `Selector`; keys after a query count for the bound of the page that it stands in."""
         heads, slots, size = asked.keys.shape
         page = self._page
         pages = -(-slots // page)

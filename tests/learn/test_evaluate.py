@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import hata
 from hata import cli
@@ -124,6 +125,27 @@ def test_measured_mass(asked, encoders):
     assert mass == pytest.approx(kept, rel=1e-4)
 
 
+def test_no_key_counts_twice_where_a_query_sees_few(asked):
+    """Budgets above what the first queries see, and pages that reach behind the last key."""
+    few = asked._replace(keys=asked.keys[:, :17], hidden=hidden_keys(Q, 17, asked.keys[:, :17]))
+    names = [Exact(), Pages(8), Window(4)]
+    for (name, _, k), (mass, exact, recall) in retained.measure(few, 0.25, names, [15, 17]).items():
+        assert mass <= 1 + 1e-5, name
+        assert exact <= 1 + 1e-5
+        assert recall <= 1
+        if k == 17:
+            assert (mass, recall) == pytest.approx((1, 1), abs=1e-5)
+
+
+def test_a_broken_model_is_named(tiny):
+    model = recorder.load_model(tiny, "cpu")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    ids = np.random.default_rng(0).integers(3, 259, (1, 64))
+    with pytest.raises(CaptureError, match="layer 1: queries or keys are not finite"):
+        retained.evaluate(model, ids, [Exact()], [8], queries=4)
+
+
 def test_a_models_layers_are_measured_while_it_reads(tiny):
     model = recorder.load_model(tiny, "cpu")
     ids = np.random.default_rng(0).integers(3, 259, (2, 128))
@@ -219,7 +241,8 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
     words = ["eval", "--model", str(tiny), "--text", str(text), "--encoder", f"ours={path}"]
     words += ["--bits", "32", "64", "--at", "256:8,16", "300", "--sequences", "2", "--queries"]
     words += ["16", "--tasks", "needle", "--prompts", "2", "--perplexity", "3", "--device", "cpu"]
-    assert cli.main([*words, "--out", str(tmp_path / "report"), "--recent", "2"]) == 0
+    words += ["--sink", "1", "--recent", "2"]
+    assert cli.main([*words, "--out", str(tmp_path / "report")]) == 0
     told = capsys.readouterr().out
     written = (tmp_path / "report" / "report.md").read_text()
     assert written == told
@@ -241,13 +264,58 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
         (["--at", "100:200"], "budgets of no more keys"),
         (["--tasks", "sums"], "expected some of needle"),
         (["--encoder", "none.safetensors"], "is not a file"),
-        (["--at", "999999"], "expected at least 999999"),
+        (["--at", "999999"], "expected at most 4096, the model's limit"),
+        (["--sequences", "0"], "--sequences: got 0, expected 1 or more"),
+        (["--queries", "-5"], "--queries: got -5"),
+        (["--prompts", "-3"], "--prompts: got -3"),
+        (["--perplexity", "-5"], "--perplexity: got -5"),
+        (["--perplexity", "255", "--at", "256:32"], "expected at most 254 of 256 tokens"),
+        (["--batch", "-1"], "--batch: got -1"),
+        (["--dense-layers", "-1"], "--dense-layers: got -1"),
+        (["--bits", "0", "64"], "--bits: got 0, expected multiples of 32"),
+        (["--tasks", "needle", "--at", "256:16"], "expected no more than the budget of 16"),
+        (["--tasks", "needle", "--at", "128:32"], "--tasks needle: length: got 128 tokens"),
+        (["--methods"], "nothing is compared"),
+        (["--no-mass"], "nothing to measure"),
+        (["--device", "nonsense", "--no-mass", "--tasks", "needle"], "cannot be loaded"),
+        (["--out", "/dev/null/report"], "cannot be made a folder"),
     ],
 )
 def test_faults_are_named(tiny, text, capsys, more, expected):
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
     assert cli.main([*words, *more]) == 1
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(["", ""], "got 'one'"), (["a=", "a="], "got 'a'"), (["dense="], "got 'dense'")],
+)
+def test_every_row_has_a_name_of_its_own(tiny, text, encoders, tmp_path, capsys, names, told):
+    paths = [tmp_path / str(i) / "one.safetensors" for i, _ in enumerate(names)]
+    for path in paths:
+        path.parent.mkdir()
+        encoders["query projection"].save(path)
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--encoder"]
+    words += [f"{name}{path}" for name, path in zip(names, paths, strict=True)]
+    assert cli.main(words) == 1
+    assert f"{told} for" in capsys.readouterr().err
+
+
+def test_layers_with_windows_stay_dense_in_every_way():
+    """What the adapter leaves alone is left alone where a selector stands in for it."""
+    config = transformers.MistralConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    ids = torch.randint(3, 259, (1, 100), generator=torch.Generator().manual_seed(0))
+    ways = [
+        decoding.dense(), decoding.simulated(model, Window(1), decoding.Policy(0.1, 0, 1, 1, 128))
+    ]  # fmt: skip
+    nats = decoding.losses(model, ids, ways, 4)
+    assert len(set(nats.values())) == 1
 
 
 def test_places():
