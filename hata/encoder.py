@@ -42,6 +42,9 @@ from hata.encoder_layer import Hidden, QueryHash, check_bits, check_side, query_
 from hata.errors import EncoderError
 
 _Part = TypeVar("_Part")
+_MOST_TEXT = 100
+# More than any model has, and few enough that a hostile configuration costs nothing.
+_MOST = {"num_layers": 10_000, "heads": 10_000, "kv_heads": 10_000, "head_dim": 65_536}
 
 __all__ = ["FORMAT", "Encoder", "Hidden", "ModelShape", "QueryHash"]
 
@@ -56,6 +59,10 @@ class ModelShape:
         heads: Query heads of a layer.
         kv_heads: KV heads of a layer.
         head_dim: Size of a query or key vector.
+
+    Raises:
+        EncoderError: A number is none, below 1 or beyond any model's; the query heads are no
+            multiple of the KV heads; or the model type is no name.
     """
 
     model_type: str
@@ -63,6 +70,26 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not _whole(value) or not 1 <= value <= most:
+                raise EncoderError(
+                    f"config: got {name} = {_short(value)}, expected a whole number from 1 to "
+                    f"{most}; pass a decoder's configuration, or an object with num_hidden_layers, "
+                    "num_attention_heads, num_key_value_heads and head_dim"
+                )
+        if self.heads % self.kv_heads:
+            raise EncoderError(
+                f"config: got heads = {self.heads} and kv_heads = {self.kv_heads}, expected a "
+                "multiple of the KV heads; pass the configuration of the model itself"
+            )
+        if self.model_type and not _one_line(self.model_type):
+            raise EncoderError(
+                f"config: got model_type = {_short(self.model_type)}, expected a name of at most "
+                f"{_MOST_TEXT} printable characters"
+            )
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -85,16 +112,9 @@ class ModelShape:
             "head_dim": read("qk_head_dim", "head_dim"),
         }
         hidden = read("hidden_size", "n_embd")
-        if found["head_dim"] is None and hidden and heads:
+        if found["head_dim"] is None and _whole(hidden) and _whole(heads) and heads:
             found["head_dim"] = hidden // heads
-        for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise EncoderError(
-                    f"config: got {type(text).__name__} with {name} = {value!r}, expected a whole "
-                    "number; pass a decoder's configuration, or an object with num_hidden_layers, "
-                    "num_attention_heads, num_key_value_heads and head_dim"
-                )
-        return cls(str(read("model_type") or ""), **found)
+        return cls(read("model_type") or "", **found)
 
     def differences(self, other: ModelShape) -> list[str]:
         """`"name a against b"` for every field that differs; an unknown model type fits all."""
@@ -147,6 +167,7 @@ class Encoder:
         object.__setattr__(self, "hidden", hidden or ((),) * count)
         object.__setattr__(self, "made", dict(self.made))
         check_bits(self.bits)
+        _check_made(self.made)
         for name in ("projections", "biases", "queries", "hidden"):
             found = len(getattr(self, name))
             if found != self.shape.num_layers:
@@ -264,7 +285,13 @@ class Encoder:
         return _assemble(Path(path), header, tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, whole or not at all: a temporary file beside it, then a rename."""
+        """Write the file, whole or not at all: a temporary file beside it, then a rename.
+
+        Equal encoders are equal files.
+
+        Raises:
+            EncoderError: The name does not end in .safetensors, or cannot be written to.
+        """
         tensors = flattened(self.projections, self.biases, self.queries, self.hidden)
         more = any(query is not None for query in self.queries)
         header = {
@@ -277,7 +304,16 @@ class Encoder:
         }
         if more:
             header["activation"] = "silu"
-        encoder_file.write(Path(path), tensors, header)
+        try:
+            encoder_file.write(Path(path), tensors, header)
+        except EncoderError:
+            raise
+        # A NUL in the name is a ValueError.
+        except (OSError, ValueError) as error:
+            raise EncoderError(
+                f"path: got {os.fspath(path)}, which cannot be written ({error}); expected the "
+                "name of a file, in a folder with room that you may write to"
+            ) from error
 
     def check(self, config: Any) -> None:
         """Raise `EncoderError`, naming both sides, unless this encoder was made for `config`."""
@@ -359,6 +395,7 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
         made = json.loads(header["made"])
         if not isinstance(made, dict) or not isinstance(dense, list):
             raise ValueError("made is no object, or dense_layers no list")
+        _check_made(made)
         if header["format"] == FORMAT_2 and header["activation"] != "silu":
             raise ValueError(f"activation {header['activation']!r}")
         # Before anything is as long as the number of layers: each is either here or in the list.
@@ -379,6 +416,35 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
             "write it again"
         )
     return Encoder(shape, bits, projections, biases, key_norms, made, queries, hidden)
+
+
+def _check_made(made: Mapping[str, Any]) -> None:
+    """Raise `EncoderError` unless readers can show the recipe and look into the settings."""
+    if "recipe" in made and not _one_line(made["recipe"]):
+        raise EncoderError(
+            f"made: got the recipe {_short(made['recipe'])}, expected a text of 1 to {_MOST_TEXT} "
+            "printable characters"
+        )
+    if "settings" in made and not isinstance(made["settings"], Mapping):
+        raise EncoderError(
+            f"made: got settings of type {type(made['settings']).__name__}, expected names and "
+            "values"
+        )
+
+
+def _one_line(text: Any) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= _MOST_TEXT and text.isprintable()
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """What an error shows of a value that may be anything: one line, not too long."""
+    plain = value is None or isinstance(value, str | int | float)
+    found = f"{value!a}" if plain else f"a {type(value).__name__}"
+    return found if len(found) <= _MOST_TEXT else f"{found[:_MOST_TEXT]}..."
 
 
 def _gaussian(stream: tuple[int, ...], size: int) -> np.ndarray:

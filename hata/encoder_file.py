@@ -6,6 +6,7 @@ nothing in one is ever executed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -181,8 +182,12 @@ def flattened(
 def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
     """Write the file, whole or not at all: a temporary file beside it, then a rename.
 
+    Equal tensors and headers are equal files.
+
     Raises:
         EncoderError: The name does not end in .safetensors.
+        OSError: It is a folder's, or cannot be written to.
+        ValueError: The name holds a NUL.
     """
     from safetensors.numpy import save
 
@@ -190,11 +195,18 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, st
         raise EncoderError(
             f"path: got {path}, expected a name that ends in .safetensors; rename it"
         )
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, _ordered(save(dict(tensors), metadata=dict(header))))
+
+
+def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(save(dict(tensors), metadata=dict(header)))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; the encoder gets what `open` would have given it.
@@ -203,5 +215,17 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, st
         Path(name).chmod(0o666 & ~mask)
         Path(name).replace(path)
     except BaseException:
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
         raise
+
+
+def _ordered(raw: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with sorted names, and the data, which stays as it is.
+
+    The library writes the metadata in an order that differs from run to run.
+    """
+    end = 8 + int.from_bytes(raw[:8], "little")
+    text = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    # The data starts at a multiple of 8, as the library has it.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(raw)[end:]

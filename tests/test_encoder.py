@@ -6,7 +6,6 @@ import pickle
 import struct
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +140,25 @@ def test_configurations_of_every_kind():
         hata.Encoder.random(SimpleNamespace(num_attention_heads=2))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_layers = 1000000000, expected .* to 10000"),
+        ({"num_attention_heads": 10**9}, "heads = 1000000000"),
+        ({"head_dim": 10**9}, "head_dim = 1000000000"),
+        ({"head_dim": None, "hidden_size": "64"}, "head_dim = None"),
+        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": "4"}, "heads = '4'"),
+        ({"num_attention_heads": 5}, "heads = 5 and kv_heads = 2"),
+        ({"num_key_value_heads": [2, 2]}, "kv_heads = a list"),
+        ({"num_key_value_heads": -2}, "kv_heads = -2"),
+        ({"model_type": {"a": 1}}, "model_type = a dict"),
+    ],
+)
+def test_configurations_that_make_no_sense(change, message):
+    with pytest.raises(hata.EncoderError, match=message):
+        ModelShape.of({**vars(CONFIG), **change})
+
+
 @pytest.mark.parametrize("bits", [0, 31, 40, True, 64.0])
 def test_bits_are_multiples_of_32(bits):
     with pytest.raises(hata.EncoderError, match="positive multiple of 32"):
@@ -220,17 +238,49 @@ def test_absent_file(tmp_path):
         hata.Encoder.load(tmp_path / "absent.safetensors")
 
 
-def test_a_failed_save_leaves_the_old_file(encoder, path, monkeypatch):
+@pytest.mark.parametrize("name", ["os.fsync", "pathlib.Path.replace"])
+def test_a_failed_save_leaves_the_old_file(encoder, path, monkeypatch, name):
     before = path.read_bytes()
 
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(name, fail)
+    with pytest.raises(hata.EncoderError, match=r"encoder\.safetensors.*no space left"):
         encoder.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "file.txt/e", "/proc/none/e", "nul\0e", "e" * 300, "folder"], ids=repr
+)
+def test_names_that_cannot_be_written(encoder, tmp_path, name):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "folder.safetensors").mkdir()
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / f"{name}.safetensors" if name else tmp_path
+    with pytest.raises(hata.EncoderError, match=r"path: got .*"):
+        encoder.save(out)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_equal_encoders_are_equal_files(encoder, path, tmp_path):
+    """The library's own order of the metadata differs between saves."""
+    other = tmp_path / "other.safetensors"
+    for _ in range(5):
+        made = dict(reversed(encoder.made.items()))
+        copied = hata.Encoder(encoder.shape, 64, encoder.projections, encoder.biases, True, made)
+        copied.save(other)
+        assert other.read_bytes() == path.read_bytes()
+        hata.Encoder.load(other).save(other)
+        assert other.read_bytes() == path.read_bytes()
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    assert size % 8 == 0
+    header = json.loads(raw[8 : 8 + size])
+    assert list(header) == sorted(header)
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
 def test_only_safetensors_are_written(encoder, tmp_path):
@@ -271,8 +321,22 @@ def test_no_framework_is_imported(path):
         {"made": "[[1, 2]]"},
         {"made": "[" * 100000},
         {"dense_layers": "7"},
+        {"made": '{"recipe": "listwise", "settings": "x"}'},
+        {"made": '{"settings": [1]}'},
+        {"made": '{"settings": null}'},
+        {"made": '{"recipe": ["a"]}'},
+        {"made": '{"recipe": 5}'},
+        {"made": '{"recipe": ""}'},
+        {"made": json.dumps({"recipe": "\x1b[31mred"})},
+        {"made": json.dumps({"recipe": "two\nlines"})},
+        {"made": json.dumps({"recipe": "a" * 101})},
+        {"heads": "0"},
+        {"heads": "-4"},
+        {"heads": "6"},
+        {"kv_heads": "0"},
+        {"head_dim": "9" * 30},
+        {"model_type": "\x1b[31mred"},
     ],
-    ids=["many", "none", "null", "list", "deep", "number"],
 )
 def test_hostile_metadata(tmp_path, change):
     from safetensors import safe_open
@@ -285,8 +349,10 @@ def test_hostile_metadata(tmp_path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = {**file.metadata(), **change}
     save_file(tensors, path, metadata=header)
-    with pytest.raises(hata.EncoderError, match="malformed"):
+    with pytest.raises(hata.EncoderError, match="malformed") as raised:
         hata.Encoder.load(path)
+    assert str(raised.value).isprintable()
+    assert str(path) in str(raised.value)
 
 
 def test_numbers_that_are_none():
