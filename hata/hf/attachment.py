@@ -207,11 +207,13 @@ class Handle:
 
     def __repr__(self) -> str:
         hashed = [chosen for chosen in self.selections if chosen is not None]
+        dense = [str(i) for i, chosen in enumerate(self.selections) if chosen is None]
+        left = f" (dense: {', '.join(dense)})" if hashed and dense else ""
         state = "attached" if self._attached else "detached"
         kinds = ", ".join(dict.fromkeys(map(str, hashed))) or "none"
         return (
             f"<hata.hf.Handle {state} {self._name}: {len(hashed)} of {len(self.selections)} layers "
-            f"hashed, {self.encoder!r}, selections ({self.source}): {kinds}>"
+            f"hashed{left}, {self.encoder!r}, selections ({self.source}): {kinds}>"
         )
 
     def _before(

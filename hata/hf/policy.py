@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hata import registry
@@ -85,7 +86,26 @@ def resolve(
         layers = tuple(
             layer and replace(layer, bits=min(layer.bits, loaded.bits)) for layer in layers
         )
+    elif found is not None:
+        _warn_of_another_encoder(found, encoder, loaded, source)
     return Policy(loaded, layers, source)
+
+
+def _warn_of_another_encoder(
+    found: SelectionSet, given: Encoder | str | os.PathLike[str], loaded: Encoder, source: str
+) -> None:
+    """Selections keep what they promise with the codes that they were chosen with."""
+    random = loaded.made.get("recipe") == "random"
+    name = "random" if random else "" if isinstance(given, Encoder) else Path(given).name
+    # An encoder that is no file has no name to go by.
+    other = found.encoder.name != name if name else found.encoder.name == "random"
+    if other:
+        warnings.warn(
+            f"{source}: its selections were chosen with encoder {found.encoder.name}, not with "
+            f"{name or 'this one'}; choose them anew with: python -m tune --model PATH --encoder "
+            "FILE --text FILE",
+            stacklevel=4,
+        )
 
 
 def _of_profile(

@@ -1,5 +1,6 @@
 """Where selections come from: the argument, then a profile, then the default."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -103,6 +104,20 @@ def test_measured_selections_need_their_bits(tiny):
     encoder = hata.Encoder.random(tiny("llama").config, 64)
     with pytest.raises(hata.EncoderError, match="got 96, expected at most 64"):
         attached(tiny("llama"), encoder, profile=profile_with(PER_LAYER))
+
+
+def test_selections_chosen_with_another_encoder_warn(tiny, tmp_path):
+    few = hata.Selection(bits=64, k=4, dense_layers=1)
+    profile = profile_with((None, few, few))
+    made = hata.Encoder.random(tiny("llama").config, 64)
+    learned = dataclasses.replace(made, made={"recipe": "listwise"})
+    learned.save(tmp_path / "mine.safetensors")
+    for encoder, name in ((learned, "this one"), (tmp_path / "mine.safetensors", "mine.safetens")):
+        with pytest.warns(UserWarning, match=f"chosen with encoder random, not with {name}"):
+            handle = attached(tiny("llama"), encoder, profile=profile)
+        assert handle.selections == (None, few, few)
+        assert "2 of 3 layers hashed (dense: 0)" in repr(handle)
+    attached(tiny("llama"), made, profile=profile)
 
 
 def test_dense_layers_of_an_encoder_stay_dense(tiny):
