@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hata.learn import recorder
-from hata.learn.text import CaptureError
+from hata.learn.text import CaptureError, first_line
 
 # Queries before this position see too few keys to choose among.
 FIRST_QUERY = 256
@@ -59,8 +60,11 @@ def file_of(folder: Path, layer: int, sequence: int) -> Path:
 def refused(folder: Path, sequence: int) -> dict[int, str]:
     """Layers that could not be captured of a sequence, and why; none where it was not read."""
     note = _note(folder, sequence)
-    found = json.loads(note.read_text()) if note.is_file() else {}
-    return {int(layer): why for layer, why in found.items()}
+    try:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        return {int(layer): str(why) for layer, why in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(note, error) from None
 
 
 def is_whole(folder: Path, sequence: int, layers: Sequence[int]) -> bool:
@@ -101,9 +105,11 @@ def capture(
         on_sequence: Called with the number of each sequence that is done.
 
     Raises:
-        CaptureError: No layer was shown.
+        CaptureError: No layer was shown, one attends with nothing to learn from, or files cannot be
+            written.
     """
     wanted = set(layers)
+    unusable = recorder.cached_otherwise(model)
     for sequence in sequences:
         first = asked[sequence] if sequence < len(asked) else None
         where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence, first))
@@ -118,24 +124,23 @@ def capture(
             where: torch.Tensor = where,
             seen: set[int] = seen,
         ) -> None:
-            if layer not in wanted:
+            if layer not in wanted or layer in unusable:
                 return
             seen.add(layer)
+            kept = q[0, :, where.to(q.device)]  # [H, n, D]
+            _check(layer, kept, keys[0])
             tensors = {
                 "positions": where,
-                "q": q[0, :, where.to(q.device)].cpu().contiguous(),  # [H, n, D]
+                "q": kept.cpu().contiguous(),
                 "keys": keys[0].cpu().contiguous(),  # [Hkv, T, D]
             }
-            path = file_of(folder, layer, sequence)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file(tensors, part, metadata={"scale": repr(scale)})
-            part.replace(path)
+            with _written(file_of(folder, layer, sequence)) as part:
+                save_file(tensors, part, metadata={"scale": repr(scale)})
 
         shown = recorder.Recorder(keep)
         recorder.read(model, torch.from_numpy(ids[sequence])[None], shown)
         absent = {
-            layer: shown.refused.get(layer, "it has no attention of its own")
+            layer: (unusable | shown.refused).get(layer, "it has no attention of its own")
             for layer in sorted(wanted - seen)
         }
         if not seen:
@@ -146,19 +151,71 @@ def capture(
             )
         # Written last: it says that all files of this sequence are whole. What other layers were
         # found to be stays known.
-        note = _note(folder, sequence)
-        part = note.with_suffix(f".part{os.getpid()}")
-        part.write_text(json.dumps(refused(folder, sequence) | absent))
-        part.replace(note)
+        with _written(_note(folder, sequence)) as part:
+            part.write_text(json.dumps(refused(folder, sequence) | absent))
         on_sequence(sequence)
+
+
+def _check(layer: int, q: torch.Tensor, keys: torch.Tensor) -> None:
+    """Raise `CaptureError` unless q `[H, n, D]` and keys `[Hkv, T, D]` are to be learned from."""
+    heads = keys.shape[0]
+    if q.shape[0] % heads:
+        raise CaptureError(
+            f"--model: layer {layer} has {q.shape[0]} heads for {heads} KV heads, expected a "
+            "multiple; leave it out with --layers"
+        )
+    for name, x in (("queries", q), ("keys", keys)):
+        # Per KV head: one that is empty spoils the layer.
+        most = x.unflatten(0, (heads, -1)).abs().amax((1, 2, 3))
+        what = None
+        if not most.isfinite().all():
+            what = "NaN or infinite"
+        elif not most.all():
+            what = f"all zero in KV head {int(most.argmin())}"
+        if what is not None:
+            raise CaptureError(
+                f"--model: layer {layer} attends with {name} that are {what}, expected finite "
+                "numbers that are not all zero; check the weights, or leave it out with --layers"
+            )
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes its own once it is whole."""
+    part = path.with_suffix(f".part{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        why = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise CaptureError(
+            f"--work: {path} cannot be written ({why}); free space, then go on with --resume"
+        ) from None
+
+
+def _damaged(path: Path, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"--resume: {path} is damaged ({first_line(error)}); delete it, then go on with --resume"
+    )
 
 
 def load(
     folder: Path, layer: int, sequence: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """One file: positions `[n]` on the CPU, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale."""
-    with safe_open(file_of(folder, layer, sequence), framework="pt") as file:
-        scale = float(file.metadata()["scale"])
-        where, q, keys = (file.get_tensor(name) for name in ("positions", "q", "keys"))
+    """One file: positions `[n]` on the CPU, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale.
+
+    Raises:
+        CaptureError: It is damaged.
+    """
+    path = file_of(folder, layer, sequence)
+    try:
+        with safe_open(path, framework="pt") as file:
+            scale = float(file.metadata()["scale"])
+            where, q, keys = (file.get_tensor(name) for name in ("positions", "q", "keys"))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from None
     q = q.to(device).float().unflatten(0, (keys.shape[0], -1))
     return where, q, keys.to(device).float(), scale

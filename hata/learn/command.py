@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import shutil
-from typing import Any
+import sys
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,39 +89,136 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         help='"python": sources of the installed packages; else a name for the datasets library',
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="NAME", help="folders to leave out of the text"
+        "--without", nargs="+", default=[], metavar="NAME", help="folders and files to leave out"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Learn, and write the encoder and its plot."""
-    from hata.learn import recorder
-    from hata.learn.plan import Capture, LearnError, Plan, prepare, settings_of
-    from hata.learn.progress import Progress, plot
-    from hata.learn.ranks import joined
-    from hata.learn.recall import planted
-    from hata.learn.trainer import learn
+    """Learn, and write the encoder and its plot.
 
-    _check_numbers(options)
-    if options.rehearse is not None:
-        return _rehearse(options)
-    if options.out is None:
-        raise LearnError("--out: got none, expected the name of the encoder to write")
-    out = user_path(options.out)
-    if out.suffix != ".safetensors":
-        raise LearnError(f"--out: got {out}, expected a name that ends in .safetensors")
+    Returns:
+        Exit status: 0, or 130 where it was interrupted.
+    """
+    try:
+        return _rehearse(options) if options.rehearse is not None else _learn(options)
+    except KeyboardInterrupt:
+        print(f"hata: interrupted{_left(options)}", file=sys.stderr)
+        return 130
+
+
+def _left(options: argparse.Namespace) -> str:
+    """What an interrupted run can go on with, in words."""
+    from hata.learn.checks import work_of
+    from hata.learn.folders import MARK
+
+    if options.out is None or options.rehearse is not None:
+        return ""
+    if not (work_of(options) / MARK).is_file():
+        return ""
+    return f"; the same command with --resume goes on with what lies in {work_of(options)}"
+
+
+class _Asked(NamedTuple):
+    """What is to be learned, from what.
+
+    Attributes:
+        ids: `[n, T]` token ids, the last sequence held out.
+        asked: For each sequence that asks back, the positions that do.
+        pairs: Assignments of a sequence that it asks back.
+        shape: The model's sizes.
+        layers: To train.
+    """
+
+    ids: np.ndarray
+    asked: list[np.ndarray]
+    pairs: int
+    shape: ModelShape
+    layers: tuple[int, ...]
+
+
+def _learn(options: argparse.Namespace) -> int:
+    from hata.learn import recorder
+    from hata.learn.checks import check_device, check_numbers, places_of
+    from hata.learn.folders import clear, held, prepare
+    from hata.learn.plan import Capture, Plan, settings_of
+    from hata.learn.progress import Progress
+    from hata.learn.ranks import joined
+    from hata.learn.trainer import learn
+    from hata.learn.weights import fingerprint
+
+    check_numbers(options)
+    check_device(options.device)
     recipe, bits = _recipe(options)
+    places = places_of(options)
+    path = user_path(options.model)
+    read = _read(options, recipe)
+    with joined() as ranks, ExitStack() as locks:
+        device = ranks.device(options.device)
+        progress = Progress(quiet=ranks.rank > 0)
+        captured = Capture(
+            model=path.resolve().name,
+            weights=fingerprint(path),
+            shape=str(read.shape),
+            text=hashlib.sha256(np.ascontiguousarray(read.ids).tobytes()).hexdigest()[:16],
+            sequences=len(read.ids),
+            tokens=read.ids.shape[1],
+            queries=options.queries,
+            recall=read.pairs,
+            seed=options.seed,
+            device=device.partition(":")[0],
+        )
+        steps = options.steps or recipe.steps
+        settings = settings_of(recipe)
+        plan = Plan(captured, read.layers, recipe.name, settings, bits, steps, options.seed)
+        # The other ranks of this run work in the same folders.
+        if ranks.rank == 0:
+            locks.enter_context(held(places.work, Plan, "--work"))
+            if places.shared:
+                locks.enter_context(held(places.store, Capture, "--capture"))
+            found = prepare(places.work, plan, resume=options.resume, option="--work")
+            if options.resume and not found:
+                progress.note(f"--resume: nothing to go on with in {places.work}; starting anew")
+            fresh = not (found or places.shared)
+            prepare(places.store, captured, resume=True, option="--capture", fresh=fresh)
+        ranks.meet()
+        outcome = learn(
+            plan,
+            recipe,
+            read.shape,
+            lambda: recorder.load_model(path, device),
+            read.ids,
+            places.work,
+            places.store,
+            device,
+            asked=read.asked,
+            ranks=ranks,
+            progress=progress,
+        )
+        if outcome is None:
+            return 0
+        _write(places, plan, outcome, progress)
+        if not options.keep:
+            clear(places.work, Plan)
+    print(f"{places.out}: {outcome.encoder!r}")
+    return 0
+
+
+def _read(options: argparse.Namespace, recipe: Any) -> _Asked:
+    """The model's sizes and the sequences to learn from."""
+    from hata.learn.checks import check_codes, shape_of, tokens_of
+    from hata.learn.plan import LearnError
+    from hata.learn.recall import planted
+
     config = texts.load_config(options.model)
-    shape = ModelShape.of(config)
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or TOKENS)
-    tokens = options.tokens or min(TOKENS, context)
+    shape = shape_of(config)
+    check_codes(options.query_codes, shape)
     layers = parse_layers(options.layers, shape.num_layers)
+    tokens = tokens_of(options.tokens, config, recipe, TOKENS)
     # One more sequence than is learned from: the last is held out.
     count = _sequences(options) + 1
-    path = user_path(options.model)
     text = gather_text(options, count * tokens)
     least = min(texts.LEAST_TOKENS, tokens)
-    tokenizer = texts.load_tokenizer(path)
+    tokenizer = texts.load_tokenizer(user_path(options.model))
     ids = texts.sequences(tokenizer, text, count, tokens, least)
     if len(ids) < 2:
         raise LearnError(
@@ -132,56 +230,34 @@ def run(options: argparse.Namespace) -> int:
         pairs = ids.shape[1] // RECALL if recipe.recall else 0
     # The text that judges stays as it is.
     ids[:-1], asked = planted(ids[:-1], tokenizer, pairs, options.seed)
-    with joined() as ranks:
-        device = ranks.device(options.device)
-        progress = Progress(quiet=ranks.rank > 0)
-        read = Capture(
-            model=path.resolve().name,
-            shape=str(shape),
-            text=hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16],
-            sequences=len(ids),
-            tokens=ids.shape[1],
-            queries=options.queries,
-            recall=pairs,
-            seed=options.seed,
-            device=device.partition(":")[0],
-        )
-        steps = options.steps or recipe.steps
-        settings = settings_of(recipe)
-        plan = Plan(read, layers, recipe.name, settings, bits, steps, options.seed)
-        work = user_path(options.work) if options.work else out.with_suffix(".work")
-        store = user_path(options.capture) if options.capture else work / "capture"
-        if ranks.rank == 0:
-            prepare(work, plan, resume=options.resume, option="--work")
-            prepare(store, read, resume=True, option="--capture")
-        ranks.meet()
-        outcome = learn(
-            plan,
-            recipe,
-            shape,
-            lambda: recorder.load_model(path, device),
-            ids,
-            work,
-            store,
-            device,
-            asked=asked,
-            ranks=ranks,
-            progress=progress,
-        )
-        if outcome is None:
-            return 0
-        outcome.encoder.save(out)
-        for layer, why in sorted(outcome.dense.items()):
-            progress.note(f"layer {layer} stays dense: {why}")
-        image = user_path(options.plot) if options.plot else out.with_suffix(".png")
-        if plot(image, outcome.histories, f"{read.model}, {plan.recipe}, {plan.bits} bits"):
-            progress.note(f"plot: {image}")
-        else:
-            progress.note("no plot: it needs matplotlib, from the learn extra")
-        if not options.keep:
-            shutil.rmtree(work)
-    print(f"{out}: {outcome.encoder!r}")
-    return 0
+    return _Asked(ids, asked, pairs, shape, layers)
+
+
+def _write(places: Any, plan: Any, outcome: Any, progress: Any) -> None:
+    """The encoder, then its plot."""
+    from hata.errors import EncoderError
+    from hata.learn.plan import LearnError
+    from hata.learn.progress import plot
+
+    try:
+        outcome.encoder.save(places.out)
+    except EncoderError as error:
+        raise LearnError(
+            f"--out: {error}; what was trained lies in {places.work}: free space, then go on with "
+            "--resume"
+        ) from None
+    for layer, why in sorted(outcome.dense.items()):
+        progress.note(f"layer {layer} stays dense: {why}")
+    title = f"{plan.capture.model}, {plan.recipe}, {plan.bits} bits"
+    try:
+        drawn = plot(places.image, outcome.histories, title)
+    except (OSError, ValueError) as error:
+        progress.note(f"no plot: {places.image} cannot be written ({texts.first_line(error)})")
+        return
+    if drawn:
+        progress.note(f"plot: {places.image}")
+    else:
+        progress.note("no plot: it needs matplotlib, from the learn extra")
 
 
 def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
@@ -213,15 +289,6 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     return recipe, bits
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    from hata.learn.plan import LearnError
-
-    for name in ("sequences", "tokens", "queries", "steps", "recall"):
-        value, least = getattr(options, name), 0 if name == "recall" else 1
-        if value is not None and value < least:
-            raise LearnError(f"--{name}: got {value}, expected {least} or more")
-
-
 def _on_cpu(options: argparse.Namespace) -> bool:
     from hata.learn.ranks import Ranks
 
@@ -237,14 +304,18 @@ def _sequences(options: argparse.Namespace) -> int:
 
 def _rehearse(options: argparse.Namespace) -> int:
     """Try some layers of random weights."""
+    from hata.learn.checks import check_codes, check_device, check_numbers, shape_of, tokens_of
     from hata.learn.plan import LearnError
     from hata.learn.ranks import Ranks
     from hata.learn.rehearsal import rehearse
 
+    check_numbers(options)
+    check_device(options.device)
     recipe, bits = _recipe(options)
     if options.rehearse < 1:
         raise LearnError(f"--rehearse: got {options.rehearse}, expected one layer or more")
     config = texts.load_config(options.model)
+    check_codes(options.query_codes, shape_of(config))
     told = rehearse(
         config,
         options.rehearse,
@@ -252,7 +323,7 @@ def _rehearse(options: argparse.Namespace) -> int:
         bits=bits,
         steps=options.steps or recipe.steps,
         sequences=_sequences(options),
-        tokens=options.tokens or TOKENS,
+        tokens=tokens_of(options.tokens, config, recipe, TOKENS),
         queries=options.queries,
         seed=options.seed,
         device=Ranks().device(options.device),
@@ -274,14 +345,15 @@ def parse_layers(words: str | None, count: int) -> tuple[int, ...]:
     try:
         for part in words.split(","):
             first, _, last = part.partition("-")
-            found.update(range(int(first), int(last or first) + 1))
+            low, high = int(first), int(last or first)
+            if not 0 <= low <= high < count:
+                raise ValueError(part)
+            found.update(range(low, high + 1))
     except ValueError:
-        found = {-1}
-    if not found or min(found) < 0 or max(found) >= count:
         raise texts.CaptureError(
-            f"--layers: got {words!r}, expected numbers and ranges within 0-{count - 1}, such as "
-            f"2-{count - 1} or 0,{count - 1}"
-        )
+            f"--layers: got {words[:80]!r}, expected numbers and ranges within 0-{count - 1}, such "
+            f"as 2-{count - 1} or 0,{count - 1}"
+        ) from None
     return tuple(sorted(found))
 
 
@@ -293,6 +365,11 @@ def gather_text(options: argparse.Namespace, tokens: int) -> str:
     """
     if bool(options.text) == bool(options.dataset):
         raise texts.CaptureError("--text: name files, or a --dataset, and not both")
+    if options.without and options.dataset and options.dataset != "python":
+        raise texts.CaptureError(
+            f"--without: got it with --dataset {options.dataset}, whose text has no folders; leave "
+            "it out"
+        )
     if options.text:
         return texts.read_text(options.text, without=options.without)
     # Sequences are spread over the text, so there is more of it than they hold.

@@ -12,6 +12,7 @@ and scored here; the published trainer repeats keys and gives them a network per
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +35,9 @@ class HashAttention(Recipe):
         weight: Weight of a wanted key.
         rate: Learning rate of Adam.
     """
+
+    # Both edges and the best keys between them: in a shorter one no key is wanted.
+    least_tokens: ClassVar[int] = 2 * 128 + 32
 
     name: str = "hashattention"
     steps: int = 1000

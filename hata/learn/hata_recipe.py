@@ -11,6 +11,7 @@ to balance and orthogonality, in this order, and balance counts queries and keys
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,10 @@ class HataRecipe(Recipe):
         momentum: Of SGD.
         decay: Weight decay.
     """
+
+    # Every query is held against all pairs of a step. Short sequences make few pairs of a query, so
+    # there are many queries: below this, gigabytes of them.
+    least_tokens: ClassVar[int] = 512
 
     name: str = "hata"
     steps: int = 300

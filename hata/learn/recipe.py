@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,11 @@ class Recipe(ABC):
         steps: Optimiser steps of a layer, unless told otherwise.
         nested: Whether the first 32, 64, ... bits of a code are trained to be used alone.
         recall: Whether it learns from text that asks assignments back, see `hata.learn.recall`.
+        least_tokens: Length of a sequence from which there is something to learn.
     """
+
+    # Not a setting, so encoders do not tell it.
+    least_tokens: ClassVar[int] = 64
 
     name: str
     steps: int

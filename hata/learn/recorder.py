@@ -120,3 +120,44 @@ def read(model: Any, ids: torch.Tensor, recorder: Recorder) -> None:
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
     finally:
         AttentionInterface.register(_NAME, sdpa_attention_forward)
+
+
+def cached_otherwise(model: Any) -> dict[int, str]:
+    """Layers whose cache holds no keys as they are attended to, and why, by reading two tokens.
+
+    Multi-head latent attention caches what keys are made of. Decoding hashes what is in the cache,
+    so an encoder of such keys could never be used.
+
+    Raises:
+        CaptureError: The model cannot read.
+    """
+    shown: dict[int, tuple[int, int]] = {}
+
+    def keep(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        shown[layer] = (keys.shape[1], keys.shape[3])
+
+    AttentionInterface.register(_NAME, Recorder(keep))
+    try:
+        with torch.inference_mode():
+            ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+            cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    # Models fail in ways only their own code knows, where sizes do not fit one another.
+    except Exception as error:
+        raise CaptureError(
+            f"--model: {type(model).__name__} cannot read with its cache ({first_line(error)}); "
+            "check its config.json and weights"
+        ) from error
+    finally:
+        AttentionInterface.register(_NAME, sdpa_attention_forward)
+    layers = getattr(cache, "layers", [])
+    found = {}
+    for layer, (heads, size) in shown.items():
+        cached = getattr(layers[layer], "keys", None) if layer < len(layers) else None
+        if isinstance(cached, torch.Tensor) and cached.dim() == 4:
+            there = (cached.shape[1], cached.shape[3])
+            if there != (heads, size):
+                found[layer] = (
+                    f"its cache holds {there[0]} heads of size {there[1]}, but it attends to keys "
+                    f"of {heads} heads of size {size} (latent attention)"
+                )
+    return found

@@ -18,7 +18,8 @@ import torch
 
 from hata.encoder import ModelShape
 from hata.learn import recorder
-from hata.learn.plan import Capture, Plan, prepare, settings_of
+from hata.learn.folders import CAPTURE, prepare
+from hata.learn.plan import Capture, Plan, settings_of
 from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Recipe
@@ -64,7 +65,9 @@ def rehearse(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, text.vocab_size, (sequences + 1, tokens))
-    read = Capture("rehearsal", str(shape), "random", len(ids), tokens, queries, 0, seed, device)
+    read = Capture(
+        "rehearsal", "random", str(shape), "random", len(ids), tokens, queries, 0, seed, device
+    )
     plan = Plan(read, tuple(range(layers)), recipe.name, settings_of(recipe), bits, steps, seed)
     started = time.monotonic()
     loaded = captured = started
@@ -84,7 +87,7 @@ def rehearse(
 
     with tempfile.TemporaryDirectory(dir=folder, prefix="rehearsal-") as name:
         work = Path(name) / "work"
-        store = work / "capture"
+        store = work / CAPTURE
         prepare(work, plan, resume=False, option="--work")
         prepare(store, read, resume=True, option="--capture")
         learn(plan, recipe, shape, load, ids, work, store, device, ranks=Ranks(), progress=Clock())

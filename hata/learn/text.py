@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
 
     Args:
         paths: Files and folders.
-        without: Names of folders whose files are left out: text held out for judging.
+        without: Names of folders and files that are left out: text held out for judging.
 
     Raises:
         CaptureError: One is missing or no text.
@@ -36,36 +37,62 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
     texts = []
     for name in paths:
         path = user_path(name)
-        if not path.is_dir():
-            try:
-                texts.append(_read(path))
-            except UnicodeDecodeError:
-                raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
+        if _is_folder(path):
+            texts += _folder_texts(path, without)
             continue
+        if set(without).intersection(path.parts):
+            continue
+        try:
+            texts.append(_read(path))
+        except UnicodeDecodeError:
+            raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
+    if without and not texts:
+        raise CaptureError(
+            f"--text: --without {' '.join(without)} leaves nothing of it; name more text"
+        )
+    return "\n".join(texts)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _folder_texts(folder: Path, without: Sequence[str]) -> list[str]:
+    try:
         found = [
             p
-            for p in sorted(path.rglob("*"))
+            for p in sorted(folder.rglob("*"))
             if p.suffix in SUFFIXES
             and p.is_file()
-            and not set(without).intersection(p.relative_to(path).parts)
+            and not set(without).intersection(p.relative_to(folder).parts)
         ]
-        if not found:
-            raise CaptureError(f"--text: got folder {name} without text files; name files")
-        for file in found:
-            try:
-                texts.append(_read(file))
-            except UnicodeDecodeError:
-                continue
-    return "\n".join(texts)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    if not found:
+        raise CaptureError(f"--text: got folder {folder} without text files; name files")
+    texts = []
+    for file in found:
+        try:
+            texts.append(_read(file))
+        except UnicodeDecodeError:
+            continue
+    return texts
+
+
+def _unreadable(path: Path, error: OSError) -> CaptureError:
+    return CaptureError(
+        f"--text: {path} cannot be read ({error.strerror or error}); check the path"
+    )
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CaptureError(
-            f"--text: {path} cannot be read ({error.strerror or error}); check the path"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 def load_tokenizer(path: Path) -> Callable[[str], list[int]]:
@@ -95,15 +122,18 @@ def sequences(
 ) -> np.ndarray:
     """Token ids of `count` stretches of a text, spread over all of it, `[count, tokens]`.
 
-    Where the text is short, there are fewer, or shorter, ones.
+    No two of them share a token of the text. Where long stretches have few tokens, sequences are
+    shorter, or fewer.
 
     Raises:
-        CaptureError: There are fewer than `least` tokens.
+        CaptureError: There are fewer than `least` tokens, or too few for so many sequences.
     """
     window = tokens * _CHARACTERS
-    starts = np.linspace(0, max(len(text) - window, 0), count).astype(int)
+    starts = np.linspace(0, max(len(text) - window, 0), count).astype(int).tolist()
+    if not _apart(encode, text, starts, tokens):
+        return _evenly(encode(text), count, tokens)
     found: list[list[int]] = []
-    for start in dict.fromkeys(starts.tolist()):
+    for start in starts:
         # Tokens of few characters need less text, and less time.
         ids = encode(text[start : start + 2 * tokens])
         if len(ids) <= tokens:
@@ -118,6 +148,30 @@ def sequences(
     return np.array([ids for ids in found if len(ids) == length], np.int64)
 
 
+def _apart(
+    encode: Callable[[str], list[int]], text: str, starts: Sequence[int], tokens: int
+) -> bool:
+    """Whether no sequence that starts at one of these characters reaches the next one."""
+    window = tokens * _CHARACTERS
+    return all(
+        then - start >= window or len(encode(text[start:then])) >= tokens
+        for start, then in itertools.pairwise(starts)
+    )
+
+
+def _evenly(ids: Sequence[int], count: int, tokens: int) -> np.ndarray:
+    """Sequences spread over the tokens of a text that has little more than they need."""
+    if len(ids) < count * tokens:
+        raise CaptureError(
+            f"--text: got {len(ids)} tokens, enough for {len(ids) // tokens} sequences of {tokens} "
+            f"that share nothing, expected at least {count * tokens} for {count} (to learn takes "
+            "one more than is learned from); name more text, or ask for fewer --sequences or "
+            "tokens"
+        )
+    starts = [i * (len(ids) - tokens) // max(count - 1, 1) for i in range(count)]
+    return np.array([ids[start : start + tokens] for start in starts], np.int64)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -130,7 +184,11 @@ def load_config(model: str | Path) -> Any:
         CaptureError: It is no folder of a model.
     """
     path = user_path(model)
-    if not (path / "config.json").is_file():
+    try:
+        there = (path / "config.json").is_file()
+    except OSError:
+        there = False
+    if not there:
         raise CaptureError(
             f"--model: got {model}, expected a folder with config.json; give the path of a model "
             "saved by transformers"
@@ -143,8 +201,9 @@ def load_config(model: str | Path) -> Any:
         ) from None
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CaptureError(f"--model: {model}: {first_line(error)}") from None
+    # Fields of wrong types fail in as many ways as there are configurations.
+    except Exception as error:
+        raise CaptureError(f"--model: {model}: config.json: {first_line(error)}") from None
 
 
 def python_sources(characters: int, *, without: Sequence[str] = (), seed: int = 0) -> str:

@@ -21,14 +21,16 @@ import torch
 
 from hata import encoder_file
 from hata.encoder import Encoder, ModelShape
+from hata.errors import EncoderError
 from hata.learn import capture
 from hata.learn.judge import Judge
 from hata.learn.listwise import prefixes_of
-from hata.learn.plan import Plan
+from hata.learn.plan import LearnError, Plan
 from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Learned, Recipe
 from hata.learn.samples import LayerSamples
+from hata.learn.text import first_line
 
 # How often the held-out sequence is looked at while a layer is trained.
 LOOKS = 4
@@ -181,8 +183,15 @@ def _train_layer(
                 f"layer {layer}: step {step + 1} of {plan.steps}, loss {loss:.3f}; held out: {told}"
             )
 
-    with _fast_products(device):
-        learned = recipe.train(samples, plan.bits, plan.steps, plan.seed * 1000 + layer, watch)
+    seed = plan.seed * 1000 + layer
+    try:
+        with _fast_products(device):
+            learned = recipe.train(samples, plan.bits, plan.steps, seed, watch)
+    except torch.linalg.LinAlgError as error:  # type: ignore[reportPrivateImportUsage]
+        raise LearnError(
+            f"--model: layer {layer} attends with queries or keys that nothing can be learned from "
+            f"({first_line(error)}); check the weights, or leave it out with --layers"
+        ) from None
     kept = judge(learned, bits)
     history[-1]["kept"] = kept
     told = ", ".join(f"{n} bits {share:.3f}" for n, share in kept.items())
@@ -193,7 +202,14 @@ def _train_layer(
     tensors = encoder_file.flattened(
         [learned.projection], [learned.bias], [learned.query], [learned.hidden]
     )
-    encoder_file.write(_layer_file(folder, layer), tensors, {"history": json.dumps(history)})
+    path = _layer_file(folder, layer)
+    try:
+        encoder_file.write(path, tensors, {"history": json.dumps(history)})
+    except OSError as error:
+        raise LearnError(
+            f"--work: {path} cannot be written ({error.strerror or error}); free space, then go on "
+            "with --resume"
+        ) from None
 
 
 def _assembled(
@@ -202,8 +218,7 @@ def _assembled(
     parts: dict[str, np.ndarray] = {}
     histories = {}
     for layer in layers:
-        header, tensors = encoder_file.read_tensors(_layer_file(folder, layer))
-        histories[layer] = json.loads(header["history"])
+        histories[layer], tensors = _read_layer(_layer_file(folder, layer))
         for name, array in tensors.items():
             parts[name.replace("layers.0.", f"layers.{layer}.", 1)] = array
     found = encoder_file.assembled(folder, parts, shape.num_layers, more=True)
@@ -223,6 +238,18 @@ def _assembled(
         shape, plan.bits, projections, biases, made=made, queries=queries, hidden=hidden
     )
     return Outcome(encoder, histories, dict(dense))
+
+
+def _read_layer(path: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """History and tensors of a trained layer."""
+    try:
+        header, tensors = encoder_file.read_tensors(path)
+        return json.loads(header["history"]), tensors
+    except (EncoderError, KeyError, ValueError) as error:
+        raise LearnError(
+            f"--resume: {path} is damaged ({first_line(error)}); delete it, then go on with "
+            "--resume"
+        ) from None
 
 
 def _layer_file(folder: Path, layer: int) -> Path:

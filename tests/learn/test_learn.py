@@ -79,8 +79,8 @@ def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypat
         original_read(model, ids, shown)
 
     monkeypatch.setattr(recorder, "read", dies_reading)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(arguments(tiny, text, out, work=work))
+    assert cli.main(arguments(tiny, text, out, work=work)) == 130
+    assert f"with --resume goes on with what lies in {work}" in capsys.readouterr().err
     assert (work / "capture" / "sequence_000.json").is_file()
     assert not (work / "capture" / "sequence_001.json").exists()
 
@@ -91,8 +91,7 @@ def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypat
         return original(folder, layer, *args)
 
     monkeypatch.setattr(capture, "load", dies_training)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(arguments(tiny, text, out, work=work, resume=True))
+    assert cli.main(arguments(tiny, text, out, work=work, resume=True)) == 130
     # The first sequence was not read again, and the first layer will not be trained again.
     assert len(read) == 5
     assert set(trained) == {0, 1}
@@ -124,8 +123,8 @@ def test_layers_side_by_side(learned, tiny, text, tmp_path, monkeypatch):
             return original(folder, layer, *args)
 
         monkeypatch.setattr(capture, "load", dies)
-        with pytest.raises(KeyboardInterrupt):
-            cli.main(arguments(tiny, text, tmp_path / "cut.safetensors", steps=100000))
+        words = arguments(tiny, text, tmp_path / "cut.safetensors", steps=100000)
+        assert cli.main(words) == 130
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -219,12 +218,37 @@ def test_layers_in_words():
         ({"out": "enc.bin"}, "ends in .safetensors"),
         ({"model": "nowhere"}, "expected a folder with config.json"),
         ({"text": "none.py"}, "cannot be read"),
-        ({"tokens": 20000}, "expected two or more"),
+        ({"tokens": 20000}, "--tokens: got 20000, but the model reads up to 4096"),
+        ({"tokens": 32}, "--tokens: got 32, expected 64 or more"),
+        ({"tokens": 256, "recipe": "hashattention"}, "--tokens: got 256, expected 288 or more"),
+        ({"tokens": 256, "recipe": "hata"}, "--tokens: got 256, expected 512 or more"),
+        ({"sequences": 99}, "expected at least 51200 for 100"),
         ({"bits": 40}, "multiple of 32"),
+        ({"bits": 544}, "--bits: got 544"),
+        ({"seed": -1}, "--seed: got -1, expected 0 or more"),
+        ({"seed": 2**40}, "--seed: got 1099511627776, expected 4294967295 or less"),
+        ({"device": "meta"}, "--device: got 'meta', expected auto"),
+        ({"device": "cuda:99"}, "GPUs here"),
+        ({"layers": "0-9999999999999"}, "within 0-1"),
+        ({"text": "x" * 300}, "cannot be read"),
+        ({"model": "x" * 300}, "expected a folder with config.json"),
+        ({"without": "text.py"}, "leaves nothing of it"),
+        ({"query_codes": 3}, "--query-codes: got 3, expected a multiple of 2"),
+        ({"out": "folder.safetensors"}, "which is a folder"),
+        ({"out": "mine.txt/enc.safetensors"}, "cannot be written"),
+        ({"out": "x" * 300 + ".safetensors"}, "cannot be"),
+        ({"plot": "folder.safetensors"}, "expected a name that ends in one of"),
+        ({"plot": "mine.txt/a.png"}, "--plot: mine.txt/a.png cannot be written"),
+        ({"plot": "a.xyz"}, "expected a name that ends in one of"),
+        ({"work": "mine.txt"}, "--work: mine.txt cannot be used"),
+        ({"work": "mine.txt/below"}, "--work: mine.txt/below cannot be used"),
+        ({"work": "x" * 300}, "--work: x"),
+        ({"capture": "mine.txt"}, "--capture: mine.txt cannot be used"),
+        ({"capture": "."}, "--capture: got ."),
         ({"layers": "7"}, "within 0-1"),
         ({"dataset": "python"}, "not both"),
         ({"query_codes": 4, "recipe": "hata"}, "with recipe listwise"),
-        ({"work": "."}, "files of something else"),
+        ({"work": "."}, "which lies inside the working folder"),
         ({"sequences": 0}, "--sequences: got 0, expected 1 or more"),
         ({"steps": 0}, "--steps: got 0, expected 1 or more"),
         ({"queries": -3}, "--queries: got -3, expected 1 or more"),
@@ -234,6 +258,7 @@ def test_layers_in_words():
 def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("do not touch")
+    (tmp_path / "folder.safetensors").mkdir()
     model, given, out = tiny, text, tmp_path / "enc.safetensors"
     changes = dict(changes)
     out, model = changes.pop("out", out), changes.pop("model", model)
