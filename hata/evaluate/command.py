@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     places = parse_places(options.at)
     _check(options, places)
     config = texts.load_config(options.model)
-    _check_length(config, max(tokens for tokens, _ in places))
+    _check_model(options.model, config, max(tokens for tokens, _ in places))
     encoders = _encoders(options, config)
     folder = _folder(options.out) if options.out else None
     tokenizer = texts.load_tokenizer(user_path(options.model))
@@ -157,8 +157,13 @@ def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]])
             )
 
 
-def _check_length(config: Any, longest: int) -> None:
-    """Raise `CaptureError` where the model knows no positions that far."""
+def _check_model(model: str, config: Any, longest: int) -> None:
+    """Raise `CaptureError` for a model that cannot be hashed, or knows no positions that far."""
+    if getattr(config, "kv_lora_rank", None):
+        raise texts.CaptureError(
+            f"--model: {model} has multi-head latent attention, whose cache holds no keys to "
+            "choose from"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and longest > limit:
         raise texts.CaptureError(

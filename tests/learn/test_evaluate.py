@@ -302,6 +302,13 @@ def test_every_row_has_a_name_of_its_own(tiny, text, encoders, tmp_path, capsys,
     assert f"{told} for" in capsys.readouterr().err
 
 
+def test_latent_attention_is_refused(text, tmp_path, capsys):
+    transformers.DeepseekV3Config(kv_lora_rank=16).save_pretrained(tmp_path)
+    words = ["eval", "--model", str(tmp_path), "--text", str(text), "--device", "cpu"]
+    assert cli.main(words) == 1
+    assert "multi-head latent attention" in capsys.readouterr().err
+
+
 def test_layers_with_windows_stay_dense_in_every_way():
     """What the adapter leaves alone is left alone where a selector stands in for it."""
     config = transformers.MistralConfig(
