@@ -36,7 +36,7 @@ BUILT_IN = {
     "triton": "hata.backends.triton:TritonBackend",
     "cupy": "hata.backends.cupy:CuPyBackend",
 }
-# Untuned, `triton` is never far behind, and far ahead where rows are long.
+# Untuned: `triton` is a fifth behind at most, and ahead with long codes and large groups.
 AUTO_ORDER = ("triton", "cupy", "reference")
 ENTRY_POINTS = "hata.backends"
 

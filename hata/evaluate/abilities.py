@@ -34,6 +34,8 @@ def tables(
         progress: Told what happens.
     """
     model = decoding.load(options.model, device, options.dtype)
+    for shape in {encoder.shape for _, encoder, _ in encoders}:
+        decoding.check_cache(model, shape)
     batch = options.batch or (1 if device == "cpu" else 20)
     others: dict[str, Any] = {
         "exact": selectors.Exact(), "pages": selectors.Pages(), "window": selectors.Window()

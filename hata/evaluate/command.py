@@ -19,7 +19,6 @@ LEAST = {
     "sequences": 1, "queries": 1, "prompts": 1, "perplexity": 1, "batch": 1,
     "dense_layers": 0, "sink": 0, "recent": 0,
 }  # fmt: skip
-MOST_BITS = 512
 # Budgets that are looked at unless others are named: shares of 1.56% and 3.1%.
 SHARES = (64, 32)
 
@@ -95,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     places = parse_places(options.at)
     _check(options, places)
     config = texts.load_config(options.model)
-    _check_model(options.model, config, max(tokens for tokens, _ in places))
+    _check_length(config, max(tokens for tokens, _ in places))
     encoders = _encoders(options, config)
     folder = _folder(options.out) if options.out else None
     tokenizer = texts.load_tokenizer(user_path(options.model))
@@ -124,18 +123,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]]) -> None:
-    """Raise `CaptureError` for numbers that mean nothing, or that leave nothing to measure."""
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise texts.CaptureError(
-                f"--{name.replace('_', '-')}: got {value}, expected {least} or more"
-            )
+    """Raise `HataError` for numbers that mean nothing, or that leave nothing to measure."""
+    from hata.learn.checks import check_bits, check_least
+
+    check_least(options, LEAST)
     for bits in options.bits:
-        if bits % 32 or not 32 <= bits <= MOST_BITS:
-            raise texts.CaptureError(
-                f"--bits: got {bits}, expected multiples of 32 from 32 to {MOST_BITS}"
-            )
+        check_bits(bits)
     if not options.methods and not options.encoder:
         raise texts.CaptureError("--methods and --encoder: got none, so nothing is compared")
     decodes = bool(options.tasks or options.perplexity)
@@ -157,15 +150,12 @@ def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]])
             )
 
 
-def _check_model(model: str, config: Any, longest: int) -> None:
-    """Raise `CaptureError` for a model that cannot be hashed, or knows no positions that far."""
-    if getattr(config, "kv_lora_rank", None):
-        raise texts.CaptureError(
-            f"--model: {model} has multi-head latent attention, whose cache holds no keys to "
-            "choose from"
-        )
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and longest > limit:
+def _check_length(config: Any, longest: int) -> None:
+    """Raise `CaptureError` where the model knows no positions that far."""
+    from hata.learn.checks import context_of
+
+    limit = context_of(config)
+    if limit is not None and longest > limit:
         raise texts.CaptureError(
             f"--at: got {longest} tokens, expected at most {limit}, the model's limit"
         )

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 import hata.hf
-from hata.encoder import Encoder
+from hata.encoder import Encoder, ModelShape
 from hata.evaluate.selectors import Asked, Selector
+from hata.hf.attachment import hashable_layers
 from hata.learn.text import CaptureError, first_line
 from hata.selection import Selection
 
@@ -100,8 +100,7 @@ def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
 
     Layers that the adapter leaves dense, such as those with sliding windows, stay so here.
     """
-    layers = DynamicCache(config=model.config).layers
-    open_layers = {i for i, layer in enumerate(layers) if type(layer) is DynamicLayer}
+    hashable = hashable_layers(model.config)
 
     @contextmanager
     def opened() -> Iterator[None]:
@@ -109,7 +108,7 @@ def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
             module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
         ) -> tuple[Any, Any]:
             layer = module.layer_idx
-            if query.shape[2] == 1 and layer >= policy.dense_layers and layer in open_layers:
+            if query.shape[2] == 1 and layer >= policy.dense_layers and hashable[layer]:
                 mask = _chosen(selector, layer, query, key, policy)
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
@@ -162,6 +161,24 @@ def load(model: str | Path, device: str, dtype: str | None) -> Any:
     # A model folder can be broken in ways only its own code knows.
     except Exception as error:
         raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
+
+
+def check_cache(model: Any, shape: ModelShape) -> None:
+    """Raise `CaptureError` unless the model's cache holds keys of these sizes, which are hashed.
+
+    Multi-head latent attention caches what keys are made of; hash attention would stay dense.
+    """
+    cache = prefilled(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
+    for i, (layer, hashed) in enumerate(
+        zip(cache.layers, hashable_layers(model.config), strict=False)
+    ):
+        found = tuple(layer.keys.shape[1::2]) if hashed and layer.keys is not None else None
+        if found not in (None, (shape.kv_heads, shape.head_dim)):
+            raise CaptureError(
+                f"--model: the cache of layer {i} holds {found[0]} heads of size {found[1]}, "
+                f"expected {shape.kv_heads} of size {shape.head_dim} to hash; it caches what keys "
+                "are made of (latent attention), and cannot be compared"
+            )
 
 
 def prefilled(model: Any, ids: torch.Tensor) -> DynamicCache:

@@ -104,7 +104,7 @@ def attach(
     original = config._attn_implementation
     # A model loaded under our name has none of its own; SDPA is what it would have got.
     original = "sdpa" if original in (None, NAME) else original
-    hashable = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+    hashable = hashable_layers(config)
     plans = [
         LayerPlan(policy.encoder, i, chosen) if chosen is not None and hashable[i] else None
         for i, chosen in enumerate(policy.selections)
@@ -129,6 +129,11 @@ def attach(
         plan = plans[index] if index < len(plans) else None
         states[module] = LayerState(step, index, plan, eager, original == "eager")
     return Handle(model, decoder, policy.encoder, plans, states, step, original, policy.source)
+
+
+def hashable_layers(config: Any) -> list[bool]:
+    """Which layers may be hashed: those whose cache keeps every key, without a window."""
+    return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
 
 
 class Handle:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hata import encoder_layer
 from hata.encoder import ModelShape
 from hata.errors import HataError
 from hata.learn.folders import CAPTURE
@@ -41,17 +43,28 @@ class Places(NamedTuple):
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Raise `LearnError` for a number out of its range."""
-    for name, least in _LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise LearnError(f"--{name}: got {value}, expected {least} or more")
+    """Raise `LearnError` for a number out of its range, `EncoderError` for such bits."""
+    check_least(options, _LEAST)
     if options.seed > MOST_SEED:
         raise LearnError(f"--seed: got {options.seed}, expected {MOST_SEED} or less")
-    if options.bits is not None and options.bits > MOST_BITS:
-        raise LearnError(
-            f"--bits: got {options.bits}, expected a multiple of 32, up to {MOST_BITS}"
-        )
+    if options.bits is not None:
+        check_bits(options.bits)
+
+
+def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Raise `LearnError` for an option below its least value; one that is not given is none."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            option = name.replace("_", "-")
+            raise LearnError(f"--{option}: got {value}, expected {smallest} or more")
+
+
+def check_bits(bits: int) -> None:
+    """Raise `LearnError` or `EncoderError` for a number of bits that no code has."""
+    if bits > MOST_BITS:
+        raise LearnError(f"--bits: got {bits}, expected a multiple of 32, up to {MOST_BITS}")
+    encoder_layer.check_bits(bits)
 
 
 def check_device(name: str) -> None:
@@ -172,15 +185,19 @@ def check_codes(codes: int | None, shape: ModelShape) -> None:
         )
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens a model reads, if its configuration says so."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if type(context) is int and context > 0 else None
+
+
 def tokens_of(asked: int | None, config: Any, recipe: Recipe, most: int) -> int:
     """Length of a sequence: what is asked, else the model's context up to `most`.
 
     Raises:
         LearnError: The model cannot read as many, or the recipe not learn from as few.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
-        context = None
+    context = context_of(config)
     tokens = asked or min(most, context or most)
     if context is not None and tokens > context:
         raise LearnError(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hata.encoder import ModelShape
-from hata.encoder_layer import check_bits
 from hata.learn import text as texts
 from hata.profile import user_path
 
@@ -284,9 +283,7 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
                 "positive number with recipe listwise"
             )
         recipe = dataclasses.replace(recipe, **{name: value})
-    bits = BITS[options.recipe] if options.bits is None else options.bits
-    check_bits(bits)
-    return recipe, bits
+    return recipe, BITS[options.recipe] if options.bits is None else options.bits
 
 
 def _on_cpu(options: argparse.Namespace) -> bool:

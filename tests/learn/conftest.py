@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -41,6 +42,22 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latent(tiny, tmp_path_factory):
+    """Folder of a random model with multi-head latent attention."""
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 64, "kv_lora_rank": 16,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+             "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+             "moe_intermediate_size": 32, "first_k_dense_replace": 2, "head_dim": 16,
+             "max_position_embeddings": 4096}  # fmt: skip
+    folder = tmp_path_factory.mktemp("latent")
+    config = transformers.DeepseekV3Config(**sizes)
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(folder)
+    shutil.copy(tiny / "tokenizer_config.json", folder)
     return folder
 
 

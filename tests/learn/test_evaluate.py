@@ -272,7 +272,7 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
         (["--perplexity", "255", "--at", "256:32"], "expected at most 254 of 256 tokens"),
         (["--batch", "-1"], "--batch: got -1"),
         (["--dense-layers", "-1"], "--dense-layers: got -1"),
-        (["--bits", "0", "64"], "--bits: got 0, expected multiples of 32"),
+        (["--bits", "0", "64"], "bits: got 0, expected a positive multiple of 32"),
         (["--tasks", "needle", "--at", "256:16"], "expected no more than the budget of 16"),
         (["--tasks", "needle", "--at", "128:32"], "--tasks needle: length: got 128 tokens"),
         (["--methods"], "nothing is compared"),
@@ -302,11 +302,15 @@ def test_every_row_has_a_name_of_its_own(tiny, text, encoders, tmp_path, capsys,
     assert f"{told} for" in capsys.readouterr().err
 
 
-def test_latent_attention_is_refused(text, tmp_path, capsys):
-    transformers.DeepseekV3Config(kv_lora_rank=16).save_pretrained(tmp_path)
-    words = ["eval", "--model", str(tmp_path), "--text", str(text), "--device", "cpu"]
-    assert cli.main(words) == 1
-    assert "multi-head latent attention" in capsys.readouterr().err
+def test_latent_attention_is_not_decoded(latent, text, capsys):
+    words = ["eval", "--model", str(latent), "--text", str(text), "--device", "cpu", "--no-mass"]
+    status = cli.main([*words, "--perplexity", "4", "--at", "128:32", "--sequences", "2"])
+    if not recorder.cached_otherwise(recorder.load_model(latent, "cpu")):
+        # A release of transformers that caches whole keys.
+        assert status == 0
+        return
+    assert status == 1
+    assert "(latent attention), and cannot be compared" in capsys.readouterr().err
 
 
 def test_layers_with_windows_stay_dense_in_every_way():

@@ -272,20 +272,12 @@ def test_a_model_that_cannot_read_is_refused(learn, monkeypatch):
     assert "--model: LlamaForCausalLM cannot read with its cache" in told
 
 
-def test_latent_attention_is_refused(learn, tiny, tmp_path):
-    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 64, "kv_lora_rank": 16,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-             "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
-             "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
-             "moe_intermediate_size": 32, "first_k_dense_replace": 2, "head_dim": 16,
-             "max_position_embeddings": 4096}  # fmt: skip
-    config = transformers.DeepseekV3Config(**sizes)
-    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "mla")
-    shutil.copy(tiny / "tokenizer_config.json", tmp_path / "mla")
-    model = recorder.load_model(tmp_path / "mla", "cpu")
-    if not recorder.cached_otherwise(model):
-        pytest.skip("this release of transformers caches whole keys")
-    status, told = learn("--out a.safetensors", model=tmp_path / "mla")
+def test_latent_attention_is_refused(learn, tiny, latent):
+    status, told = learn("--out a.safetensors", model=latent)
+    if not recorder.cached_otherwise(recorder.load_model(latent, "cpu")):
+        # A release of transformers that caches whole keys.
+        assert status == 0
+        return
     assert status == 1
     assert "no layer of DeepseekV3ForCausalLM can be hashed" in told
     assert "latent attention" in told
