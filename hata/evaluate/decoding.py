@@ -169,13 +169,14 @@ def check_cache(model: Any, shape: ModelShape) -> None:
     Multi-head latent attention caches what keys are made of; hash attention would stay dense.
     """
     cache = prefilled(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
-    for i, (layer, hashed) in enumerate(
-        zip(cache.layers, hashable_layers(model.config), strict=False)
-    ):
-        found = tuple(layer.keys.shape[1::2]) if hashed and layer.keys is not None else None
-        if found not in (None, (shape.kv_heads, shape.head_dim)):
+    layers: list[Any] = list(cache.layers)
+    for i, (layer, hashed) in enumerate(zip(layers, hashable_layers(model.config), strict=False)):
+        if not hashed:
+            continue
+        _, heads, _, size = layer.keys.shape
+        if (heads, size) != (shape.kv_heads, shape.head_dim):
             raise CaptureError(
-                f"--model: the cache of layer {i} holds {found[0]} heads of size {found[1]}, "
+                f"--model: the cache of layer {i} holds {heads} heads of size {size}, "
                 f"expected {shape.kv_heads} of size {shape.head_dim} to hash; it caches what keys "
                 "are made of (latent attention), and cannot be compared"
             )
