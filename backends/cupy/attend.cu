@@ -4,6 +4,9 @@
 // (gather.cu), then parts, leave a maximum, a sum and an unnormalised output, which are merged in a
 // fixed order. Of a row's output every part merges a slice: within a cluster the others write what it
 // needs into its memory, elsewhere it fetches that.
+//
+// AREA: where an exchange area holds what is merged, if blocks meet by counters; else that is where it
+// begins.
 
 #include "gather.cu"
 
@@ -45,7 +48,7 @@ INLINE void leave(const Row& row, int i, float acc, float peak, float sum) {
         peaks[h] = peak, peaks[HEADS + h] = sum;
     }
 #else
-    float* area = reinterpret_cast<float*>(memory);
+    float* area = reinterpret_cast<float*>(memory + AREA);
     area[i] = acc;
     if (last) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = sum;
 #endif
@@ -59,7 +62,7 @@ INLINE void take(const Params& p, const Row& row, int n, int i, float& acc, floa
     const float* peaks = area + AREA_PEAKS + n * 2 * HEADS;
     acc = area[n * SLICE + i - row.part * SLICE], peak = peaks[h], sum = peaks[HEADS + h];
 #else
-    const float* area = reinterpret_cast<const float*>(exchange_of(p, row, n));
+    const float* area = reinterpret_cast<const float*>(exchange_of(p, row, n) + AREA);
     peak = peer(area + AREA_PEAKS + h), sum = peer(area + AREA_PEAKS + HEADS + h), acc = peer(area + i);
 #endif
 }
@@ -108,7 +111,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #endif
     }
 #if PARTS > 1
-    publish(p, row, 0, (AREA_PEAKS + 2 * HEADS) * 4);
+    publish(p, row, AREA, (AREA_PEAKS + 2 * HEADS) * 4);
     meet(p, row, met);
     int end = min((row.part + 1) * SLICE, HEADS * LANES);
 #pragma unroll 1
@@ -140,6 +143,13 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #endif
 }
 
+// Keys of a part's own up to which its block attends to them rather than to an equal share: half more
+// than that is, but not another round of its warps.
+INLINE int most_apart(const Row& row) {
+    const int size = share_size(row), round = WARPS * 16;
+    return min((size + round - 1) / round * round, size + size / 2 + 32);
+}
+
 INLINE Share find_share(const Params& p, const Row& row, const int* list) {
     int taken = row.taken, size = share_size(row);
     Share share;
@@ -156,16 +166,19 @@ INLINE Share find_share(const Params& p, const Row& row, const int* list) {
 
 // Attend to this block's share of a row, whose first queries are kept already. `open`: see above.
 INLINE void attend(const Params& p, const Row& row, const Share& share, bool open, u32& met) {
+    // Loops that need all registers need little of this.
+    __shared__ Row kept;
+    if (threadIdx.x == 0) kept = row;
 #pragma unroll 1
     for (int head = 0; head < G; head += HEADS) {
         if (head > 0) {
             Queries queries;
-            load_queries(p, row, head, queries);
+            load_queries(p, kept, head, queries);
             keep_queries(queries);
         }
         __syncthreads();
 #pragma unroll 1
         for (int lane0 = 0; lane0 < DV; lane0 += LANES)
-            attend_pass(p, row, share, head, lane0, open && head + lane0 == 0, met);
+            attend_pass(p, kept, share, head, lane0, open && head + lane0 == 0, met);
     }
 }

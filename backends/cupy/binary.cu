@@ -9,7 +9,8 @@
 //
 // R (64 or 128), KEYS (codes in a vector), GROUP, BITS (planes, 4 at most), HALVE.
 
-// Words of shared memory that planes take; sums of c follow them.
+// Planes, and words of shared memory that they take; sums of c follow them.
+#define PLANE_COUNT BITS
 #define PLANE_WORDS ((BITS + 1) * W)
 
 // What a lane has of the planes: an operand, or halves of two, weights of its two columns, and where
@@ -23,28 +24,15 @@ __host__ __device__ constexpr int weight_of(int plane) {
     return plane >= BITS ? 0 : plane == BITS - 1 ? -(1 << plane) : 1 << plane;
 }
 
-// Planes of a row's query codes, which are `step` bytes apart, in shared memory.
-INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
-#pragma unroll 1
-    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        int count = count_of(codes, step, bit);
-        const int value = HALVE ? GROUP / 2 - count : GROUP - 2 * count;
-        const u32 sum = sum_of_warp(u32(count));
-        const bool writes = bit < R && bit % 32 == 0;
-        if (writes) planes[BITS * W + bit / 32] = sum;
-        for (int plane = 0; plane < BITS; ++plane) {
-            u32 word = ballot(value >> plane & 1);
-            if (writes) planes[plane * W + bit / 32] = word;
-        }
-    }
-    __syncthreads();
-}
+// The bits of all planes where `count` queries have a bit set.
+INLINE u32 plane_bits(int count) { return u32(HALVE ? GROUP / 2 - count : GROUP - 2 * count); }
 
 // The distance of a key of no bits.
 INLINE int sum_of_counts(const u32* shared) {
     u32 sum = 0;
+    // Halves of words are sums of their own.
     for (int i = 0; i < W; ++i) sum += shared[BITS * W + i];
-    return int(sum >> HALVE);
+    return int((sum & 0xffff) + (sum >> 16) >> HALVE);
 }
 
 INLINE Planes planes_of(const u32* shared) {

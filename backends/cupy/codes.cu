@@ -3,7 +3,7 @@
 // A decode step then takes one launch: every block of a row hashes the row's queries for itself (a
 // projection is small, and comes from the second-level cache), and the block whose part holds fresh
 // keys hashes those beside them and writes their codes. The products are those of encode.cu, with the
-// same dimensions in the same order, so the codes are the same.
+// same dimensions in the same order, so the codes are the same; those of queries become planes at once.
 //
 // Bits are the rows of the products and vectors the columns; of a tile of 16 bits lane 4g + j loads
 // bits 2g and 2g + 1 of the dimensions 8j..8j + 7 of each chunk.
@@ -36,6 +36,25 @@ INLINE int count_of(const u8* codes, i64 step, int bit) {
     return count;
 }
 
+// Planes of a row's query codes, which are `step` bytes apart, in shared memory.
+INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
+#pragma unroll 1
+    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
+        const int count = count_of(codes, step, bit);
+        const u32 bits = plane_bits(count);
+        const bool writes = bit < R && bit % 32 == 0;
+        for (int plane = 0; plane < PLANE_COUNT; ++plane) {
+            u32 word = ballot(bits >> plane & 1);
+            if (writes) planes[plane * W + bit / 32] = word;
+        }
+#if BINARY
+        const u32 sum = sum_of_warp(u32(count));
+        if (writes) planes[BITS * W + bit / 32] = sum;
+#endif
+    }
+    __syncthreads();
+}
+
 #if FUSED
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
@@ -56,15 +75,29 @@ struct Weights {
     Columns<QUERY_TILES> queries;
 };
 
-INLINE void load_tile(const char* projection, i64 head, i64 step, int tile, Weights& weights) {
+// Weights and biases of a head.
+struct Projection {
+    const data_t* weights;
+    i64 step;
+    const char* bias;
+    int bias_kind;
+    i64 bias_at;
+};
+
+INLINE Projection of_queries(const Params& p, const Row& row) {
+    return {reinterpret_cast<const data_t*>(p.query_projection) + row.kv_head * p.query_projection_h,
+            p.query_projection_d, p.query_bias, p.query_bias_kind, row.kv_head * p.query_bias_h};
+}
+
+INLINE void load_tile(const Projection& projection, int tile, Weights& weights) {
     int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const data_t* at = reinterpret_cast<const data_t*>(projection) + head + 16 * tile + 2 * g;
+    const data_t* at = projection.weights + 16 * tile + 2 * g;
 #pragma unroll
     for (int u = 0; u < WEIGHT_CHUNKS; ++u)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             int d = 32 * u + 8 * j + i;
-            weights.at[u][i] = d < D ? *reinterpret_cast<const u32*>(at + d * step) : 0;
+            weights.at[u][i] = d < D ? *reinterpret_cast<const u32*>(at + d * projection.step) : 0;
         }
 }
 
@@ -76,11 +109,10 @@ INLINE void load_column(const data_t* x, bool inside, uint4 (&at)[WEIGHT_CHUNKS]
     }
 }
 
-// On their way before anything else is known of a row.
+// On their way before a row's length has come.
 INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
     if (threadIdx.x / 32 >= R / 16) return;
-    load_tile(p.query_projection, row.kv_head * p.query_projection_h, p.query_projection_d,
-              threadIdx.x / 32, weights);
+    load_tile(of_queries(p, row), threadIdx.x / 32, weights);
     const data_t* q = reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b
         + i64(row.head) * GROUP * p.q_h + row.token * p.q_t;
     int g = threadIdx.x % 32 / 4;
@@ -89,60 +121,106 @@ INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
         load_column(q + (8 * t + g) * p.q_h, 8 * t + g < GROUP, weights.queries.at[t]);
 }
 
-INLINE const data_t* fresh_key(const Params& p, const Row& row, const Fresh& fresh, int i) {
-    return reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b + row.kv_head * p.keys_h
-        + i64(fresh.first + i) * p.keys_s;
+// Bits of a tile. Lane 4g + j has those of the columns 8t + 2j + i, as bits 2t + i: in `even` bit 2g of
+// the tile, in `odd` bit 2g + 1.
+struct Signs {
+    u32 even, odd;
+};
+
+template <int TILES>
+INLINE Signs signs_of(const Columns<TILES>& x, const Weights& weights, const Projection& projection,
+                      int tile) {
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
+        const u32(&w)[8] = weights.at[u];
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            uint4 v = x.at[t][u];
+            mma(sum[t], low_halves(w[0], w[1]), high_halves(w[0], w[1]), low_halves(w[2], w[3]),
+                high_halves(w[2], w[3]), v.x, v.y, DATA);
+            mma(sum[t], low_halves(w[4], w[5]), high_halves(w[4], w[5]), low_halves(w[6], w[7]),
+                high_halves(w[6], w[7]), v.z, v.w, DATA);
+        }
+    }
+    const i64 bit = projection.bias_at + 16 * tile + threadIdx.x % 32 / 4 * 2;
+    const float even = optional(projection.bias, projection.bias_kind, bit);
+    const float odd = optional(projection.bias, projection.bias_kind, bit + 1);
+    Signs signs = {};
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            signs.even |= u32(sum[t][i] + even > 0.f) << (2 * t + i);
+            signs.odd |= u32(sum[t][2 + i] + odd > 0.f) << (2 * t + i);
+        }
+    return signs;
 }
 
-// Codes of `count` columns, words of one after those of the one before. `weights` are those of the
-// warp's first tile unless `load`.
+// How many queries set a bit of a tile: in lane i, bit i % 16.
+INLINE int count_of_queries(const Signs& signs) {
+    const int lane = threadIdx.x % 32;
+    u32 queries = 0;
+#pragma unroll
+    for (int t = 0; t < QUERY_TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            queries |= u32(8 * t + lane % 4 * 2 + i < GROUP) << (2 * t + i);
+    u32 both = __popc(signs.even & queries) | __popc(signs.odd & queries) << 16;
+    both += across(both, 1);
+    both += across(both, 2);
+    return int(from_lane(both, lane % 16 / 2 * 4) >> lane % 2 * 16 & 0xffff);
+}
+
+// Codes of the columns from `first` on, `count` of them, words of one after those of the one before.
 template <int TILES>
-INLINE void hash_columns(const Row& row, const Columns<TILES>& x, int count, Weights& weights,
-                         bool load, const char* projection, i64 projection_h, i64 projection_d,
-                         const char* bias, int bias_kind, i64 bias_h, u32* codes) {
-    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+INLINE void put_codes(const Signs& signs, int tile, int first, int count, u32* codes) {
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int shift = 2 * t + i, column = 8 * t + 2 * j + i - first;
+            u32 bits = (signs.even >> shift & 1) << (2 * g) | (signs.odd >> shift & 1) << (2 * g + 1);
+            for (int mask = 4; mask < 32; mask *= 2) bits |= across(bits, mask);
+            if (g == 0 && column >= 0 && column < count)
+                reinterpret_cast<u16*>(codes + column * W)[tile] = u16(bits);
+        }
+}
+
+// Planes of the queries, and codes of `beside` fresh keys that stand beside them.
+INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, int beside, u32* planes,
+                         u32* codes) {
+    const Projection projection = of_queries(p, row);
+    const bool writes = threadIdx.x % 32 == 0;
 #pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
-        if (load || !ONE_TILE && tile >= THREADS / 32)
-            load_tile(projection, row.kv_head * projection_h, projection_d, tile, weights);
-        float sum[TILES][4] = {};
-#pragma unroll
-        for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
-            const u32(&w)[8] = weights.at[u];
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                uint4 v = x.at[t][u];
-                mma(sum[t], low_halves(w[0], w[1]), high_halves(w[0], w[1]), low_halves(w[2], w[3]),
-                    high_halves(w[2], w[3]), v.x, v.y, DATA);
-                mma(sum[t], low_halves(w[4], w[5]), high_halves(w[4], w[5]), low_halves(w[6], w[7]),
-                    high_halves(w[6], w[7]), v.z, v.w, DATA);
-            }
+        if (!ONE_TILE && tile >= THREADS / 32) load_tile(projection, tile, weights);
+        const Signs signs = signs_of(weights.queries, weights, projection, tile);
+        const int count = count_of_queries(signs);
+        const u32 bits = plane_bits(count);
+        // A tile is half a word.
+        u16* to = reinterpret_cast<u16*>(planes) + tile;
+        for (int plane = 0; plane < PLANE_COUNT; ++plane) {
+            u32 word = ballot(bits >> plane & 1);
+            if (writes) to[plane * 2 * W] = u16(word);
         }
-        float even = optional(bias, bias_kind, row.kv_head * bias_h + 16 * tile + 2 * g);
-        float odd = optional(bias, bias_kind, row.kv_head * bias_h + 16 * tile + 2 * g + 1);
-#pragma unroll
-        for (int t = 0; t < TILES; ++t)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                int column = 8 * t + 2 * j + i;
-                u32 bits = u32(sum[t][i] + even > 0.f) << (2 * g)
-                    | u32(sum[t][2 + i] + odd > 0.f) << (2 * g + 1);
-                for (int mask = 4; mask < 32; mask *= 2) bits |= across(bits, mask);
-                if (g == 0 && column < count)
-                    reinterpret_cast<u16*>(codes + column * W)[tile] = u16(bits);
-            }
+#if BINARY
+        // Two lanes have every bit.
+        const u32 sum = sum_of_warp(u32(count)) / 2;
+        if (writes) to[BITS * 2 * W] = u16(sum);
+#endif
+        if (beside > 0) put_codes<QUERY_TILES>(signs, tile, GROUP, beside, codes);
     }
-}
-
-// Codes of the queries, and of what fresh keys stand beside them: of `count` columns.
-INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, int count, u32* codes) {
-    hash_columns(row, weights.queries, count, weights, false, p.query_projection,
-                 p.query_projection_h, p.query_projection_d, p.query_bias, p.query_bias_kind,
-                 p.query_bias_h, codes);
     __syncthreads();
 }
 
 #if FRESH > 0
+
+INLINE const data_t* fresh_key(const Params& p, const Row& row, const Fresh& fresh, int i) {
+    return reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b + row.kv_head * p.keys_h
+        + i64(fresh.first + i) * p.keys_s;
+}
 
 // Columns from `column` on become the block's fresh keys.
 INLINE void load_fresh(const Params& p, const Row& row, const Fresh& fresh, int column,
@@ -151,13 +229,19 @@ INLINE void load_fresh(const Params& p, const Row& row, const Fresh& fresh, int 
     if (i >= 0 && i < fresh.end - fresh.first) load_column(fresh_key(p, row, fresh, i), true, at);
 }
 
-// Codes of fresh keys that do not stand beside the queries.
+// Codes of fresh keys that do not stand beside the queries; `weights` are those of the queries.
 INLINE void hash_fresh(const Params& p, const Row& row, const Fresh& fresh, const Columns<1>& keys,
                        Weights& weights, u32* codes) {
-    int count = fresh.end - fresh.first;
+    const int count = fresh.end - fresh.first;
     if (count == 0) return;
-    hash_columns(row, keys, count, weights, !SAME || !ONE_TILE, p.projection, p.projection_h,
-                 p.projection_d, p.bias, p.bias_kind, p.bias_h, codes);
+    const Projection projection = {
+        reinterpret_cast<const data_t*>(p.projection) + row.kv_head * p.projection_h, p.projection_d,
+        p.bias, p.bias_kind, row.kv_head * p.bias_h};
+#pragma unroll 1
+    for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
+        if (!SAME || !ONE_TILE) load_tile(projection, tile, weights);
+        put_codes<1>(signs_of(keys, weights, projection, tile), tile, 0, count, codes);
+    }
     __syncthreads();
 }
 

@@ -7,8 +7,8 @@ parts                   blocks that share a row: its scan, its selection and its
 threads                 of such a block
 joined                  blocks of a row meet as a cluster, or by counters in global memory; auto: by
                         counters where rows are long and clusters leave much of the GPU idle
-stages                  sets of 16 keys and values that a warp has on their way to shared memory; 0:
-                        plain loads
+stages                  sets of 16 keys and values that a warp has on their way to shared memory
+                        (in a step, half of the warps attend); 0: plain loads, by all warps
 ahead                   vectors of codes that a thread loads ahead
 binary                  distances on binary tensor cores: codes of 64 and 128 bits, groups of up to
                         8, and even ones of up to 14, sm_80 to sm_90
@@ -33,15 +33,17 @@ ROWS = {
     "threads": (128, 256, 512, 1024),
     "joined": ("auto", "cluster", "counters"),
 }
+RINGS = {"stages": (0, 2, 3)}
 SCAN = {"ahead": (1, 2, 4, 8, 16), "binary": (False, True)}
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**ROWS, **SCAN},
-    "sparse_attend": {**ROWS, "stages": (0, 2, 3)},
+    "sparse_attend": {**ROWS, **RINGS},
     "hash_attend": {
         **STEP,
         **ROWS,
         **SCAN,
+        **RINGS,
         "fused": (False, True),
         "overlap": (False, True),
     },
@@ -49,6 +51,8 @@ KNOBS = {
 
 # Rows that blocks of 512 threads serve best, one a multiprocessor; more have smaller blocks.
 _FEW = 128
+# Keys of all rows from which on codes are best read far ahead.
+_LONG = 1 << 20
 # Vectors from which on blocks of the encode keep a whole projection, and go over many of them.
 _MANY = 8192
 
@@ -72,12 +76,17 @@ def of(problem: Problem) -> Config:
         }
     lists = problem.heads if problem.per_head else problem.kv_heads
     rows = problem.batch * lists * problem.tokens
-    config = {"parts": 0, "threads": 512 if rows <= _FEW else 256, "joined": "auto"}
+    few = rows <= _FEW
+    config = {"parts": 0, "threads": 512 if few else 256, "joined": "auto"}
     if problem.op == "sparse_attend":
-        return {**config, "stages": 0 if rows <= _FEW else 2}
+        # Rings of half as many threads hold as much.
+        return {**config, "threads": config["threads"] // 2, "stages": 2}
     # Single heads have one plane, which plain arithmetic is as fast with.
-    config |= {"ahead": 4, "binary": problem.heads > lists}
+    binary = problem.heads > lists
+    config |= {"ahead": 8 if rows * problem.slots > _LONG else 4, "binary": binary}
     if problem.op == "hamming_topk":
-        return config
-    config["binary"] &= problem.bits != 64
-    return {"columns": 32, "encode_warps": 4, **config, "fused": True, "overlap": True}
+        # Many rows leave room for two such blocks if rings are short.
+        return {**config, "threads": 512, "ahead": config["ahead"] if few else 4}
+    return {
+        "columns": 32, "encode_warps": 4, **config, "stages": 2, "fused": True, "overlap": True,
+    }  # fmt: skip

@@ -7,10 +7,9 @@
 // Rows come through a ring of asynchronous copies of each warp (STAGES), or, where there is no room
 // for one or they are no whole vectors, by plain loads.
 //
-// LISTED (positions lie in shared memory), G (heads that share keys), SOFTCAP (there is one), HEADS and LANES (heads and value dimensions of a
-// pass), STAGES (of 16 keys), KEPT_ROWS (where they lie in shared memory), D, DV.
+// LISTED (positions lie in shared memory), G (heads that share keys), SOFTCAP (there is one), WARPS (that
+// attend), HEADS and LANES (heads and value dimensions of a pass), STAGES (of 16 keys), KEPT_ROWS (where they lie in shared memory), D, DV.
 
-#define WARPS (THREADS / 32)
 #define CHUNKS ((D + 31) / 32)
 #define ROW_STRIDE (LANES + 4)
 #define LOG2E 1.4426950408889634f
@@ -31,11 +30,21 @@ INLINE const data_t* queries_of(const Params& p, const Row& row) {
 INLINE int position_at(const Params& p, const Row& row, const Share& share, int rank) {
     if (rank >= share.end) return -1;
 #if LISTED
-    int position = row.everything ? row.start + rank : share.list[rank];
+    return row.everything ? row.start + rank : share.list[rank];
 #else
     int position = row.everything ? row.start + rank : __ldcg(share.list + rank);
-#endif
     return position < p.slots ? position : -1;
+#endif
+}
+
+// Where the row of a key begins; of the first one, if there is no key. NEAR: rows are less than 2**31
+// elements apart, and follow one another.
+INLINE i64 offset_of(int position, i64 step) {
+#if NEAR
+    return i64(u64(u32(max(position, 0))) * u32(step));
+#else
+    return max(position, 0) * step;
+#endif
 }
 
 // A logit in units of log 2.
@@ -159,31 +168,30 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
     int rank = share.first + 16 * warp;
 #if STAGES
     uint4* ring = reinterpret_cast<uint4*>(memory + KEPT_ROWS) + warp * STAGES * STAGE;
-    // Lanes i and i + 16 know the i-th key of every stage.
-    int known[STAGES], slot = 0;
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s)
-        known[s] = position_at(p, row, share, rank + 16 * WARPS * s + lane % 16);
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s)
-        copy_rows(p, share, known[s], lane0, ring + s * STAGE);
+    // Tiles are copied STAGES - 1 rounds ahead; lanes i and i + 16 know the i-th key of the next one.
+    int copied = 1 - STAGES, slot = 0, ahead = rank;
+    int next = position_at(p, row, share, ahead + lane % 16);
 #else
+#if !LISTED
     int next[2] = {position_at(p, row, share, rank + g), position_at(p, row, share, rank + 8 + g)};
 #endif
+#endif
 #pragma unroll 1
-    for (; rank < share.end; rank += 16 * WARPS) {
+    while (rank < share.end) {
         float s[TILES][4] = {};
 #if STAGES
-        const uint4* stage = ring + slot * STAGE;
-        copy_rows(p, share, known[STAGES - 1], lane0, ring + (slot + STAGES - 1) % STAGES * STAGE);
-        slot = (slot + 1) % STAGES;
+        copy_rows(p, share, next, lane0, ring + slot * STAGE);
+        slot = slot + 1 < STAGES ? slot + 1 : 0;
+        ahead += 16 * WARPS;
+        next = position_at(p, row, share, ahead + lane % 16);
+        if (++copied <= 0) continue;
+        const int at[2] = {position_at(p, row, share, rank + g),
+                           position_at(p, row, share, rank + 8 + g)};
+        any |= at[0] >= 0 || at[1] >= 0;
         wait_for_batches<STAGES - 1>();
         sync_warp();
-        const int at[2] = {from_lane(known[0], g), from_lane(known[0], g + 8)};
-        any |= at[0] >= 0 || at[1] >= 0;
-#pragma unroll
-        for (int s = 0; s < STAGES - 1; ++s) known[s] = known[s + 1];
-        known[STAGES - 1] = position_at(p, row, share, rank + 16 * WARPS * STAGES + lane % 16);
+        // The oldest one, which the next copy takes the place of.
+        const uint4* stage = ring + slot * STAGE;
 #pragma unroll
         for (int u = 0; u < CHUNKS; ++u) {
             uint4 k[2] = {stage[key_place(g, 4 * u + j)], stage[key_place(g + 8, 4 * u + j)]};
@@ -195,12 +203,17 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
             }
         }
 #else
+#if LISTED
+        const int at[2] = {position_at(p, row, share, rank + g),
+                           position_at(p, row, share, rank + 8 + g)};
+#else
         int at[2] = {next[0], next[1]};
         for (int i = 0; i < 2; ++i)
             next[i] = position_at(p, row, share, rank + 16 * WARPS + 8 * i + g);
+#endif
         any |= at[0] >= 0 || at[1] >= 0;
-        const data_t* keys[2] = {share.keys + i64(max(at[0], 0)) * p.keys_s,
-                                 share.keys + i64(max(at[1], 0)) * p.keys_s};
+        const data_t* keys[2] = {share.keys + offset_of(at[0], p.keys_s),
+                                 share.keys + offset_of(at[1], p.keys_s)};
         uint4 k[2][STRETCH], v[4][BLOCKS];
 #pragma unroll
         for (int u = 0; u < STRETCH; ++u)
@@ -211,7 +224,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int position = from_lane(at[i / 2], 4 * (2 * j + i % 2));
-            const data_t* values = share.values + i64(max(position, 0)) * p.values_s;
+            const data_t* values = share.values + offset_of(position, p.values_s);
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
                 int d = lane0 + 64 * b + 8 * g;
@@ -285,6 +298,7 @@ INLINE bool attend_warp(const Params& p, const Row& row, const Share& share, int
 #if STAGES
         sync_warp();
 #endif
+        rank += 16 * WARPS;
     }
 #if STAGES
     wait_for_batches<0>();

@@ -21,7 +21,7 @@ hamming_topk(const __grid_constant__ Params p) {
         list[i] = i < taken ? row.start + i : -1;
     u32 met = 0;
     Weights weights;
-    select(p, row, weights, list, met);
+    select(p, row, weights, list, 0, met);
 #if JOINED == 1
     // Exchange areas must last until all parts have read them.
     meet(p, row, met);

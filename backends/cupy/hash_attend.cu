@@ -2,7 +2,8 @@
 // the codes.
 //
 // The blocks of a row scan its codes, meet to find the threshold, put down the positions of the
-// selected keys, meet again, and attend to equal shares of them. A row that sees no more keys than its
+// selected keys, and where a part has not many more of them than others, attend to those of their own
+// part; else they meet again and attend to equal shares. A row that sees no more keys than its
 // budget, or than `dense_below`, attends to all of them; which regime holds is decided here, so that
 // one captured graph serves both.
 //
@@ -18,6 +19,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_attend(const __grid_constant__ Params p) {
     u32 met = 0;
+    bool open = false;
 #if !FUSED
     // For the codes, which the launch before makes.
     wait_for_previous();
@@ -29,13 +31,23 @@ hash_attend(const __grid_constant__ Params p) {
     load_queries(p, row, 0, queries);
     look_at_row(p, row);
     int* list = p.positions + row.index * p.k;
+    const Own own = select(p, row, weights, list, most_apart(row), met);
+    keep_queries(queries);
     Share share = find_share(p, row, list);
 #if LISTED
-    share.list = reinterpret_cast<int*>(memory + LISTED) - share.first;
+    share.list = own_list() - share.first;
 #endif
-    select(p, row, weights, list, met);
-    keep_queries(queries);
-    if (!row.everything) meet(p, row, met);
-    // Other blocks have read this one's histograms.
-    attend(p, row, share, !row.everything, met);
+    if (own.apart) {
+        share.first = 0, share.end = own.count;
+        share.list = own_list();
+    } else if (!row.everything) {
+        meet(p, row, met);
+        // Other blocks have read this one's sums.
+        open = true;
+#if LISTED && JOINED == 2
+        for (int i = share.first + threadIdx.x; i < share.end; i += THREADS)
+            own_list()[i - share.first] = __ldcg(list + i);
+#endif
+    }
+    attend(p, row, share, open, met);
 }

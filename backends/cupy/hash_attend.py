@@ -141,7 +141,7 @@ def write_hash_attend(
     aligned = is_aligned(dtype, q, keys, values)
     attended = attending(
         shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
-        4 * scanned.bins,
+        config["stages"], max(shape.threads // 64, 1), 4 * scanned.sums,
     )  # fmt: skip
     launch_rows(
         plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap

@@ -31,16 +31,37 @@ INLINE int part_size(const Row& row) {
     return (size + 63) & ~63;
 }
 
-// Which of the keys in a vector are at most `key`: bit i for the i-th.
-INLINE u32 at_most(const uint4& v, u32 key) {
+// Marks of 32 keys that are at most, or below, some key: of vectors that follow one another.
+struct Marks {
+    u32 halves[2];
+};
+
+template <bool BELOW> INLINE void mark(Marks& marks, const uint4& v, int place, u32 key) {
 #if ROUNDS == 1
-    // Two 15-bit keys a word: the difference to 0x8000 more than `key` keeps its highest bit. The
-    // product moves four such bits to the top.
-    u32 most = key * 0x10001u | 0x80008000u;
-    u32 low = (__byte_perm(most - v.x, most - v.y, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
-    u32 high = (__byte_perm(most - v.z, most - v.w, 0x7531) & 0x80808080u) * 0x00204081u >> 28;
-    return low | high << 4;
+    // Two keys a word, of whose marks one bit each is kept: those of even keys in the low half.
+    const u32 pair = key * 0x10001u;
+    const int shift = place % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 word = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+        const u32 found = BELOW ? pair_below(word, pair) : pair_at_most(word, pair);
+        marks.halves[place / 2] |= found & 0x00020001u << (shift + 2 * i);
+    }
 #else
-    return u32(v.x <= key) | u32(v.y <= key) << 1 | u32(v.z <= key) << 2 | u32(v.w <= key) << 3;
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        marks.halves[0] |= u32(BELOW ? words[i] < key : words[i] <= key) << (4 * place + i);
+#endif
+}
+
+// Bit i for the i-th key.
+INLINE u32 word_of(const Marks& marks) {
+#if ROUNDS == 1
+    const u32 first = marks.halves[0] | marks.halves[0] >> 16;
+    const u32 second = marks.halves[1] | marks.halves[1] >> 16;
+    return __byte_perm(first, second, 0x5410);
+#else
+    return marks.halves[0];
 #endif
 }

@@ -9,6 +9,7 @@
 // R, GROUP, PLANES, HALVE (distances are halved: all those of a group have one parity).
 
 // Words of shared memory that planes take.
+#define PLANE_COUNT PLANES
 #define PLANE_WORDS (PLANES * W)
 
 struct Planes {
@@ -56,19 +57,10 @@ INLINE u32 tally(const u32* code, const u32* planes, const u32* carried) {
     }
 }
 
-// The bit planes of a row's query codes, which are `step` bytes apart, in shared memory.
-INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
-#pragma unroll 1
-    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        int count = count_of(codes, step, bit);
-        bool above = count >= 1 << (PLANES - 1);
-        if (above) count -= weight_of(PLANES - 1);
-        for (int plane = 0; plane < PLANES; ++plane) {
-            u32 word = ballot(plane == PLANES - 1 ? above : count >> plane & 1);
-            if (bit < R && bit % 32 == 0) planes[plane * W + bit / 32] = word;
-        }
-    }
-    __syncthreads();
+// The bits of all planes where `count` queries have a bit set.
+INLINE u32 plane_bits(int count) {
+    const u32 above = count >= 1 << (PLANES - 1);
+    return u32(count - int(above) * weight_of(PLANES - 1)) | above << (PLANES - 1);
 }
 
 INLINE Planes planes_of(const u32* shared) {

@@ -41,6 +41,19 @@ INLINE u32 narrow_pair(float low, float high, int data) {
 // 1 for numbers below zero; a NaN that comes of arithmetic is positive.
 INLINE u32 is_below_zero(float x) { return __float_as_uint(x) >> 31; }
 
+// 0xffff for each number of a pair that is at most that of another, or below it. What is compared are
+// fp16 numbers that are not negative, so 15-bit integers, of which 0x7c01 and up are neither.
+INLINE u32 pair_at_most(u32 x, u32 y) {
+    u32 z;
+    asm("set.le.u32.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+INLINE u32 pair_below(u32 x, u32 y) {
+    u32 z;
+    asm("set.lt.u32.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
 INLINE float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -9,7 +9,7 @@
 //      and a row's are neighbours, so at most one row of a launch waits for blocks that have not
 //      started.
 //
-// PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
+// LINE (bytes), PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
 // EXCHANGE bytes that other blocks may see (from LISTED on, positions), QUERIES bytes of queries, then
 // counters and the keys to select by, and after them, in the same place, what the warps have to merge.
 
@@ -39,7 +39,8 @@ struct Params {
     float scale, softcap;
 };
 
-extern __shared__ __align__(16) char memory[];
+// Its parts begin at whole lines: asynchronous copies to others take twice as long.
+extern __shared__ __align__(LINE) char memory[];
 
 struct Row {
     i64 index, batch;
@@ -81,6 +82,11 @@ INLINE void look_at_row(const Params& p, Row& row) {
 
 // Ranks of selected keys that a block attends to, in whole tiles of a warp.
 INLINE int share_size(const Row& row) { return ((row.taken + PARTS - 1) / PARTS + 15) & ~15; }
+
+#if LISTED
+// Positions that a block attends to.
+INLINE int* own_list() { return reinterpret_cast<int*>(memory + LISTED); }
+#endif
 
 // The exchange area of a part of this row; what others wrote is seen after a barrier.
 INLINE char* exchange_of(const Params& p, const Row& row, int part) {

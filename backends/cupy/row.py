@@ -16,6 +16,8 @@ from .shapes import Shape, capacity_of, counting
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 DATA = {"float32": 0, "float16": 1, "bfloat16": 2}
+# Bytes of a line of shared memory.
+LINE = 128
 # Words in which a thread marks keys that may be selected, at most.
 MOST_MASKS = 5
 # Bytes of positions that a block keeps at most.
@@ -55,6 +57,7 @@ class Selecting(NamedTuple):
 
     macros: dict[str, int]
     bins: int
+    sums: int
     itemsize: int
     keys: int
     vectors: int
@@ -90,7 +93,8 @@ def selecting(
     binary = binary and bits in (64, 128) and unit == 16 and planes <= 4 and not norms
     macros |= {"BINARY": int(binary), "BITS": planes, "PLANES": group.bit_length()}
     vectors = keys * width // 16 if unit == 16 else 0
-    return Selecting(macros, how.rounds * how.bins, how.itemsize, keys, vectors, ahead)
+    sums = how.rounds * (how.bins + 8)
+    return Selecting(macros, how.rounds * how.bins, sums, how.itemsize, keys, vectors, ahead)
 
 
 class Attending(NamedTuple):
@@ -100,7 +104,7 @@ class Attending(NamedTuple):
     area: int
     queries: int
     partials: int
-    stage: int
+    rings: int
 
 
 def attending(
@@ -110,47 +114,49 @@ def attending(
     aligned: bool,
     near: bool,
     softcap: bool,
+    stages: int,
+    ringed: int,
     seen: int = 0,
 ) -> Attending:
     """Which attention a call takes, for `members` heads that share keys.
 
-    Its exchange area has `seen` bytes at least. Rows that are whole vectors of 16 bytes (`aligned`)
-    and less than 2**31 elements apart (`near`) can be copied ahead.
+    Where there is room, `ringed` warps of a block attend, with `stages` of keys and values on
+    their way to shared memory; else all do, with plain loads. What can be copied so are rows that
+    are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). The
+    exchange area may have `seen` bytes more.
     """
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
-    heads = min(members, 16 if chunks else 8)
-    while True:
-        area = 0
-        if shape.parts > 1:
-            # Within a cluster a slice of every part, and the peaks and sums of all.
-            slices = shape.parts if shape.joined == 1 else 1
-            area = (slices * (-(-heads * lanes // slices) + 2 * heads) + 1) * 4
-        queries = -(-heads // 8) * chunks * 512
-        partials = shape.threads // 32 * heads * (lanes + 6) * 4
-        if heads == 1 or max(area, seen) + 16 + queries + partials <= shape.room:
+    if not (aligned and near and chunks):
+        stages = 0
+    for warps, most in ((ringed, stages), (shape.threads // 32, 0)):
+        heads = min(members, 16 if chunks else 8)
+        while True:
+            area = 0
+            if shape.parts > 1:
+                # Within a cluster a slice of every part, and the peaks and sums of all.
+                slices = shape.parts if shape.joined == 1 else 1
+                area = (slices * (-(-heads * lanes // slices) + 2 * heads) + 1) * 4
+            queries = -(-heads // 8) * chunks * 512
+            partials = lines(warps * heads * (lanes + 6) * 4)
+            left = shape.room - (area + seen + 3 * LINE + queries + partials)
+            if heads == 1 or left >= 0:
+                break
+            heads = -(-heads // 2)
+        # Of all these warps, 16 keys and values each.
+        stage = warps * (64 * chunks + 2 * lanes) * 16
+        stages = min((left - MOST_LISTED) // stage, most)
+        # One stage hides nothing that plain loads do not.
+        if stages > 1:
             break
-        heads = -(-heads // 2)
+    else:
+        stages = 0
     macros = {
         "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
-        "SOFTCAP": int(softcap),
+        "SOFTCAP": int(softcap), "NEAR": int(near), "WARPS": warps, "STAGES": stages,
     }  # fmt: skip
-    # Of all warps, 16 keys and values each.
-    stage = (
-        shape.threads // 32 * (64 * chunks + 2 * lanes) * 16 if aligned and near and chunks else 0
-    )
-    return Attending(macros, area, queries, partials, stage)
-
-
-def row_stages(
-    attending: Attending, config: Config, used: int, room: int
-) -> tuple[dict[str, int], int]:
-    """Stages of the rings of keys and values after `used` bytes, and bytes that they take."""
-    stages = min((room - used) // attending.stage, config["stages"]) if attending.stage else 0
-    # One stage hides nothing that plain loads do not.
-    stages = stages if stages > 1 else 0
-    return {"STAGES": stages, "KEPT_ROWS": used}, stages * attending.stage
+    return Attending(macros, area, queries, partials, stages * stage)
 
 
 def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
@@ -187,22 +193,33 @@ def is_binary(device: Described, config: Config) -> bool:
     return config["binary"] and 80 <= device.architecture <= 90
 
 
-def ring_of(
-    selecting: Selecting, threads: int, room: int, reads: int | None = None
-) -> tuple[dict[str, int], int]:
+def ring_of(selecting: Selecting, threads: int, room: int) -> tuple[dict[str, int], int]:
     """The scan in `room` bytes: constants, and bytes of its ring.
 
-    A thread is no further ahead than it has `reads`. Without room for a ring, codes are read when
-    they are needed.
+    Without room for a ring, codes are read when they are needed.
     """
     slot = threads * selecting.vectors * 16
     ahead = selecting.ahead if slot else 1
-    while ahead > 1 and ((ahead + 1) * slot > room or ahead >= 2 * (reads or ahead)):
+    while ahead > 1 and (ahead + 1) * slot > room:
         ahead //= 2
     ring, macros = (ahead + 1) * slot, selecting.macros
     if ring > room:
         macros, ring = {**macros, "UNIT": min(macros["UNIT"], 4), "KEYS": 1, "BINARY": 0}, 0
     return {**macros, "AHEAD": ahead, "RING": ring}, ring
+
+
+def lines(size: int) -> int:
+    """Bytes of whole lines of shared memory that hold `size` bytes."""
+    return -(-size // LINE) * LINE
+
+
+def list_size(k: int, parts: int) -> int:
+    """Bytes of the positions that a block attends to: for all budgets of one kind.
+
+    That is a share in whole tiles of 16, and half more; see `most_apart` in row.cu.
+    """
+    share = -(-(-(-pow2(k) // parts) + 15) // 16) * 16
+    return -(-(share + share // 2 + 32) // 4) * 16
 
 
 def launch_rows(
@@ -220,29 +237,37 @@ def launch_rows(
 ) -> None:
     """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch."""
     macros = {
+        "LINE": LINE,
         "PARTS": shape.parts,
         "JOINED": shape.joined,
         "THREADS": shape.threads,
         **(more or {}),
     }
-    exchange = queries = shared = listed = 0
+    exchange = queries = shared = listed = area = counters = 0
     if attending is not None:
         macros |= attending.macros
-        exchange, queries, shared = attending.area, attending.queries, attending.partials
+        exchange, queries = attending.area, attending.queries
+        shared = attending.partials + attending.rings
     if selecting is not None:
         capacity = fields["capacity"] = capacity_of(shape, fields["slots"])
         # By the bucket of the slots, so that a cache that grows takes the same kernel.
         most = capacity_of(shape, problem.slots)
         narrow = most < 2**16
-        exchange = -(-max(exchange, selecting.bins * (2 if narrow else 4)) // 16) * 16
-        if attending is not None and shape.joined != 2:
-            # A share of the largest budget of the kind, in whole tiles.
-            positions = -(-(-(-pow2(fields["k"]) // shape.parts) + 15) // 4) * 16
-            needed = exchange + positions + queries + max(shared, selecting.bins * 4) + 32
-            if positions <= MOST_LISTED and needed <= shape.room:
-                listed, exchange = exchange, exchange + positions
-        counters = -(-selecting.bins * 4 // 16) * 16
-        fixed, keys = exchange + 16 + queries + counters, most * selecting.itemsize
+        sums = lines(selecting.sums * (2 if narrow else 4))
+        # Other blocks may still read sums when a block writes what they will merge.
+        area = sums if shape.joined == 2 else 0
+        exchange = max(area + exchange, sums)
+        counters = lines(selecting.bins * 4)
+    exchange = lines(exchange)
+    if attending is not None:
+        positions = list_size(fields["k"], shape.parts)
+        needed = exchange + positions + queries + max(shared, counters) + 2 * LINE
+        if positions <= MOST_LISTED and needed <= shape.room:
+            listed = max(exchange, LINE)
+            exchange = lines(listed + positions)
+        macros["KEPT_ROWS"] = exchange + queries + attending.partials
+    if selecting is not None:
+        fixed, keys = exchange + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.
         scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - keys)
         spill = fixed + ring + keys > shape.room or ring == 0 < selecting.vectors
@@ -257,22 +282,16 @@ def launch_rows(
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + capacity * selecting.itemsize)
-    exchange = -(-exchange // 16) * 16
     if shape.joined == 2:
         fields["exchange"] = plan.piece(rows * shape.parts * exchange)
         fields["arrivals"] = arrivals = plan.piece(rows * 4)
         overlap = plan.device.architecture >= 90
         zero = Kernel("zero", (("OVERLAP", int(overlap)),), 256)
-        counters = {"counters": arrivals, "count": rows}
-        plan.launch(zero, -(-rows // 256), 0, counters, {"counters": "P", "count": "q"}, overlap)
-    if attending is not None and selecting is None:
-        shared = -(-shared // 16) * 16
-        rings, size = row_stages(attending, config, exchange + queries + shared, shape.room)
-        macros |= rings
-        shared += size
+        given = {"counters": arrivals, "count": rows}
+        plan.launch(zero, -(-rows // 256), 0, given, {"counters": "P", "count": "q"}, overlap)
     macros |= {
-        "EXCHANGE": exchange, "QUERIES": queries, "LISTED": listed, "RESIDENT": shape.resident,
-        "OVERLAP": int(overlap),
+        "EXCHANGE": exchange, "AREA": area, "QUERIES": queries, "LISTED": listed,
+        "RESIDENT": shape.resident, "OVERLAP": int(overlap),
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
     kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster)

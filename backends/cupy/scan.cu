@@ -10,12 +10,12 @@
 // row), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
 #include "order.cu"
-#include "codes.cu"
 #if BINARY
 #include "binary.cu"
 #else
 #include "planes.cu"
 #endif
+#include "codes.cu"
 
 // The part of a row that this block scans.
 struct Part {
@@ -111,6 +111,20 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     u32* bins = counters(0);
     const int count = part.count, padded = (count + 63) & ~63, stride = THREADS * KEYS;
     int mine = threadIdx.x * KEYS;
+    int unscanned = row.stop;
+#if FUSED && FRESH > 0
+    // Before codes, which are many.
+    __shared__ u32 fresh_codes[FRESH * W];
+    __shared__ u16 fresh_norms[8];
+    const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
+    unscanned = fresh.from;
+#if BESIDE
+    load_fresh(p, row, fresh, GROUP % 8, weights.queries.at[QUERY_TILES - 1]);
+#else
+    Columns<1> fresh_keys = {};
+    load_fresh(p, row, fresh, 0, fresh_keys.at[0]);
+#endif
+#endif
     // The first codes are on their way while planes are made.
     const char* from = codes + (part.low + mine) * p.codes_s;
     const i64 hop = stride * p.codes_s;
@@ -121,39 +135,20 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
-    int unscanned = row.stop;
 #if FUSED && FRESH > 0
-    __shared__ u16 fresh_norms[8];
-    const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
-    unscanned = fresh.from;
-#if BESIDE
-    const int columns = GROUP + fresh.end - fresh.first;
-    load_fresh(p, row, fresh, GROUP % 8, weights.queries.at[QUERY_TILES - 1]);
-#else
-    const int columns = GROUP;
-    Columns<1> fresh_keys = {};
-    load_fresh(p, row, fresh, 0, fresh_keys.at[0]);
-#endif
 #if NORMS
     measure_fresh(p, row, fresh, fresh_norms);
 #endif
-#elif FUSED
-    const int columns = GROUP;
+    hash_queries(p, row, weights, BESIDE ? fresh.end - fresh.first : 0, shared_planes, fresh_codes);
+#if !BESIDE
+    hash_fresh(p, row, fresh, fresh_keys, weights, fresh_codes);
 #endif
-#if FUSED
-    __shared__ u32 made[(GROUP + FRESH) * W];
-    hash_queries(p, row, weights, columns, made);
-    make_planes(reinterpret_cast<const u8*>(made), R / 8, shared_planes);
+#elif FUSED
+    hash_queries(p, row, weights, 0, shared_planes, nullptr);
 #else
     make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
                     + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
                 p.q_codes_h, shared_planes);
-#endif
-#if FUSED && FRESH > 0
-    const u32* fresh_codes = made + GROUP * W;
-#if !BESIDE
-    hash_fresh(p, row, fresh, fresh_keys, weights, made + GROUP * W);
-#endif
 #endif
     const Planes planes = planes_of(shared_planes);
 #if NORMS

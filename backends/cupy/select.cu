@@ -12,17 +12,21 @@ struct Threshold {
     int ties;
     // Keys below it and at it in the parts before this one.
     int below, equal;
+    // No part has more keys at most as large.
+    int most;
 };
 
 // Counts that are read together.
 #define TOGETHER 4
 
-INLINE const count_t* counts(const char* exchange, int round) {
-    return reinterpret_cast<const count_t*>(exchange) + round * BINS;
+// Of a part, for every digit and the end of all: how many keys have a smaller one.
+#define SUMS (BINS + 8)
+INLINE const count_t* sums(const char* exchange, int round) {
+    return reinterpret_cast<const count_t*>(exchange) + round * SUMS;
 }
 
-// Four counts of a part.
-INLINE void peer_counts(const count_t* p, u32 (&found)[TOGETHER]) {
+// Four sums of a part, and the one behind them.
+INLINE void peer_sums(const count_t* p, u32 (&found)[TOGETHER + 1]) {
 #if NARROW
     uint2 v = peer(reinterpret_cast<const uint2*>(p));
     found[0] = v.x & 0xffff, found[1] = v.x >> 16, found[2] = v.y & 0xffff, found[3] = v.y >> 16;
@@ -30,12 +34,34 @@ INLINE void peer_counts(const count_t* p, u32 (&found)[TOGETHER]) {
     uint4 v = peer(reinterpret_cast<const uint4*>(p));
     found[0] = v.x, found[1] = v.y, found[2] = v.z, found[3] = v.w;
 #endif
+    found[TOGETHER] = peer(p + TOGETHER);
+}
+
+// Leave the sums of this part for all.
+INLINE void leave_sums(const Params& p, const Row& row, int round) {
+    constexpr int EACH = (BINS + THREADS - 1) / THREADS;
+    count_t* to = const_cast<count_t*>(sums(memory, round));
+    const int first = threadIdx.x * EACH;
+    u32 mine[EACH];
+    u64 sum = 0, all;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        mine[i] = first + i < BINS ? counters(round)[first + i] : 0;
+        sum += mine[i];
+    }
+    u32 before = u32(sum_before(sum, all));
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (first + i < BINS) to[first + i] = count_t(before);
+        before += mine[i];
+    }
+    if (threadIdx.x == 0) to[BINS] = count_t(all);
+    publish(p, row, round * SUMS * int(sizeof(count_t)), SUMS * int(sizeof(count_t)));
 }
 
 // Find the threshold. All threads call it, after the scan.
 INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& part, u32& met) {
     __shared__ Threshold shared;
-    constexpr int EACH = (BINS + TOGETHER * THREADS - 1) / (TOGETHER * THREADS) * TOGETHER;
     Threshold found = {0, row.budget, 0, 0};
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; ++round) {
@@ -50,69 +76,78 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
             }
         }
         __syncthreads();
-        count_t* own = const_cast<count_t*>(counts(memory, round));
-        for (int i = threadIdx.x; i < BINS; i += THREADS) own[i] = count_t(counters(round)[i]);
-        publish(p, row, round * BINS * int(sizeof(count_t)), BINS * int(sizeof(count_t)));
+        leave_sums(p, row, round);
         meet(p, row, met);
-        u32 total[EACH] = {}, before[EACH] = {};
-        u64 both = 0;
-#pragma unroll
-        for (int b = 0; b < EACH; b += TOGETHER) {
-            int bin = threadIdx.x * EACH + b;
-            if (bin < BINS)
+#pragma unroll 1
+        for (int bin = threadIdx.x * TOGETHER; bin < BINS; bin += THREADS * TOGETHER) {
+            u32 total[TOGETHER + 1] = {}, before[TOGETHER + 1] = {}, most[TOGETHER + 1] = {};
 // All at once: what takes time is the way there and back.
 #pragma unroll
-                for (int i = 0; i < PARTS; ++i) {
-                    u32 found[TOGETHER];
-                    peer_counts(counts(exchange_of(p, row, i), round) + bin, found);
+            for (int i = 0; i < PARTS; ++i) {
+                u32 theirs[TOGETHER + 1];
+                peer_sums(sums(exchange_of(p, row, i), round) + bin, theirs);
 #pragma unroll
-                    for (int c = 0; c < TOGETHER; ++c) {
-                        total[b + c] += found[c];
-                        if (i < row.part) before[b + c] += found[c];
-                    }
+                for (int c = 0; c <= TOGETHER; ++c) {
+                    total[c] += theirs[c];
+                    if (i < row.part) before[c] += theirs[c];
+                    most[c] = max(most[c], theirs[c]);
                 }
-        }
-#pragma unroll
-        for (int b = 0; b < EACH; ++b) both += u64(total[b]) << 32 | before[b];
-        u64 all, earlier = sum_before(both, all);
-        u32 upto = earlier >> 32, need = found.ties;
-        if (upto < need && need <= upto + u32(both >> 32)) {
-            u32 below = u32(earlier);
-#pragma unroll
-            for (int b = 0; b < EACH; ++b) {
-                if (upto < need && need <= upto + total[b])
-                    shared = {u32(threadIdx.x * EACH + b), int(need - upto), int(below),
-                              int(before[b])};
-                upto += total[b];
-                below += before[b];
             }
+            const u32 need = found.ties;
+#pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+                if (total[c] < need && need <= total[c + 1])
+                    shared = {u32(bin + c), int(need - total[c]), int(before[c]),
+                              int(before[c + 1] - before[c]), int(most[c + 1])};
         }
         __syncthreads();
         int bits = round == 0 ? 0 : round == 1 ? 11 : 10;
         found = {found.key << bits | shared.key, shared.ties, found.below + shared.below,
-                 shared.equal};
+                 shared.equal, shared.most};
     }
     return found;
 }
 
-// Put down the position of a rank: in memory, or (LISTED) in that of the block that attends to it.
-INLINE void put_position(const Row& row, int* list, int rank, int position) {
-#if LISTED
-    const u32 size = share_size(row), part = u32(rank) / size;
-#if JOINED == 1
-    list = reinterpret_cast<int*>(in_block(memory + LISTED, part)) - part * size;
+// What puts down positions, rank after rank: in memory, or (LISTED) where they are attended to.
+struct Pen {
+    int* list;
+    int rank;
+#if LISTED && JOINED == 1
+    // The first rank of the next part.
+    int size, part, end;
+#endif
+};
+
+// `apart`: this block attends to what its own part selects, of which `first` is the first rank.
+INLINE Pen pen_at(const Row& row, int* list, int rank, bool apart, int first) {
+#if LISTED && JOINED == 1
+    if (apart) return {own_list() - first, rank, 0, 0, -1};
+    const int size = share_size(row), part = rank / u32(size), end = (part + 1) * size;
+    list = reinterpret_cast<int*>(in_block(memory + LISTED, part)) - (end - size);
+    return {list, rank, size, part, end};
+#elif LISTED
+    return {JOINED == 0 || apart ? own_list() - first : list, rank};
 #else
-    list = reinterpret_cast<int*>(memory + LISTED);
+    return {list, rank};
 #endif
+}
+
+INLINE void put(Pen& pen, int position) {
+#if LISTED && JOINED == 1
+    if (pen.rank == pen.end) {
+        pen.list = reinterpret_cast<int*>(in_block(memory + LISTED, ++pen.part)) - pen.end;
+        pen.end += pen.size;
+    }
 #endif
-    list[rank] = position;
+    pen.list[pen.rank++] = position;
 }
 
 // Put down the positions of the part's selected keys. A thread takes vectors that follow one another,
 // an odd number of them, so that a warp meets every bank of shared memory. It looks at keys once, and
 // marks them; ranks are counts of marks, so ties cost what others do. MASKS: words of marks of a kind
 // that it holds at once.
-INLINE void write_positions(const Row& row, const Part& part, const Threshold& found, int* list) {
+INLINE void write_positions(const Row& row, const Part& part, const Threshold& found, int* list,
+                            bool apart, int start) {
     constexpr int GROUPED = 32 / VECTOR;
     const int vectors = (part.count + VECTOR - 1) / VECTOR;
     const int each = min((vectors + THREADS - 1) / THREADS | 1, MASKS * GROUPED - 1);
@@ -125,20 +160,21 @@ INLINE void write_positions(const Row& row, const Part& part, const Threshold& f
         u64 mine = 0;
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
-            under[m] = upto[m] = 0;
+            Marks low = {}, high = {};
 #pragma unroll
             for (int v = 0; v < GROUPED; ++v) {
                 int i = first + m * GROUPED + v;
                 if (i >= last) break;
                 const uint4 read = keys[i];
-                upto[m] |= at_most(read, found.key) << (v * VECTOR);
-                if (found.key > 0) under[m] |= at_most(read, found.key - 1) << (v * VECTOR);
+                mark<true>(low, read, v, found.key);
+                mark<false>(high, read, v, found.key);
             }
+            under[m] = word_of(low), upto[m] = word_of(high);
             mine += u64(__popc(under[m])) << 32 | u32(__popc(upto[m] ^ under[m]));
         }
         u64 all, before = sum_before(mine, all);
         int ties = equal + int(u32(before));
-        int rank = below + int(before >> 32) + min(ties, found.ties);
+        Pen pen = pen_at(row, list, below + int(before >> 32) + min(ties, found.ties), apart, start);
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
             const int at = part.low + (first + m * GROUPED) * VECTOR - 1;
@@ -147,22 +183,34 @@ INLINE void write_positions(const Row& row, const Part& part, const Threshold& f
 #pragma unroll 1
             for (; left; left &= left - 1) {
                 if (!(under[m] & left & -left) && ties++ >= found.ties) continue;
-                put_position(row, list, rank++, at + __ffs(left));
+                put(pen, at + __ffs(left));
             }
         }
         below += int(all >> 32), equal += int(u32(all));
     }
 }
 
+// What a block attends to, if to what its own part selects.
+struct Own {
+    bool apart;
+    int count;
+};
+
 // Scan a row, unless all of its keys are taken, and leave the positions of the selected ones. Codes of
-// fresh keys are made either way.
-INLINE void select(const Params& p, const Row& row, Weights& weights, int* list, u32& met) {
+// fresh keys are made either way. `most`: keys that a block attends to at most, if to its part's own.
+INLINE Own select(const Params& p, const Row& row, Weights& weights, int* list, int most, u32& met) {
     // Codes of fresh keys are written even so, by the first block of the last token.
     bool writes = FUSED && FRESH > 0 && row.part == 0 && row.token == p.tokens - 1;
-    if (row.everything && !writes) return;
+    if (row.everything && !writes) return {};
     Part part = find_part(p, row);
     scan(p, row, part, weights);
-    if (row.everything) return;
+    if (row.everything) return {};
     Threshold found = find_threshold(p, row, part, met);
-    write_positions(row, part, found, list);
+    Own own = {LISTED && ROUNDS == 1 && PARTS > 1 && found.most <= most};
+    const count_t* below = sums(memory, 0);
+    if (own.apart)
+        own.count = below[found.key]
+            + max(min(found.ties - found.equal, int(below[found.key + 1] - below[found.key])), 0);
+    write_positions(row, part, found, list, own.apart, found.below + min(found.equal, found.ties));
+    return own;
 }

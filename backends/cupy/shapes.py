@@ -14,9 +14,8 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Keys of a part, for each query of a group, from which on a wider row gains more than meeting by
-# counters costs: histograms and what is merged grow with the group.
-FAR = 2048
+# Keys of a part from which on a wider row gains more than meeting by counters costs.
+FAR = 16384
 
 
 class Counting(NamedTuple):
@@ -66,8 +65,9 @@ class Shape(NamedTuple):
 def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> Shape:
     """The shape of a problem's rows on a device, of which there are about `rows`."""
     threads = config["threads"]
-    # Rings of keys and values take the shared memory of a second block.
-    resident = max((256 if config.get("stages") else 512) // threads, 1)
+    # Rings of all warps take the shared memory of a second block.
+    ringed = problem.op == "sparse_attend" and config["stages"]
+    resident = max((256 if ringed else 512) // threads, 1)
     parts, counted = config["parts"], config["joined"] == "counters"
     if not parts:
         parts, counted = _parts(device, problem, rows, resident, config["joined"])
@@ -96,8 +96,7 @@ def _parts(
     if joined == "counters" or device.clusters == 1:
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
-    group = max(problem.heads // max(problem.kv_heads, 1), 1)
-    far = joined == "auto" and not attends and keys >= FAR * group * anywhere
+    far = joined == "auto" and not attends and keys >= FAR * anywhere
     if far and 3 * together <= 2 * anywhere:
         return anywhere, True
     return together, False

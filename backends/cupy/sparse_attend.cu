@@ -17,6 +17,11 @@ sparse_attend(const __grid_constant__ Params p) {
         + row.token * p.positions_t;
     row.taken = p.k;
     Share share = find_share(p, row, list);
+#if LISTED
+    for (int i = share.first + threadIdx.x; i < share.end; i += THREADS)
+        own_list()[i - share.first] = list[i] < p.slots ? list[i] : -1;
+    share.list = own_list() - share.first;
+#endif
     keep_queries(queries);
     attend(p, row, share, false, met);
 }

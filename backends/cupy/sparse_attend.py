@@ -69,7 +69,10 @@ def write_sparse_attend(
         "softcap": softcap or 0.0,
     }
     near = is_near(keys, values)
-    chosen = attending(shape, problem, heads // lists, aligned, near, softcap is not None)
+    chosen = attending(
+        shape, problem, heads // lists, aligned, near, softcap is not None, config["stages"],
+        shape.threads // 32,
+    )  # fmt: skip
     rows = batch * lists * tokens
     launch_rows(plan, "sparse_attend", problem, config, shape, rows, fields, attending=chosen)
 

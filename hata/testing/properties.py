@@ -73,6 +73,22 @@ class Properties(Harness):
         """Equals the three ops in sequence; writes the codes and norms of fresh keys alone."""
         self.for_cases(self.drawn(dtype), lambda case: self.check_hash_attend(kit, case))
 
+    @pytest.mark.parametrize("where", ["first", "middle", "last", "spread"])
+    def test_winners_in_one_stretch(self, kit: Kit, dtype: str, where: str) -> None:
+        """The shares of a row are right wherever in it the selected keys gather."""
+        case = replace(
+            RICH, dtype=dtype, batch=1, tokens=1, slots=1_200, k=200, lengths=None, starts=None,
+            norms=False, code_group=1, group=1, given_codes=True, fresh=0, sink=0, recent=0,
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        first = {"first": 0, "middle": 500, "last": 1_000}.get(where)
+        near = np.arange(0, 1_200, 6) if first is None else np.arange(first, first + 200)
+        q_codes = np.zeros((1, case.kv_heads, 1, case.bits // 8), np.uint8)
+        key_codes = rng.integers(0, 256, (1, case.kv_heads, 1_200, case.bits // 8), np.uint8)
+        # At most one bit a byte differs.
+        key_codes[:, :, near] = 1 << rng.integers(0, 8, key_codes[:, :, near].shape)
+        self.check_hash_attend(kit, case, q_codes=q_codes, key_codes=key_codes)
+
     def test_encode_depends_on_the_vector_alone(self, kit: Kit, dtype: str) -> None:
         """A vector has the same code alone as in company, in any layout."""
 

@@ -158,6 +158,18 @@ INLINE u32 narrow_pair(float low, float high, int data) {
     return data == 1 ? narrow_fp16(low) | u32(narrow_fp16(high)) << 16
                      : narrow_bf16(low) | u32(narrow_bf16(high)) << 16;
 }
+INLINE u32 pair_at_most(u32 x, u32 y) {
+    u32 z = 0;
+    for (int i = 0; i < 32; i += 16)
+        z |= u32(widen_fp16(u16(x >> i)) <= widen_fp16(u16(y >> i))) * 0xffff << i;
+    return z;
+}
+INLINE u32 pair_below(u32 x, u32 y) {
+    u32 z = 0;
+    for (int i = 0; i < 32; i += 16)
+        z |= u32(widen_fp16(u16(x >> i)) < widen_fp16(u16(y >> i))) * 0xffff << i;
+    return z;
+}
 INLINE u32 is_below_zero(float x) { return x < 0.f; }
 INLINE float exp2_fast(float x) { return exp2f(x); }
 INLINE float log2_fast(float x) { return log2f(x); }

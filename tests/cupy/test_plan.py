@@ -194,15 +194,17 @@ def test_old_gpus_count_arrivals(device):
 
 def test_positions_lie_in_shared_memory_where_there_is_room(device):
     for k, joined, listed in ((512, "cluster", True), (4096, "cluster", True),
-                              (512, "counters", False)):  # fmt: skip
+                              (512, "counters", True), (2**15, "cluster", False)):  # fmt: skip
         with using("hash_attend", joined=joined, parts=4):
-            hata.hash_attend(**{**step(slots=8192), "k": k}, fresh=1)
+            hata.hash_attend(**{**step(slots=2**16), "k": k}, fresh=1)
         launch = device.launched[-1][0]
         macros = dict(launch.kernel.macros)
         assert bool(macros["LISTED"]) == listed
         if listed:
-            # A share of the budget, in whole tiles, behind what others may see.
-            assert macros["EXCHANGE"] >= macros["LISTED"] + (-(-k // 4) + 15) * 4
+            # A share of the budget in whole tiles, and half more, behind what others may see.
+            assert macros["EXCHANGE"] >= macros["LISTED"] + (k // 4 * 3 // 2 + 32) * 4
+        for place in ("EXCHANGE", "QUERIES", "COUNTERS", "RING", "KEPT_ROWS"):
+            assert macros[place] % row.LINE == 0, place
             assert macros["LISTED"] % 16 == 0
 
 
@@ -301,7 +303,7 @@ def test_long_rows_meet_by_counters_where_clusters_leave_the_gpu_idle(device):
     device.sms = 132
     device.at_once = lambda size, resident: 132 if size == 1 else 9 * (size <= 9)
     for heads, slots, joined, parts in (
-        (32, 2**15, 1, 9), (32, 2**17, 2, 16), (64, 2**17, 1, 9), (64, 2**19, 2, 16),
+        (32, 2**15, 1, 9), (32, 2**17, 1, 9), (32, 2**18, 2, 16), (64, 2**19, 2, 16),
     ):  # fmt: skip
         plan._plans.clear()
         codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, slots, 16))
