@@ -90,8 +90,12 @@ def selecting(
     }  # fmt: skip
     # Planes in two's complement of what a bit of a key adds to its distance.
     planes = (group >> how.halve).bit_length() + 1
-    binary = binary and bits in (64, 128) and unit == 16 and planes <= 4 and not norms
-    macros |= {"BINARY": int(binary), "BITS": planes, "PLANES": group.bit_length()}
+    wide = planes > 4 or bits == 256
+    binary = binary and unit == 16 and not norms and how.rounds == 1
+    binary = binary and (planes <= 8 if bits in (128, 256) else bits == 64 and not wide)
+    macros |= {
+        "BINARY": int(binary), "WIDE": int(wide), "BITS": planes, "PLANES": group.bit_length(),
+    }  # fmt: skip
     vectors = keys * width // 16 if unit == 16 else 0
     sums = how.rounds * (how.bins + 8)
     return Selecting(macros, how.rounds * how.bins, sums, how.itemsize, keys, vectors, ahead)
@@ -243,21 +247,19 @@ def launch_rows(
         "THREADS": shape.threads,
         **(more or {}),
     }
+    # What is compiled goes by the bucket of the slots: a cache that grows takes the same kernel.
+    capacity, most = capacity_of(shape, fields["slots"]), capacity_of(shape, problem.slots)
+    narrow = most < 2**16
     exchange = queries = shared = listed = area = counters = 0
     if attending is not None:
         macros |= attending.macros
         exchange, queries = attending.area, attending.queries
         shared = attending.partials + attending.rings
     if selecting is not None:
-        capacity = fields["capacity"] = capacity_of(shape, fields["slots"])
-        # By the bucket of the slots, so that a cache that grows takes the same kernel.
-        most = capacity_of(shape, problem.slots)
-        narrow = most < 2**16
-        sums = lines(selecting.sums * (2 if narrow else 4))
+        sums, counters = lines(selecting.sums * (2 if narrow else 4)), lines(selecting.bins * 4)
         # Other blocks may still read sums when a block writes what they will merge.
         area = sums if shape.joined == 2 else 0
         exchange = max(area + exchange, sums)
-        counters = lines(selecting.bins * 4)
     exchange = lines(exchange)
     if attending is not None:
         positions = list_size(fields["k"], shape.parts)
@@ -277,8 +279,8 @@ def launch_rows(
             **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
+        fields["capacity"] = shape.parts * capacity if spill else capacity
         if spill:
-            fields["capacity"] = shape.parts * capacity
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + capacity * selecting.itemsize)

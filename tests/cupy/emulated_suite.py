@@ -69,7 +69,7 @@ class TestEmulated(BackendSuite):
     max_examples = int(os.environ.get("EMULATED_EXAMPLES", "4"))
 
     @pytest.mark.parametrize("bits", [32, 64, 128, 256])
-    @pytest.mark.parametrize("group", [1, 4, 7, 8])
+    @pytest.mark.parametrize("group", [1, 4, 7, 8, 16])
     def test_parts_of_several_rounds(self, bits, group):
         """Rounds of scored keys alone, and those at the ends of parts, take different ways."""
         rng = np.random.default_rng(bits + group)
