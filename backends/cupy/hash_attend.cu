@@ -45,6 +45,7 @@ hash_attend(const __grid_constant__ Params p) {
         // Other blocks have read this one's sums.
         open = true;
 #if LISTED && JOINED == 2
+        // Put down by all blocks of the row.
         for (int i = share.first + threadIdx.x; i < share.end; i += THREADS)
             own_list()[i - share.first] = __ldcg(list + i);
 #endif

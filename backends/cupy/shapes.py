@@ -14,8 +14,8 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Keys of a part from which on a wider row gains more than meeting by counters costs.
-FAR = 16384
+# Bytes of a part's codes from which on a wider row gains more than meeting by counters costs.
+FAR = 1 << 18
 
 
 class Counting(NamedTuple):
@@ -96,7 +96,7 @@ def _parts(
     if joined == "counters" or device.clusters == 1:
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
-    far = joined == "auto" and not attends and keys >= FAR * anywhere
+    far = joined == "auto" and not attends and keys * problem.bits >= 8 * FAR * anywhere
     if far and 3 * together <= 2 * anywhere:
         return anywhere, True
     return together, False
