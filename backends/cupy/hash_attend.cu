@@ -36,11 +36,12 @@ hash_attend(const __grid_constant__ Params p) {
     Share share = find_share(p, row, list);
 #if LISTED
     share.list = own_list() - share.first;
-#endif
     if (own.apart) {
         share.first = 0, share.end = own.count;
         share.list = own_list();
-    } else if (!row.everything) {
+    } else
+#endif
+    if (!row.everything) {
         meet(p, row, met);
         // Other blocks have read this one's sums.
         open = true;

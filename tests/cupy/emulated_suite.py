@@ -19,6 +19,7 @@ cupy_backend = importlib.import_module("hata.backends.cupy")
 compiler = importlib.import_module("hata.backends.cupy.compiler")
 defaults = importlib.import_module("hata.backends.cupy.defaults")
 plan = importlib.import_module("hata.backends.cupy.plan")
+row = importlib.import_module("hata.backends.cupy.row")
 
 # PARTS, JOINED and the like follow from what the device may do.
 DEVICES = {
@@ -29,6 +30,9 @@ DEVICES = {
 }
 MODE = os.environ.get("EMULATED", "cluster")
 DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
+if MODE in ("other", "spill"):
+    # Positions that are attended to lie in global memory.
+    row.MOST_LISTED = 0
 plan.device_of = lambda fw, x: DEVICE
 plan.with_stream = lambda fw, like, act, pointers: act(pointers, 0)
 

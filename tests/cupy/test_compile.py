@@ -25,6 +25,8 @@ def attention(dtype, projection_dtype=None, **sizes):
 PROBLEMS = {
     "decode": attention("bfloat16"),
     "large-batch": attention("float16", batch=8, heads=64),
+    "many-keys": attention("bfloat16", batch=32, k=32768, slots=65536),
+    "long-codes": attention("bfloat16", heads=32, kv_heads=2, bits=256),
     "mla": attention(
         "bfloat16", heads=16, kv_heads=1, head_dim=576, value_dim=512, bits=256, batch=4
     ),
@@ -50,7 +52,8 @@ PROBLEMS = {
 # Every architecture, and every problem.
 CASES = [
     *(("decode", architecture) for architecture in (80, 90, 100, 120)),
-    ("large-batch", 90), ("mla", 100), ("odd", 120), ("float32", 80), ("encode", 80),
+    ("large-batch", 90), ("many-keys", 80), ("many-keys", 90), ("long-codes", 90), ("mla", 100),
+    ("odd", 120), ("float32", 80), ("encode", 80),
     ("encode", 100), ("norms", 90), ("per-head", 120),
 ]  # fmt: skip
 # Bytes of stack that a thread may take: a spill in a hot loop is slow.
@@ -104,6 +107,9 @@ def test_kernels_compile(name, architecture, record_property):
                 found += rehearsal.kernels(backend, PROBLEMS[name], device)
         found = list(dict.fromkeys(found))
         assert {kernel.name for kernel in found} >= {"encode", "zero", "hash_attend"}
+    if name == "many-keys":
+        # Too many positions for shared memory.
+        assert {dict(kernel.macros).get("LISTED", 0) for kernel in found} == {0}
     for kernel in found:
         code = compiler.cubin(kernel.name, kernel.macros, architecture)
         taken = resources(code)

@@ -15,7 +15,7 @@ RUNS = {
     " or winners",
     "counters": "test_hash_attend and float32 or several_rounds or winners",
     "other": "(test_hash_attend or test_hamming_topk or test_sparse_attend) and bfloat16",
-    "spill": "test_hamming_topk",
+    "spill": "test_hamming_topk or test_hash_attend and bfloat16 or winners",
 }
 
 
