@@ -7,8 +7,9 @@
 // Rows come through a ring of asynchronous copies of each warp (STAGES), or, where there is no room
 // for one or they are no whole vectors, by plain loads.
 //
-// LISTED (positions lie in shared memory), G (heads that share keys), SOFTCAP (there is one), WARPS (that
-// attend), HEADS and LANES (heads and value dimensions of a pass), STAGES (of 16 keys), KEPT_ROWS (where they lie in shared memory), D, DV.
+// LISTED (positions lie in shared memory), G (heads that share keys), SOFTCAP (there is one), WARPS
+// (that attend), HEADS and LANES (heads and value dimensions of a pass), STAGES (of 16 keys),
+// KEPT_ROWS (where they lie in shared memory), NEAR (see `offset_of`), D, DV.
 
 #define CHUNKS ((D + 31) / 32)
 #define ROW_STRIDE (LANES + 4)

@@ -9,9 +9,10 @@
 //      and a row's are neighbours, so at most one row of a launch waits for blocks that have not
 //      started.
 //
-// LINE (bytes), PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once). Shared memory holds
-// EXCHANGE bytes that other blocks may see (from LISTED on, positions), QUERIES bytes of queries, then
-// counters and the keys to select by, and after them, in the same place, what the warps have to merge.
+// PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once), LINE (bytes). Shared
+// memory holds EXCHANGE bytes that other blocks may see (from LISTED on, positions), QUERIES bytes of
+// queries, then counters, codes on their way and the keys to select by, and after them, in the same
+// place, what warps have to merge, and rings of keys and values.
 
 // Words of a code.
 #define W (R / 32)
@@ -39,7 +40,7 @@ struct Params {
     float scale, softcap;
 };
 
-// Its parts begin at whole lines: asynchronous copies to others take twice as long.
+// Its parts begin at whole lines: asynchronous copies that straddle lines are slower.
 extern __shared__ __align__(LINE) char memory[];
 
 struct Row {
