@@ -5,7 +5,8 @@ Requirements this module meets:
 - backends are named as strings and imported at first use; nothing here imports a framework;
 - an explicit choice never falls back silently, and a choice that fails changes nothing;
 - `"auto"` (the default) chooses per op and problem: the fastest backend that the profile in force
-  has measured, else the first of `AUTO_ORDER` that can run it, then third parties by name;
+  has measured, else the one that it found fastest most often, else the first of `AUTO_ORDER` that
+  can run it, then third parties by name;
 - `set_backend` is process-wide and seen by all threads; `use_backend` is context-local;
 - a broken third-party backend is reported and harms no other.
 """
@@ -291,7 +292,7 @@ def _config_of(backend: Backend, problem: Problem) -> Config | None:
 
 
 def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
-    """The backend `"auto"` stands for: measured fastest, else the first that can run."""
+    """The backend `"auto"` stands for: measured fastest, here or mostly, else the first one."""
     plugins = [name for name in _known() if name not in BUILT_IN]
     reasons, able = [], []
     kind = device.partition(":")[0]
@@ -322,7 +323,17 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
         match = _match(backend, problem)
         if match is not None and match.entry is not None:
             measured.append((match.entry.us.median, len(measured), backend))
-    return min(measured)[2] if measured else able[0]
+    if measured:
+        return min(measured)[2]
+    profile = profile_in_force()
+    if profile is not None and len(able) > 1:
+        # Sizes like these were not measured; others were.
+        named = {backend.name: backend for backend in able}
+        hashes = {name: backend.kernel_hash(problem.op) for name, backend in named.items()}
+        leader = profile.leader(problem.op, kind, hashes)
+        if leader is not None:
+            return named[leader]
+    return able[0]
 
 
 class _Preparation:

@@ -18,7 +18,7 @@ from hata import registry
 from hata.backend import Backend
 from hata.device import Fingerprint
 from hata.problem import Problem
-from hata.profile import Entry, Measured, Profile, Timing, store
+from hata.profile import Entry, Measured, Profile, ProfileWarning, Timing, store
 
 X = np.ones((1, 1, 2, 16), np.float32)
 PROJECTION = np.ones((1, 16, 32), np.float32)
@@ -390,8 +390,27 @@ def test_auto_takes_what_the_profile_of_a_gpu_measured_fastest(monkeypatch, tmp_
     # The nearest entries decide where nothing was measured.
     assert chosen(replace(few, slots=16384)) == "cupy"
     assert chosen(replace(many, k=1024)) == "triton"
-    # Nothing was measured on other heads: the order of backends does.
-    assert chosen(replace(few, heads=16)) == registry.AUTO_ORDER[0]
+    # Nothing was measured on other heads, and neither leads: the order of backends decides.
+    assert registry.AUTO_ORDER[0] == "triton"
+    assert chosen(replace(few, heads=16)) == "triton"
+    middle = replace(few, slots=1 << 17)
+    entries = [
+        Entry(name, middle, backends[name].default(middle), Timing(us, us, us), us)
+        for name, us in (("triton", 9.0), ("cupy", 8.0))
+    ]
+    led = replace(profile, entries=(*profile.entries, *entries))
+    led.save(tmp_path / "led.yaml")
+    hata.use_profile(tmp_path / "led.yaml")
+    # What was fastest most often is taken for sizes that are new.
+    assert chosen(replace(few, heads=16)) == "cupy"
+    assert chosen(many) == "triton"
+    # Of the same op, the same kernels and the same device.
+    op, hashes = "hamming_topk", {n: b.kernel_hash("hamming_topk") for n, b in backends.items()}
+    assert led.leader(op, "cuda", hashes) == "cupy"
+    assert led.leader("encode", "cuda", hashes) is None
+    assert led.leader(op, "cuda", {**hashes, "cupy": "0" * 64}) is None
+    with pytest.warns(ProfileWarning, match="not used"):
+        assert led.leader(op, "cuda", hashes, replace(h200, sm=80)) is None
 
 
 def test_shipped_profiles_are_sound():

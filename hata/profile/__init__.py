@@ -203,6 +203,22 @@ class Profile:
         """
         return match.lookup(self, backend, kernel_hash, problem, tunables, refuse, here)
 
+    def leader(
+        self, op: str, kind: str, hashes: Mapping[str, str], here: Fingerprint | None = None
+    ) -> str | None:
+        """The backend that was fastest on most problems of an op on which several were measured.
+
+        Args:
+            op: Name of the op.
+            kind: Kind of device, `"cpu"` or `"cuda"`.
+            hashes: `Backend.kernel_hash(op)` of the backends that may be named, by name.
+            here: The device at hand; `None`: that of `kind`.
+
+        Returns:
+            Its name; `None` if the profile is of another device or kernels, or none leads.
+        """
+        return match.leader(self, op, kind, hashes, here)
+
     def selection_for(self, model: ModelKey) -> SelectionSet | None:
         """The policy for a model: of that model, else of one with equal sizes, else synthetic.
 

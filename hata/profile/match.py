@@ -14,6 +14,7 @@ import logging
 import math
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,6 +95,23 @@ def lookup(
     if round(_distance(entry.key, problem), 9) > _FAR:
         return Match(None, entry, f"{nearest}; too far, so the default is used")
     return Match(entry.config, entry, nearest)
+
+
+def leader(
+    profile: Profile, op: str, kind: str, hashes: Mapping[str, str], here: Fingerprint | None = None
+) -> str | None:
+    """See `Profile.leader`."""
+    if _foreign(profile, kind, here) is not None:
+        return None
+    times: dict[Problem, dict[str, float]] = {}
+    for entry in profile.entries:
+        recorded = profile.fingerprint.kernels.get(entry.backend, {}).get(op)
+        if entry.op == op and recorded is not None and recorded == hashes.get(entry.backend):
+            times.setdefault(entry.key, {})[entry.backend] = entry.us.median
+    wins = Counter(min(of, key=lambda name: of[name]) for of in times.values() if len(of) > 1)
+    most = max(wins.values(), default=0)
+    leaders = [name for name, count in wins.items() if count == most]
+    return leaders[0] if len(leaders) == 1 else None
 
 
 def _foreign(profile: Profile, kind: str, here: Fingerprint | None) -> str | None:
