@@ -11,7 +11,7 @@ stages                  sets of 16 keys and values that a warp has on their way 
                         (in a step, half of the warps attend); 0: plain loads, by all warps
 ahead                   vectors of codes that a thread loads ahead
 binary                  distances on binary tensor cores, from sm_80 to sm_90: codes of 128 and 256
-                        bits; codes of 64 bits where groups have 8 queries, or are even and have 14
+                        bits; codes of 64 bits of groups of up to 8, and of even ones of up to 14
 fused                   codes of a step are made by the blocks that need them, not by a launch
 overlap                 the second launch starts while the first one drains (sm_90 and newer)
 """

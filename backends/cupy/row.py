@@ -220,7 +220,7 @@ def lines(size: int) -> int:
 def list_size(k: int, parts: int) -> int:
     """Bytes of the positions that a block attends to: for all budgets of one kind.
 
-    That is a share in whole tiles of 16, and half more; see `most_apart` in row.cu.
+    That is a share in whole tiles of 16, and half more; see `most_apart` in attend.cu.
     """
     share = -(-(-(-pow2(k) // parts) + 15) // 16) * 16
     return -(-(share + share // 2 + 32) // 4) * 16

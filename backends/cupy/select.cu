@@ -1,8 +1,8 @@
 // From counts to positions: the threshold of a row, and where each part's keys go.
 //
-// No further pass over the codes: the row's histogram gives the threshold and how many keys at it
-// win, the histograms of the parts before give the rank of a part's first selected key. Ranks count
-// selected keys in ascending order of position.
+// No further pass over the codes: sums over the histograms of all parts give the threshold and how
+// many keys at it win, those of the parts before give the rank of a part's first selected key, and the
+// largest says whether parts select alike. Ranks count selected keys in ascending order of position.
 
 #include "scan.cu"
 
