@@ -5,8 +5,7 @@
 // fixed order. Of a row's output every part merges a slice: within a cluster the others write what it
 // needs into its memory, elsewhere it fetches that.
 //
-// AREA: where an exchange area holds what is merged, if blocks meet by counters; else that is where it
-// begins.
+// JOINED 2: from AREA on, an exchange area holds what is merged, of every pass.
 
 #include "gather.cu"
 
@@ -18,6 +17,8 @@
 #else
 #define AREA_PEAKS (HEADS * LANES)
 #endif
+// What a block leaves in a pass, in floats.
+#define LEFT (AREA_PEAKS + 2 * HEADS)
 
 // Join the sink, normalise and store one element of the result.
 INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, float peak, float sum,
@@ -37,8 +38,18 @@ INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, flo
 
 #if PARTS > 1
 
+// What a part without keys leaves as its sum.
+#define NO_KEYS -1.f
+
+// The bits of a float, of zero those of a negative one.
+INLINE u32 never_zero(float x) {
+    const u32 bits = __float_as_uint(x);
+    return bits ? bits : 0x80000000u;
+}
+
 // Leave an element, and with the first of a head its peak and sum, for the parts that merge them.
-INLINE void leave(const Row& row, int i, float acc, float peak, float sum) {
+INLINE void leave(const Params& p, const Row& row, int pass, int i, float acc, float peak,
+                  float sum) {
     const int h = i / LANES, last = i % LANES == 0 ? PARTS : 0;
 #if JOINED == 1
     const int to = i / SLICE;
@@ -48,22 +59,30 @@ INLINE void leave(const Row& row, int i, float acc, float peak, float sum) {
         peaks[h] = peak, peaks[HEADS + h] = sum;
     }
 #else
-    float* area = reinterpret_cast<float*>(memory + AREA);
-    area[i] = acc;
-    if (last) area[AREA_PEAKS + h] = peak, area[AREA_PEAKS + HEADS + h] = sum;
+    u32* area = reinterpret_cast<u32*>(exchange_of(p, row, row.part) + AREA) + pass * LEFT;
+    tell(area + i, never_zero(acc));
+    if (last) {
+        tell(area + AREA_PEAKS + h, never_zero(peak));
+        tell(area + AREA_PEAKS + HEADS + h, never_zero(sum));
+    }
 #endif
 }
 
-// What part `n` left of element i: its share of the output, its peak and its sum.
-INLINE void take(const Params& p, const Row& row, int n, int i, float& acc, float& peak, float& sum) {
+// What part `n` left of element i: its share of the output, its peak and its sum. JOINED 2: whether it
+// has come.
+INLINE bool take(const Params& p, const Row& row, int pass, int n, int i, float& acc, float& peak,
+                 float& sum) {
     const int h = i / LANES;
 #if JOINED == 1
     const float* area = reinterpret_cast<const float*>(memory);
     const float* peaks = area + AREA_PEAKS + n * 2 * HEADS;
     acc = area[n * SLICE + i - row.part * SLICE], peak = peaks[h], sum = peaks[HEADS + h];
+    return true;
 #else
-    const float* area = reinterpret_cast<const float*>(exchange_of(p, row, n) + AREA);
-    peak = peer(area + AREA_PEAKS + h), sum = peer(area + AREA_PEAKS + HEADS + h), acc = peer(area + i);
+    const u32* area = reinterpret_cast<const u32*>(exchange_of(p, row, n) + AREA) + pass * LEFT;
+    const u32 a = look(area + i), b = look(area + AREA_PEAKS + h), c = look(area + AREA_PEAKS + HEADS + h);
+    acc = __uint_as_float(a), peak = __uint_as_float(b), sum = __uint_as_float(c);
+    return a && b && c;
 #endif
 }
 
@@ -72,10 +91,11 @@ INLINE void take(const Params& p, const Row& row, int n, int i, float& acc, floa
 // One pass: HEADS heads from `head` on, LANES value dimensions from `lane0` on. `open`: no block of the
 // row needs what its exchange area holds.
 INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int head, int lane0,
-                        bool open, u32& met) {
+                        bool open) {
 #if JOINED == 1
     if (!open) arrive_at_cluster();
 #endif
+    const int pass = head / HEADS * ((DV + LANES - 1) / LANES) + lane0 / LANES;
     float* partials = reinterpret_cast<float*>(memory + EXCHANGE + QUERIES);
     float* peaks = partials + PEAKS;
     int warp = threadIdx.x / 32;
@@ -106,24 +126,29 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, acc, peak, sum, any);
 #else
-        // A part without keys says so by a negative zero.
-        leave(row, i, acc, peak, any ? sum : -0.f);
+        leave(p, row, pass, i, acc, peak, any ? sum : NO_KEYS);
 #endif
     }
 #if PARTS > 1
-    publish(p, row, AREA, (AREA_PEAKS + 2 * HEADS) * 4);
-    meet(p, row, met);
+#if JOINED == 1
+    meet(p, row);
+#endif
     int end = min((row.part + 1) * SLICE, HEADS * LANES);
 #pragma unroll 1
     for (int i = row.part * SLICE + threadIdx.x; i < end; i += THREADS) {
         int h = i / LANES, d = i % LANES;
         float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], most = NOTHING;
         bool found = false;
+        for (u32 tries = 0;; look_again(tries)) {
+            bool come = true;
 #pragma unroll
-        for (int n = 0; n < PARTS; ++n) take(p, row, n, i, part_acc[n], part_peak[n], part_sum[n]);
+            for (int n = 0; n < PARTS; ++n)
+                come &= take(p, row, pass, n, i, part_acc[n], part_peak[n], part_sum[n]);
+            if (come) break;
+        }
 #pragma unroll
         for (int n = 0; n < PARTS; ++n) {
-            found |= __float_as_uint(part_sum[n]) != 0x80000000u;
+            found |= part_sum[n] != NO_KEYS;
             most = fmaxf(most, part_peak[n]);
         }
         float total = 0.f, value = 0.f, reference = reference_of(most);
@@ -136,18 +161,21 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, value, most, total, found);
     }
-    // Areas in global memory are written again by the next pass.
-    if (JOINED == 2 && (head + HEADS < G || lane0 + LANES < DV)) meet(p, row, met);
-#else
-    __syncthreads();
 #endif
+    // The next pass writes what warps have merged.
+    if (JOINED != 1 && (head + HEADS < G || lane0 + LANES < DV)) __syncthreads();
 }
 
 // Keys of a part's own up to which its block attends to them rather than to an equal share: half more
-// than that is, but not another round of its warps.
+// than that is, but not another round of its warps; where another meeting costs more than that, a
+// quarter more.
 INLINE int most_apart(const Row& row) {
     const int size = share_size(row), round = WARPS * 16;
+#if JOINED == 2
+    return size + size / 4 + 32;
+#else
     return min((size + round - 1) / round * round, size + size / 2 + 32);
+#endif
 }
 
 INLINE Share find_share(const Params& p, const Row& row, const int* list) {
@@ -165,7 +193,7 @@ INLINE Share find_share(const Params& p, const Row& row, const int* list) {
 }
 
 // Attend to this block's share of a row, whose first queries are kept already. `open`: see above.
-INLINE void attend(const Params& p, const Row& row, const Share& share, bool open, u32& met) {
+INLINE void attend(const Params& p, const Row& row, const Share& share, bool open) {
     // Loops that need all registers need little of this.
     __shared__ Row kept;
     if (threadIdx.x == 0) kept = row;
@@ -179,6 +207,6 @@ INLINE void attend(const Params& p, const Row& row, const Share& share, bool ope
         __syncthreads();
 #pragma unroll 1
         for (int lane0 = 0; lane0 < DV; lane0 += LANES)
-            attend_pass(p, kept, share, head, lane0, open && head + lane0 == 0, met);
+            attend_pass(p, kept, share, head, lane0, open && head + lane0 == 0);
     }
 }

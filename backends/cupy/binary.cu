@@ -97,30 +97,27 @@ INLINE u32 sum_of_columns(const int (&sum)[4], const Planes& planes) {
 
 #endif
 
-// The distances of the lane's own keys (halved as in planes.cu), from the vectors of its warp, of
-// which it knows where its own first one as a thread lies.
-INLINE void find_distances(u32 (&distance)[KEYS], const uint4* code, const Planes& planes) {
+// The distances of the lane's own keys (halved as in planes.cu), from the codes of its warp in a slot.
+INLINE void find_distances(u32 (&distance)[KEYS], const uint4* slot, const Planes& planes) {
+    const int lane = threadIdx.x % 32;
     u32 keys[4];
     int sum[4];
 #if WIDE
     int other[4];
 #if R == 256
     // Rows of 16 keys: their first halves, then their second ones.
-    const int lane = threadIdx.x % 32;
-    code += lane % 16 - lane + lane / 16 * THREADS;
-#endif
-    load_matrices(keys, code);
-#if R == 256
+    load_matrices(keys, slot + place_of(lane % 16, lane / 16));
     mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
-    load_matrices(keys, code + 16);
+    load_matrices(keys, slot + place_of(lane % 16 + 16, lane / 16));
     mma_bits(other, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
 #else
+    load_matrices(keys, slot + lane);
     mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, 0, planes.start, 0);
     mma_bits(other, keys[0], keys[1], keys[2], keys[3], 0, planes.low, planes.start, 0);
 #endif
     distance[0] = sum_of_columns(sum, other, planes);
 #else
-    load_matrices(keys, code);
+    load_matrices(keys, slot + lane);
 #if KEYS == 1
     mma_bits(sum, keys[0], keys[1], keys[2], keys[3], planes.low, planes.high, planes.start, 0);
     distance[0] = sum_of_columns(sum, planes);

@@ -5,8 +5,8 @@ tiles, loops            sets of 8 vectors that a warp takes at once, and rounds 
 parts                   blocks that share a row: its scan, its selection and its attention; 0: as
                         many as all rows find room for at the same time
 threads                 of such a block
-joined                  blocks of a row meet as a cluster, or by counters in global memory; auto: by
-                        counters where rows are long and clusters leave much of the GPU idle
+joined                  blocks of a row meet as a cluster, or through global memory, where all of a
+                        launch run at the same time; auto: the latter where rows are few and long
 stages                  sets of 16 keys and values that a warp has on their way to shared memory
                         (in a step, half of the warps attend); 0: plain loads, by all warps
 ahead                   vectors of codes that a thread loads ahead
@@ -31,7 +31,7 @@ STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
     "parts": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
     "threads": (128, 256, 512, 1024),
-    "joined": ("auto", "cluster", "counters"),
+    "joined": ("auto", "cluster", "global"),
 }
 RINGS = {"stages": (0, 2, 3)}
 SCAN = {"ahead": (1, 2, 4, 8, 16), "binary": (False, True)}

@@ -25,12 +25,14 @@ class Kernel(NamedTuple):
         macros: Its compile-time constants.
         threads: Threads a block.
         cluster: Blocks a cluster; 1: no cluster.
+        together: All blocks of a launch run at the same time, or the driver refuses it.
     """
 
     name: str
     macros: Macros
     threads: int
     cluster: int = 1
+    together: bool = False
 
 
 class Launch:
@@ -197,11 +199,15 @@ class Device(Described):
     def _prepare(self, launch: Launch, stream: int) -> tuple[Any, int, Any]:
         kernel = launch.kernel
         function = self.load(kernel, stream)
-        attributes = (driver.Attribute * 2)()
+        attributes = (driver.Attribute * 3)()
         count = 0
         if kernel.cluster > 1:
             attributes[count].id = driver.CLUSTER
             attributes[count].value.dims[:] = (kernel.cluster, 1, 1)
+            count += 1
+        if kernel.together:
+            attributes[count].id = driver.COOPERATIVE
+            attributes[count].value.flag = 1
             count += 1
         if launch.overlap:
             attributes[count].id = driver.OVERLAP

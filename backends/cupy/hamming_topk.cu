@@ -19,11 +19,10 @@ hamming_topk(const __grid_constant__ Params p) {
     int first = row.everything ? 0 : taken;
     for (i64 i = first + row.part * THREADS + threadIdx.x; i < p.k; i += PARTS * THREADS)
         list[i] = i < taken ? row.start + i : -1;
-    u32 met = 0;
     Weights weights;
-    select(p, row, weights, list, 0, met);
+    select(p, row, weights, list, 0);
 #if JOINED == 1
     // Exchange areas must last until all parts have read them.
-    meet(p, row, met);
+    meet(p, row);
 #endif
 }

@@ -30,10 +30,11 @@ def write_hamming_topk(
     _, kv_heads, slots, _ = k_codes.shape
     lists = heads if per_head else kv_heads
     indices = plan.output((batch, lists, tokens, budget.k), "int32")
-    shape = shape_of(plan.device, problem, config, problem.batch * lists * tokens)
     group, norms = heads // lists, key_norms is not None
     binary = is_binary(plan.device, config)
     chosen = selecting(group, 8 * width, k_codes, norms, config["ahead"], binary)
+    most = problem.batch * lists * tokens
+    shape = shape_of(plan.device, problem, config, most, chosen.fixed)
     fields = {
         "q_codes": plan.address(q_codes),
         "codes": plan.address(k_codes),

@@ -18,7 +18,6 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_attend(const __grid_constant__ Params p) {
-    u32 met = 0;
     bool open = false;
 #if !FUSED
     // For the codes, which the launch before makes.
@@ -31,7 +30,7 @@ hash_attend(const __grid_constant__ Params p) {
     load_queries(p, row, 0, queries);
     look_at_row(p, row);
     int* list = p.positions + row.index * p.k;
-    const Own own = select(p, row, weights, list, most_apart(row), met);
+    const Own own = select(p, row, weights, list, most_apart(row));
     keep_queries(queries);
     Share share = find_share(p, row, list);
 #if LISTED
@@ -42,7 +41,7 @@ hash_attend(const __grid_constant__ Params p) {
     } else
 #endif
     if (!row.everything) {
-        meet(p, row, met);
+        meet(p, row);
         // Other blocks have read this one's sums.
         open = true;
 #if LISTED && JOINED == 2
@@ -51,5 +50,5 @@ hash_attend(const __grid_constant__ Params p) {
             own_list()[i - share.first] = __ldcg(list + i);
 #endif
     }
-    attend(p, row, share, open, met);
+    attend(p, row, share, open);
 }

@@ -3,8 +3,6 @@
 1. `encode.cu`: codes of the queries, and codes and norms of the fresh keys in place. Left out where
    they are few and short (`fused`): then the blocks that need them make them.
 2. `hash_attend.cu`: everything else. It starts while the first one drains, where a GPU can do that.
-
-Blocks that meet by counters need those zeroed: a launch of one block in front, see `zero.cu`.
 """
 
 from __future__ import annotations
@@ -71,7 +69,6 @@ def write_hash_attend(
     fresh = min(fresh, slots)
     spans = span_fields(plan, lengths, starts)
     rows = batch * kv_heads * tokens
-    shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens)
 
     group = heads // kv_heads
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
@@ -138,10 +135,13 @@ def write_hash_attend(
     more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
     binary = is_binary(plan.device, config)
     scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"], binary)
+    # Queries of 8 heads at least.
+    fixed = scanned.fixed + -(-problem.head_dim // 32) * 512
+    shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens, fixed)
     aligned = is_aligned(dtype, q, keys, values)
     attended = attending(
         shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
-        config["stages"], max(shape.threads // 64, 1), 4 * scanned.sums,
+        config["stages"], max(shape.threads // 64, 1), scanned,
     )  # fmt: skip
     launch_rows(
         plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap

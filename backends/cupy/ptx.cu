@@ -165,17 +165,80 @@ INLINE void sync_cluster() {
     wait_for_cluster();
 }
 
+// Words of global memory by which blocks that run at the same time tell one another something. They
+// come one by one: a word that has come says nothing of those before it.
+
+INLINE void tell(u32* to, u32 x) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+INLINE void tell(u16* to, u16 x) {
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(x) : "memory");
+}
+INLINE u32 look(const u32* p) {
+    u32 x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+INLINE u16 look(const u16* p) {
+    u16 x;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
+    return x;
+}
+INLINE uint2 look(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+INLINE uint4 look(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
+// Whoever looks again and again counts it. What never comes must become an error, not a hang: seconds
+// of polling, then a trap.
+INLINE void look_again(u32& tries) {
+    if (++tries > (1u << 22)) asm volatile("trap;");
+}
+
 // Count an arrival and wait until `target` were counted; one thread of a block calls it, after the
 // others have arrived at it. Release and acquire hold for what those others wrote and will read too,
 // since barriers of the block lie between.
 INLINE void arrive_and_wait(u32* counter, u32 target) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    // A block that never comes must become an error, not a hang: seconds of polling, then a trap.
-    for (u32 tries = 0;; ++tries) {
+    for (u32 tries = 0;; look_again(tries)) {
         u32 seen;
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         if (seen >= target) break;
-        if (tries > (1u << 25)) asm volatile("trap;");
+    }
+}
+
+// The barrier that the driver keeps for a grid whose blocks all run at the same time (a cooperative
+// launch). It is the one word of memory that needs no clearing: its highest bit changes when the last
+// block has arrived. As in CUDA's cooperative groups, environment registers hold its place.
+INLINE u32* grid_counter() {
+    u32 low, high;
+    asm("mov.u32 %0, %%envreg2;" : "=r"(low));
+    asm("mov.u32 %0, %%envreg1;" : "=r"(high));
+    return reinterpret_cast<u32*>((u64(high) << 32 | low) + 4);
+}
+
+// One thread of each block arrives, once; its warp's writes before are seen by whoever waited. Returns
+// what to wait with.
+INLINE u32 arrive_at_grid() {
+    u32 before, mine = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before) : "l"(grid_counter()), "r"(mine) : "memory");
+    return before;
+}
+INLINE void wait_for_grid(u32 before) {
+    for (u32 tries = 0;; look_again(tries)) {
+        u32 now;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(now) : "l"(grid_counter()) : "memory");
+        if ((now ^ before) >> 31) break;
     }
 }
 

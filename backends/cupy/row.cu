@@ -5,14 +5,14 @@
 // exchange areas. JOINED says how they meet:
 //   0  there is one block;
 //   1  they are a cluster: the hardware starts them together, exchange areas are shared memory;
-//   2  they count arrivals in global memory (see zero.cu). Blocks start in the order of their numbers
-//      and a row's are neighbours, so at most one row of a launch waits for blocks that have not
-//      started.
+//   2  all blocks of the launch run at the same time, and their areas, of SEEN bytes, lie in global
+//      memory. A block clears its own, and once all have, what others look for is there when it is not
+//      zero: no barrier stands between, and no way there and back but that of the words themselves.
 //
 // PARTS, JOINED, THREADS, RESIDENT (blocks that a multiprocessor holds at once), LINE (bytes). Shared
-// memory holds EXCHANGE bytes that other blocks may see (from LISTED on, positions), QUERIES bytes of
-// queries, then counters, codes on their way and the keys to select by, and after them, in the same
-// place, what warps have to merge, and rings of keys and values.
+// memory holds EXCHANGE bytes that blocks of a cluster may see (from LISTED on, positions), QUERIES
+// bytes of queries, then counters, codes on their way and the keys to select by, and after them, in
+// the same place, what warps have to merge, and rings of keys and values.
 
 // Words of a code.
 #define W (R / 32)
@@ -89,12 +89,12 @@ INLINE int share_size(const Row& row) { return ((row.taken + PARTS - 1) / PARTS 
 INLINE int* own_list() { return reinterpret_cast<int*>(memory + LISTED); }
 #endif
 
-// The exchange area of a part of this row; what others wrote is seen after a barrier.
+// The exchange area of a part of this row.
 INLINE char* exchange_of(const Params& p, const Row& row, int part) {
 #if JOINED == 1
     return in_block(memory, part);
 #elif JOINED == 2
-    return p.exchange + (row.index * PARTS + part) * i64(EXCHANGE);
+    return p.exchange + (row.index * PARTS + part) * i64(SEEN);
 #else
     return memory;
 #endif
@@ -102,38 +102,45 @@ INLINE char* exchange_of(const Params& p, const Row& row, int part) {
 
 template <typename T> INLINE T peer(const T* p) {
 #if JOINED == 2
-    return __ldcg(p);
+    return look(p);
 #else
     return *p;
 #endif
 }
 
-// Let the other parts see `bytes` of this block's exchange area from `offset` on.
-INLINE void publish(const Params& p, const Row& row, int offset, int bytes) {
-#if JOINED == 2
-    __syncthreads();
-    u32* to = reinterpret_cast<u32*>(exchange_of(p, row, row.part) + offset);
-    const u32* from = reinterpret_cast<const u32*>(memory + offset);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bytes / 4; i += THREADS) to[i] = from[i];
-#endif
-}
-
-// A barrier of all threads of a row; `met` counts the barriers so far.
-INLINE void meet(const Params& p, const Row& row, u32& met) {
+// A barrier of all threads of a row; after it is seen what others wrote before. JOINED 2: once a launch
+// at most.
+INLINE void meet(const Params& p, const Row& row) {
 #if JOINED == 1
     sync_cluster();
 #else
     __syncthreads();
 #endif
 #if JOINED == 2
-    if (threadIdx.x == 0) {
-        // The counters are zeroed by the launch before.
-        if (met == 0) wait_for_previous();
-        arrive_and_wait(p.arrivals + row.index, met + PARTS);
-    }
-    met += PARTS;
+    if (threadIdx.x == 0) arrive_and_wait(p.arrivals + row.index, PARTS);
     __syncthreads();
+#endif
+}
+
+// JOINED 2: the last warp clears the block's area, and says so. Returns what to wait with for others.
+INLINE u32 clear_area(const Params& p, const Row& row) {
+#if JOINED == 2
+    if (threadIdx.x >= THREADS - 32) {
+        const int lane = threadIdx.x % 32;
+        uint4* area = reinterpret_cast<uint4*>(exchange_of(p, row, row.part));
+        for (int i = lane; i < SEEN / 16; i += 32) area[i] = make_uint4(0, 0, 0, 0);
+        if (lane == 0 && row.part == 0) p.arrivals[row.index] = 0;
+        sync_warp();
+        if (lane == 0) return arrive_at_grid();
+    }
+#endif
+    return 0;
+}
+
+// Wait until all have; threads may look at areas after the next barrier of the block.
+INLINE void wait_for_areas(u32 arrival) {
+#if JOINED == 2
+    if (threadIdx.x == THREADS - 32) wait_for_grid(arrival);
 #endif
 }
 

@@ -53,7 +53,7 @@ LAYOUT = {
 
 
 class Selecting(NamedTuple):
-    """The scan and the selection of a kernel: constants, and bytes of shared memory."""
+    """The scan and the selection of a kernel: constants, counters and their sums, and sizes."""
 
     macros: dict[str, int]
     bins: int
@@ -62,6 +62,11 @@ class Selecting(NamedTuple):
     keys: int
     vectors: int
     ahead: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of shared memory that it needs at least, whatever the shape of the rows."""
+        return lines(4 * self.sums) + lines(4 * self.bins) + LINE
 
 
 def selecting(
@@ -106,6 +111,7 @@ class Attending(NamedTuple):
 
     macros: dict[str, int]
     area: int
+    left: int
     queries: int
     partials: int
     rings: int
@@ -120,15 +126,16 @@ def attending(
     softcap: bool,
     stages: int,
     ringed: int,
-    seen: int = 0,
+    selected: Selecting | None = None,
 ) -> Attending:
     """Which attention a call takes, for `members` heads that share keys.
 
     Where there is room, `ringed` warps of a block attend, with `stages` of keys and values on
     their way to shared memory; else all do, with plain loads. What can be copied so are rows that
-    are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). The
-    exchange area may have `seen` bytes more.
+    are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). `selected`
+    is what comes before it in the kernel.
     """
+    sums, counters = (4 * selected.sums, 4 * selected.bins) if selected else (0, 0)
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
     if not (aligned and near and chunks):
@@ -137,19 +144,18 @@ def attending(
         heads = min(members, 16 if chunks else 8)
         while True:
             area = 0
-            if shape.parts > 1:
-                # Within a cluster a slice of every part, and the peaks and sums of all.
-                slices = shape.parts if shape.joined == 1 else 1
-                area = (slices * (-(-heads * lanes // slices) + 2 * heads) + 1) * 4
+            if shape.joined == 1:
+                # A slice of every part, and the peaks and sums of all.
+                area = shape.parts * (-(-heads * lanes // shape.parts) + 2 * heads) * 4
             queries = -(-heads // 8) * chunks * 512
             partials = lines(warps * heads * (lanes + 6) * 4)
-            left = shape.room - (area + seen + 3 * LINE + queries + partials)
-            if heads == 1 or left >= 0:
+            left = shape.room - (area + sums + 3 * LINE + queries)
+            if heads == 1 or left >= max(partials, counters):
                 break
             heads = -(-heads // 2)
         # Of all these warps, 16 keys and values each.
         stage = warps * (64 * chunks + 2 * lanes) * 16
-        stages = min((left - MOST_LISTED) // stage, most)
+        stages = min((left - partials - MOST_LISTED) // stage, most)
         # One stage hides nothing that plain loads do not.
         if stages > 1:
             break
@@ -160,7 +166,9 @@ def attending(
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
         "SOFTCAP": int(softcap), "NEAR": int(near), "WARPS": warps, "STAGES": stages,
     }  # fmt: skip
-    return Attending(macros, area, queries, partials, stages * stage)
+    passes = -(-members // heads) * -(-problem.value_dim // lanes)
+    left = passes * heads * (lanes + 2) * 4
+    return Attending(macros, area, left, queries, partials, stages * stage)
 
 
 def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
@@ -250,16 +258,14 @@ def launch_rows(
     # What is compiled goes by the bucket of the slots: a cache that grows takes the same kernel.
     capacity, most = capacity_of(shape, fields["slots"]), capacity_of(shape, problem.slots)
     narrow = most < 2**16
-    exchange = queries = shared = listed = area = counters = 0
+    exchange = queries = shared = listed = area = seen = counters = 0
     if attending is not None:
         macros |= attending.macros
         exchange, queries = attending.area, attending.queries
         shared = attending.partials + attending.rings
     if selecting is not None:
         sums, counters = lines(selecting.sums * (2 if narrow else 4)), lines(selecting.bins * 4)
-        # Other blocks may still read sums when a block writes what they will merge.
-        area = sums if shape.joined == 2 else 0
-        exchange = max(area + exchange, sums)
+        exchange, area = max(exchange, sums), sums
     exchange = lines(exchange)
     if attending is not None:
         positions = list_size(fields["k"], shape.parts)
@@ -284,17 +290,16 @@ def launch_rows(
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + capacity * selecting.itemsize)
-    if shape.joined == 2:
-        fields["exchange"] = plan.piece(rows * shape.parts * exchange)
-        fields["arrivals"] = arrivals = plan.piece(rows * 4)
-        overlap = plan.device.architecture >= 90
-        zero = Kernel("zero", (("OVERLAP", int(overlap)),), 256)
-        given = {"counters": arrivals, "count": rows}
-        plan.launch(zero, -(-rows // 256), 0, given, {"counters": "P", "count": "q"}, overlap)
+    together = shape.joined == 2
+    if together:
+        seen = lines(area + (attending.left if attending else 0))
+        fields["exchange"] = plan.piece(rows * shape.parts * seen)
+        fields["arrivals"] = plan.piece(rows * 4)
     macros |= {
-        "EXCHANGE": exchange, "AREA": area, "QUERIES": queries, "LISTED": listed,
-        "RESIDENT": shape.resident, "OVERLAP": int(overlap),
+        "EXCHANGE": exchange, "AREA": area, "SEEN": seen, "QUERIES": queries, "LISTED": listed,
+        "RESIDENT": shape.resident, "OVERLAP": int(overlap and not together),
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
-    kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster)
-    plan.launch(kernel, rows * shape.parts, exchange + queries + shared, fields, LAYOUT, overlap)
+    kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster, together)
+    size = exchange + queries + shared
+    plan.launch(kernel, rows * shape.parts, size, fields, LAYOUT, overlap and not together)

@@ -9,6 +9,13 @@
 // (reads that a thread is ahead), RING (bytes), SPILL (keys to select by lie in global memory, capacity a
 // row), COUNTERS (bytes of counters), FUSED (see codes.cu).
 
+// Vectors of 16 bytes that a lane's keys take, and where the n-th of them lies among those of its warp:
+// so that as many lanes as can be meet all banks.
+#define VECTORS (KEYS * W / 4)
+INLINE int place_of(int lane, int n) {
+    return lane * VECTORS + (VECTORS % 2 ? n : n ^ lane * VECTORS / 8 % VECTORS);
+}
+
 #include "order.cu"
 #if BINARY
 #include "binary.cu"
@@ -40,22 +47,29 @@ INLINE Part find_part(const Params& p, const Row& row) {
     return part;
 }
 
-// Codes come in vectors of 16 bytes through a ring in shared memory, in which every thread has slots
-// of its own: what it reads it (or, if BINARY, its warp) has copied itself. Codes that are not so
-// aligned are read when they are needed.
+// Codes come in vectors of 16 bytes through a ring in shared memory, in which every warp has slots of
+// its own. Its lanes copy consecutive vectors, so if those of a lane's own keys are several, or another
+// lane's are read (BINARY), what a lane reads others have copied. Codes that are not so aligned are
+// read when they are needed.
 #define RINGED (UNIT == 16)
-#define VECTORS (KEYS * W / 4)
+#define SHARES_CODES (BINARY || VECTORS > 1)
 // How far apart the keys are that a lane scores in a round.
 #define APART (BINARY ? 32 : 1)
 
 INLINE uint4* slot_of(const Part& part, int slot) {
-    return part.ring + slot * VECTORS * THREADS + threadIdx.x;
+    return part.ring + (slot * THREADS + threadIdx.x / 32 * 32) * VECTORS;
 }
 
-INLINE void copy_codes(uint4* slot, const char* from) {
+// Copy codes to a slot. `from` is where the lane's own begin, `left` how many keys there are from its
+// own on, and those of the next lane are `step` bytes further on.
+INLINE void copy_codes(uint4* slot, const char* from, i64 step, int left) {
 #if RINGED
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) copy_ahead(slot + i * THREADS, from + 16 * i);
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = 32 * i + threadIdx.x % 32, lane = vector / VECTORS, n = vector % VECTORS;
+        const int further = lane - int(threadIdx.x % 32);
+        if (further * KEYS < left) copy_ahead(slot + place_of(lane, n), from + further * step + 16 * n);
+    }
 #endif
 }
 
@@ -63,7 +77,7 @@ INLINE void read_codes(u32 (&words)[KEYS * W], const uint4* slot, const char* fr
 #if RINGED
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-        uint4 v = slot[i * THREADS];
+        uint4 v = slot[place_of(threadIdx.x % 32, i)];
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
 #else
@@ -104,7 +118,8 @@ INLINE u32 key_of(u32 distance, u16 norm) {
 #endif
 }
 
-// Fill the part's keys to select by, up to a multiple of 64, and count their first digits.
+// Fill the part's keys to select by, up to a multiple of 64, and count their first digits. After it all
+// areas are clear.
 INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& weights) {
     __shared__ u32 shared_planes[PLANE_WORDS];
     const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
@@ -130,11 +145,12 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     const i64 hop = stride * p.codes_s;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
-        if (mine + a * stride < count) copy_codes(slot_of(part, a), from + a * hop);
+        copy_codes(slot_of(part, a), from + a * hop, p.codes_s * KEYS, count - mine - a * stride);
         end_batch();
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
+    const u32 arrival = clear_area(p, row);
 #if FUSED && FRESH > 0
 #if NORMS
     measure_fresh(p, row, fresh, fresh_norms);
@@ -172,9 +188,8 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     for (int before = 0; before < padded; before += stride, mine += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
         u32 distance[KEYS];
+        if (SHARES_CODES) sync_warp();
 #if BINARY
-        // Lanes read what others of their warp have copied.
-        sync_warp();
         find_distances(distance, slot_of(part, slot), planes);
 #else
         u32 words[KEYS * W];
@@ -185,7 +200,8 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
             distance[i] = distance_of(words + i * W, planes, shared_planes);
 #endif
         // The slot that was read last time.
-        if (mine + AHEAD * stride < count) copy_codes(slot_of(part, slot > 0 ? slot - 1 : AHEAD), next);
+        copy_codes(slot_of(part, slot > 0 ? slot - 1 : AHEAD), next, p.codes_s * KEYS,
+                   count - mine - AHEAD * stride);
         end_batch();
         next += hop;
         slot = slot < AHEAD ? slot + 1 : 0;
@@ -217,6 +233,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
             }
         }
     }
+    wait_for_areas(arrival);
 #if FUSED && FRESH > 0
     // A warp takes a fresh key.
 #pragma unroll 1

@@ -25,8 +25,8 @@ INLINE const count_t* sums(const char* exchange, int round) {
     return reinterpret_cast<const count_t*>(exchange) + round * SUMS;
 }
 
-// Four sums of a part, and the one behind them.
-INLINE void peer_sums(const count_t* p, u32 (&found)[TOGETHER + 1]) {
+// Four sums of a part, and the one behind them. JOINED 2: whether they have come; they are larger by 1.
+INLINE bool peer_sums(const count_t* p, u32 (&found)[TOGETHER + 1]) {
 #if NARROW
     uint2 v = peer(reinterpret_cast<const uint2*>(p));
     found[0] = v.x & 0xffff, found[1] = v.x >> 16, found[2] = v.y & 0xffff, found[3] = v.y >> 16;
@@ -35,9 +35,18 @@ INLINE void peer_sums(const count_t* p, u32 (&found)[TOGETHER + 1]) {
     found[0] = v.x, found[1] = v.y, found[2] = v.z, found[3] = v.w;
 #endif
     found[TOGETHER] = peer(p + TOGETHER);
+    bool come = true;
+#if JOINED == 2
+#pragma unroll
+    for (int c = 0; c <= TOGETHER; ++c) {
+        come &= found[c] > 0;
+        --found[c];
+    }
+#endif
+    return come;
 }
 
-// Leave the sums of this part for all.
+// Leave the sums of this part for all, and in this block's shared memory.
 INLINE void leave_sums(const Params& p, const Row& row, int round) {
     constexpr int EACH = (BINS + THREADS - 1) / THREADS;
     count_t* to = const_cast<count_t*>(sums(memory, round));
@@ -50,17 +59,25 @@ INLINE void leave_sums(const Params& p, const Row& row, int round) {
         sum += mine[i];
     }
     u32 before = u32(sum_before(sum, all));
+#if JOINED == 2
+    count_t* seen = const_cast<count_t*>(sums(exchange_of(p, row, row.part), round));
+#endif
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        if (first + i < BINS) to[first + i] = count_t(before);
-        before += mine[i];
+    for (int i = 0; i <= EACH; ++i) {
+        // The last thread has the end.
+        const int bin = i < EACH ? first + i : BINS;
+        if (i < EACH ? bin < BINS : threadIdx.x == THREADS - 1) {
+            to[bin] = count_t(before);
+#if JOINED == 2
+            tell(seen + bin, count_t(before + 1));
+#endif
+        }
+        if (i < EACH) before += mine[i];
     }
-    if (threadIdx.x == 0) to[BINS] = count_t(all);
-    publish(p, row, round * SUMS * int(sizeof(count_t)), SUMS * int(sizeof(count_t)));
 }
 
 // Find the threshold. All threads call it, after the scan.
-INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& part, u32& met) {
+INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& part) {
     __shared__ Threshold shared;
     Threshold found = {0, row.budget, 0, 0};
 #pragma unroll 1
@@ -77,21 +94,28 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
         }
         __syncthreads();
         leave_sums(p, row, round);
-        meet(p, row, met);
+#if JOINED < 2
+        meet(p, row);
+#endif
 #pragma unroll 1
         for (int bin = threadIdx.x * TOGETHER; bin < BINS; bin += THREADS * TOGETHER) {
-            u32 total[TOGETHER + 1] = {}, before[TOGETHER + 1] = {}, most[TOGETHER + 1] = {};
+            u32 total[TOGETHER + 1], before[TOGETHER + 1], most[TOGETHER + 1];
+            for (u32 tries = 0;; look_again(tries)) {
+                bool come = true;
+                for (int c = 0; c <= TOGETHER; ++c) total[c] = before[c] = most[c] = 0;
 // All at once: what takes time is the way there and back.
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
-                u32 theirs[TOGETHER + 1];
-                peer_sums(sums(exchange_of(p, row, i), round) + bin, theirs);
+                for (int i = 0; i < PARTS; ++i) {
+                    u32 theirs[TOGETHER + 1];
+                    come &= peer_sums(sums(exchange_of(p, row, i), round) + bin, theirs);
 #pragma unroll
-                for (int c = 0; c <= TOGETHER; ++c) {
-                    total[c] += theirs[c];
-                    if (i < row.part) before[c] += theirs[c];
-                    most[c] = max(most[c], theirs[c]);
+                    for (int c = 0; c <= TOGETHER; ++c) {
+                        total[c] += theirs[c];
+                        if (i < row.part) before[c] += theirs[c];
+                        most[c] = max(most[c], theirs[c]);
+                    }
                 }
+                if (come) break;
             }
             const u32 need = found.ties;
 #pragma unroll
@@ -198,14 +222,18 @@ struct Own {
 
 // Scan a row, unless all of its keys are taken, and leave the positions of the selected ones. Codes of
 // fresh keys are made either way. `most`: keys that a block attends to at most, if to its part's own.
-INLINE Own select(const Params& p, const Row& row, Weights& weights, int* list, int most, u32& met) {
+// After it all areas are clear.
+INLINE Own select(const Params& p, const Row& row, Weights& weights, int* list, int most) {
     // Codes of fresh keys are written even so, by the first block of the last token.
     bool writes = FUSED && FRESH > 0 && row.part == 0 && row.token == p.tokens - 1;
-    if (row.everything && !writes) return {};
+    if (row.everything && !writes) {
+        wait_for_areas(clear_area(p, row));
+        return {};
+    }
     Part part = find_part(p, row);
     scan(p, row, part, weights);
     if (row.everything) return {};
-    Threshold found = find_threshold(p, row, part, met);
+    Threshold found = find_threshold(p, row, part);
     Own own = {LISTED && ROUNDS == 1 && PARTS > 1 && found.most <= most};
     const count_t* below = sums(memory, 0);
     if (own.apart)

@@ -14,8 +14,8 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Bytes of a part's codes from which on a wider row gains more than meeting by counters costs.
-FAR = 1 << 18
+# Parts of a row, and bytes of codes of each, from which on they had better meet through global memory.
+FAR_PARTS, FAR = 4, 1 << 16
 
 
 class Counting(NamedTuple):
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
     Attributes:
         parts: Blocks a row.
-        joined: How they meet: 0 alone, 1 as a cluster, 2 by counters; see row.cu.
+        joined: How they meet: 0 alone, 1 as a cluster, 2 through global memory; see row.cu.
         threads: Threads a block.
         resident: Blocks that a multiprocessor holds at once.
         room: Bytes of shared memory that each of them may have.
@@ -62,21 +62,35 @@ class Shape(NamedTuple):
     room: int
 
 
-def shape_of(device: Described, problem: Problem, config: Config, rows: int) -> Shape:
-    """The shape of a problem's rows on a device, of which there are about `rows`."""
+def shape_of(
+    device: Described, problem: Problem, config: Config, rows: int, fixed: int = 0
+) -> Shape:
+    """The shape of a problem's rows on a device, of which there are at most `rows`.
+
+    A block needs `fixed` bytes of shared memory whatever its shape is.
+    """
     threads = config["threads"]
     # Rings of all warps take the shared memory of a second block.
     ringed = problem.op == "sparse_attend" and config["stages"]
     resident = max((256 if ringed else 512) // threads, 1)
-    parts, counted = config["parts"], config["joined"] == "counters"
+    while resident > 1 and _room(device, resident) < fixed:
+        resident -= 1
+    parts, through_memory = config["parts"], config["joined"] == "global"
     if not parts:
-        parts, counted = _parts(device, problem, rows, resident, config["joined"])
+        parts, through_memory = _parts(device, problem, rows, resident, config["joined"])
     # An explicit number of parts may be a cluster that fits nowhere.
     whole = parts <= device.clusters and (parts == 1 or device.at_once(parts, resident) > 0)
-    joined = 0 if parts == 1 else 2 if counted or not whole else 1
-    # A block's own kilobyte, and what kernels declare statically.
-    room = (device.shared + 1024) // resident - 1024 - 2048
-    return Shape(parts, joined, threads, resident, room)
+    joined = 0 if parts == 1 else 2 if through_memory or not whole else 1
+    if joined == 2:
+        # They wait for one another, so all of them must be there.
+        parts = max(min(parts, device.sms * resident // max(rows, 1)), 1)
+        joined = 2 if parts > 1 else 0
+    return Shape(parts, joined, threads, resident, _room(device, resident))
+
+
+def _room(device: Described, resident: int) -> int:
+    # Without a block's own kilobyte, and what kernels declare statically.
+    return (device.shared + 1024) // resident - 1024 - 2048
 
 
 def _parts(
@@ -87,17 +101,17 @@ def _parts(
     Clusters must lie within groups of multiprocessors, so some of a GPU may not serve them.
 
     Returns:
-        `(parts, counted)`: also whether they meet by counters.
+        `(parts, through_memory)`: also whether they meet through global memory, as no clusters.
     """
     attends = problem.op == "sparse_attend"
     keys, least = (problem.k, 64) if attends else (problem.slots, LEAST_KEYS)
     most = min(MOST_PARTS, keys // least)
     anywhere = max(min(most, device.sms * resident // max(rows, 1)), 1)
-    if joined == "counters" or device.clusters == 1:
+    if joined == "global" or device.clusters == 1:
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
     far = joined == "auto" and not attends and keys * problem.bits >= 8 * FAR * anywhere
-    if far and 3 * together <= 2 * anywhere:
+    if far and anywhere >= FAR_PARTS:
         return anywhere, True
     return together, False
 

@@ -7,7 +7,6 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 sparse_attend(const __grid_constant__ Params p) {
-    u32 met = 0;
     Row row = name_row(p);
     Queries queries;
     load_queries(p, row, 0, queries);
@@ -23,5 +22,6 @@ sparse_attend(const __grid_constant__ Params p) {
     share.list = own_list() - share.first;
 #endif
     keep_queries(queries);
-    attend(p, row, share, false, met);
+    wait_for_areas(clear_area(p, row));
+    attend(p, row, share, false);
 }

@@ -24,7 +24,7 @@ row = importlib.import_module("hata.backends.cupy.row")
 # PARTS, JOINED and the like follow from what the device may do.
 DEVICES = {
     "cluster": {},
-    "counters": {"architecture": 80, "clusters": 1},
+    "global": {"architecture": 80, "clusters": 1},
     "spill": {"shared": 56 * 1024, "clusters": 2},
     "other": {},
 }
@@ -49,7 +49,7 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
     def default(self, problem):
         config = dict(defaults.of(problem))
         if "threads" in config:
-            config |= {"threads": 128, "parts": 4 if MODE == "counters" else 2}
+            config |= {"threads": 128, "parts": 4 if MODE == "global" else 2}
         if MODE == "other":
             # What is not the default: single blocks, plain arithmetic, rings of keys and values.
             other = {"parts": 1, "binary": False, "stages": 2}

@@ -73,6 +73,7 @@ struct Cluster {
     std::mutex lock;
     std::condition_variable changed;
     u32 size = 1, come = 0, number = 0;
+    std::atomic<u32> arrivals{0};
     std::vector<std::vector<char>> memories;
     // The number of the meeting that a block has come to.
     u32 arrive() {
@@ -309,10 +310,37 @@ INLINE void sync_cluster() {
     arrive_at_cluster();
     wait_for_cluster();
 }
+// Blocks that run side by side, of one row: more than is needed need not have cleared their areas.
+template <typename T> static T word(const T* p) {
+    return std::atomic_ref<T>(*const_cast<T*>(p)).load(std::memory_order_relaxed);
+}
+template <typename T> static void tell_word(T* p, T x) {
+    std::atomic_ref<T>(*p).store(x, std::memory_order_relaxed);
+}
+INLINE void tell(u32* to, u32 x) { tell_word(to, x); }
+INLINE void tell(u16* to, u16 x) { tell_word(to, x); }
+INLINE u32 look(const u32* p) { return word(p); }
+INLINE u16 look(const u16* p) { return word(p); }
+INLINE uint2 look(const uint2* p) { return {word(&p->x), word(&p->y)}; }
+INLINE uint4 look(const uint4* p) { return {word(&p->x), word(&p->y), word(&p->z), word(&p->w)}; }
+// Other threads of this block, and other blocks, go on meanwhile.
+INLINE void look_again(u32& tries) {
+    if (++tries > (1u << 24)) fprintf(stderr, "what a block looks for never comes\n"), abort();
+    ++here->steps;
+    std::this_thread::yield();
+    yield();
+}
 INLINE void arrive_and_wait(u32* counter, u32 target) {
     std::atomic_ref<u32> arrivals(*counter);
     arrivals.fetch_add(1);
     while (arrivals.load() < target) std::this_thread::yield();
+}
+INLINE u32 arrive_at_grid() {
+    here->cluster->arrivals.fetch_add(1);
+    return 0;
+}
+INLINE void wait_for_grid(u32 before) {
+    for (u32 tries = 0; here->cluster->arrivals.load() < here->cluster->size;) look_again(tries);
 }
 INLINE void let_next_start() {}
 INLINE void wait_for_previous() {}

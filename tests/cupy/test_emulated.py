@@ -13,7 +13,7 @@ SUITE = Path(__file__).with_name("emulated_suite.py")
 RUNS = {
     "cluster": "(test_hash_attend or test_fault_07) and (float16 or bfloat16) or several_rounds"
     " or winners",
-    "counters": "test_hash_attend and float32 or several_rounds or winners",
+    "global": "test_hash_attend and float32 or several_rounds or winners",
     "other": "(test_hash_attend or test_hamming_topk or test_sparse_attend) and bfloat16",
     "spill": "test_hamming_topk or test_hash_attend and bfloat16 or winners",
 }

@@ -180,21 +180,43 @@ def test_long_projections_are_a_launch_of_their_own(device):
     assert [launch.overlap for launch in launches] == [False, True]
 
 
-def test_old_gpus_count_arrivals(device):
+def test_old_gpus_meet_through_global_memory(device):
     device.architecture, device.clusters = 80, 1
     hata.hash_attend(**step(), fresh=1)
-    (zero, zeroed), (launch, data) = device.launched
+    [(launch, data)] = device.launched
     macros = dict(launch.kernel.macros)
-    assert (macros["JOINED"], launch.kernel.cluster, launch.overlap) == (2, 1, False)
-    assert zero.kernel.name == "zero"
-    address, count = struct.unpack_from("<Qq", zeroed)
-    assert address == fields(data, row.LAYOUT)["arrivals"]
-    assert count == 8
+    assert (macros["JOINED"], launch.kernel.cluster, launch.kernel.together) == (2, 1, True)
+    given = fields(data, row.LAYOUT)
+    # An area of every block, of whole lines, and a counter of every row behind them.
+    assert macros["SEEN"] % row.LINE == 0
+    assert given["arrivals"] - given["exchange"] >= launch.grid * macros["SEEN"]
+
+
+def test_blocks_that_wait_for_one_another_all_find_room(device):
+    """Whatever is asked for, and where histograms leave room for fewer blocks than planned."""
+    for architecture, norms in itertools.product((80, 86, 90), (False, True)):
+        described = devices.Described(architecture)
+        device.architecture, device.clusters = architecture, described.clusters
+        device.sms, device.shared = described.sms, described.shared
+        plan._plans.clear()
+        device.launched.clear()
+        arguments = step(batch=4, slots=2**13, heads=64, kv_heads=4)
+        if norms:
+            arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
+        for parts, threads in itertools.product((0, 4, 8, 16, 32), (128, 256, 512)):
+            with using("hash_attend", parts=parts, threads=threads, joined="global"):
+                hata.hash_attend(**arguments)
+        for launch, _ in device.launched:
+            room = (device.shared + 1024) // (launch.shared + 2048 + 1024)
+            at_once = min(room, dict(launch.kernel.macros)["RESIDENT"])
+            if launch.kernel.together:
+                assert launch.grid <= device.sms * at_once
+        assert any(launch.kernel.together for launch, _ in device.launched)
 
 
 def test_positions_lie_in_shared_memory_where_there_is_room(device):
     for k, joined, listed in ((512, "cluster", True), (4096, "cluster", True),
-                              (512, "counters", True), (2**15, "cluster", False)):  # fmt: skip
+                              (512, "global", True), (2**15, "cluster", False)):  # fmt: skip
         with using("hash_attend", joined=joined, parts=4):
             hata.hash_attend(**{**step(slots=2**16), "k": k}, fresh=1)
         launch = device.launched[-1][0]
@@ -208,13 +230,14 @@ def test_positions_lie_in_shared_memory_where_there_is_room(device):
             assert macros["LISTED"] % 16 == 0
 
 
-def test_new_gpus_zero_counters_meanwhile(device):
-    with using("hash_attend", parts=4, joined="counters", fused=False):
+def test_a_launch_of_blocks_that_wait_for_one_another_overlaps_with_none(device):
+    with using("hash_attend", parts=4, joined="global", fused=False):
         hata.hash_attend(**step(), fresh=1)
     launches = [launch for launch, _ in device.launched]
-    assert [launch.kernel.name for launch in launches] == ["encode", "zero", "hash_attend"]
-    assert [launch.overlap for launch in launches] == [False, True, True]
-    assert all(dict(launch.kernel.macros)["OVERLAP"] for launch in launches)
+    assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
+    assert [launch.kernel.together for launch in launches] == [False, True]
+    assert [dict(launch.kernel.macros)["OVERLAP"] for launch in launches][1] == 0
+    assert not launches[1].overlap
 
 
 def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
@@ -276,7 +299,7 @@ def test_shared_memory_fits(device, sizes, threads, architecture):
     arguments = step(batch=1, slots=2**13, **sizes)
     if norms:
         arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
-    for parts, joined in itertools.product((0, 1, 2, 4, 8, 16, 32), ("auto", "counters")):
+    for parts, joined in itertools.product((0, 1, 2, 4, 8, 16, 32), ("auto", "global")):
         with using("hash_attend", parts=parts, threads=threads, joined=joined, ahead=16):
             hata.hash_attend(**arguments)
     for launch, _ in device.launched:
@@ -298,15 +321,15 @@ def test_parts_are_as_many_as_find_room(device):
         assert dict(launch.kernel.macros)["PARTS"] == launch.kernel.cluster == expected
 
 
-def test_long_rows_meet_by_counters_where_clusters_leave_the_gpu_idle(device):
-    """As an H200 has it: 9 clusters of 9 blocks, 8 rows, 132 multiprocessors."""
+def test_few_long_rows_meet_through_global_memory(device):
+    """As an H200 has it: 9 clusters of 9 blocks, 132 multiprocessors."""
     device.sms = 132
-    device.at_once = lambda size, resident: 132 if size == 1 else 9 * (size <= 9)
-    for heads, slots, joined, parts in (
-        (32, 2**15, 1, 9), (32, 2**17, 1, 9), (32, 2**18, 2, 16), (64, 2**19, 2, 16),
+    device.at_once = lambda size, resident: {1: 132, 2: 66}.get(size, 9 * (size <= 9))
+    for batch, slots, joined, parts in (
+        (1, 2**15, 1, 9), (1, 2**16, 2, 16), (1, 2**19, 2, 16), (4, 2**17, 2, 4), (5, 2**17, 1, 2),
     ):  # fmt: skip
         plan._plans.clear()
-        codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, slots, 16))
-        hata.hamming_topk(np.zeros((1, heads, 1, 16), np.uint8), codes, 512)
+        codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (batch, 8, slots, 16))
+        hata.hamming_topk(np.zeros((batch, 32, 1, 16), np.uint8), codes, 512)
         macros = dict(device.launched[-1][0].kernel.macros)
         assert (macros["JOINED"], macros["PARTS"]) == (joined, parts)
