@@ -113,14 +113,15 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
         int h = i / LANES, d = i % LANES;
         float peak = NOTHING, sum = 0.f, acc = 0.f;
-#pragma unroll 4
-        for (int w = 0; w < used; ++w) peak = fmaxf(peak, peaks[w * HEADS + h]);
+#pragma unroll 8
+        for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, w < used ? peaks[w * HEADS + h] : NOTHING);
         float reference = reference_of(peak);
-#pragma unroll 4
-        for (int w = 0; w < used; ++w) {
-            float weight = exp2_fast(peaks[w * HEADS + h] - reference);
-            sum += weight * peaks[(WARPS + w) * HEADS + h];
-            acc += weight * partials[(w * HEADS + h) * ROW_STRIDE + d];
+#pragma unroll 8
+        for (int w = 0; w < WARPS; ++w) {
+            const bool has = w < used;
+            float weight = exp2_fast((has ? peaks[w * HEADS + h] : NOTHING) - reference);
+            sum += weight * (has ? peaks[(WARPS + w) * HEADS + h] : 0.f);
+            acc += weight * (has ? partials[(w * HEADS + h) * ROW_STRIDE + d] : 0.f);
         }
 #if PARTS == 1
         if (head + h < G && lane0 + d < DV)

@@ -83,7 +83,7 @@ def of(problem: Problem) -> Config:
         return {**config, "threads": config["threads"] // 2, "stages": 2}
     # Single heads have one plane, which plain arithmetic is as fast with.
     binary = problem.heads > lists
-    config |= {"ahead": 8 if rows * problem.slots > _LONG else 4, "binary": binary}
+    config |= {"ahead": 8 if rows * problem.slots >= _LONG else 4, "binary": binary}
     if problem.op == "hamming_topk":
         # Many rows leave room for two such blocks if rings are short.
         return {**config, "threads": 512, "ahead": config["ahead"] if few else 4}

@@ -76,7 +76,6 @@ INLINE float from_lane(float x, int lane) { return __shfl_sync(FULL, x, lane); }
 INLINE float across(float x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
 INLINE int across(int x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
 INLINE u32 across(u32 x, int mask) { return __shfl_xor_sync(FULL, x, mask); }
-INLINE u64 from_below(u64 x, int distance) { return __shfl_up_sync(FULL, x, distance); }
 INLINE u32 from_below(u32 x, int distance) { return __shfl_up_sync(FULL, x, distance); }
 INLINE u32 sum_of_warp(u32 x) { return __reduce_add_sync(FULL, x); }
 INLINE void sync_warp() { __syncwarp(); }

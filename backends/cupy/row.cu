@@ -144,24 +144,19 @@ INLINE void wait_for_areas(u32 arrival) {
 #endif
 }
 
-// Sums over the block's threads before this one, and over all. All threads call it.
-INLINE u64 sum_before(u64 mine, u64& all) {
-    __shared__ u64 sums[THREADS / 32 + 1];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u64 sum = mine;
+// Sums over the block's threads before this one, and over all; so also of two numbers of 16 bits at
+// once. All threads call it, and come to a barrier before they call it again.
+INLINE u32 sum_before(u32 mine, u32& all) {
+    __shared__ u32 sums[THREADS / 32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 sum = mine;
     for (int distance = 1; distance < 32; distance *= 2) {
-        u64 below = from_below(sum, distance);
+        u32 below = from_below(sum, distance);
         if (lane >= distance) sum += below;
     }
-    __syncthreads();
     if (lane == 31) sums[warp] = sum;
     __syncthreads();
-    // Each warp sums up the others' sums for itself.
-    u64 other = lane < THREADS / 32 ? sums[lane] : 0, upto = other;
-    for (int distance = 1; distance < THREADS / 32; distance *= 2) {
-        u64 below = from_below(upto, distance);
-        if (lane >= distance) upto += below;
-    }
-    all = from_lane(upto, THREADS / 32 - 1);
-    return from_lane(upto - other, warp) + sum - mine;
+    const u32 other = lane < THREADS / 32 ? sums[lane] : 0;
+    all = sum_of_warp(other);
+    return sum_of_warp(lane < warp ? other : 0) + sum - mine;
 }

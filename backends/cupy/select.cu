@@ -16,34 +16,28 @@ struct Threshold {
     int most;
 };
 
-// Counts that are read together.
-#define TOGETHER 4
-
 // Of a part, for every digit and the end of all: how many keys have a smaller one.
 #define SUMS (BINS + 8)
 INLINE const count_t* sums(const char* exchange, int round) {
     return reinterpret_cast<const count_t*>(exchange) + round * SUMS;
 }
 
-// Four sums of a part, and the one behind them. JOINED 2: whether they have come; they are larger by 1.
-INLINE bool peer_sums(const count_t* p, u32 (&found)[TOGETHER + 1]) {
+// Two sums of a part. JOINED 2: whether they have come; they are larger by 1.
+INLINE bool peer_sums(const count_t* p, u32 (&found)[2]) {
 #if NARROW
-    uint2 v = peer(reinterpret_cast<const uint2*>(p));
-    found[0] = v.x & 0xffff, found[1] = v.x >> 16, found[2] = v.y & 0xffff, found[3] = v.y >> 16;
+    const u32 v = peer(reinterpret_cast<const u32*>(p));
+    found[0] = v & 0xffff, found[1] = v >> 16;
 #else
-    uint4 v = peer(reinterpret_cast<const uint4*>(p));
-    found[0] = v.x, found[1] = v.y, found[2] = v.z, found[3] = v.w;
+    const uint2 v = peer(reinterpret_cast<const uint2*>(p));
+    found[0] = v.x, found[1] = v.y;
 #endif
-    found[TOGETHER] = peer(p + TOGETHER);
-    bool come = true;
 #if JOINED == 2
-#pragma unroll
-    for (int c = 0; c <= TOGETHER; ++c) {
-        come &= found[c] > 0;
-        --found[c];
-    }
-#endif
+    const bool come = found[0] && found[1];
+    --found[0], --found[1];
     return come;
+#else
+    return true;
+#endif
 }
 
 // Leave the sums of this part for all, and in this block's shared memory.
@@ -51,29 +45,29 @@ INLINE void leave_sums(const Params& p, const Row& row, int round) {
     constexpr int EACH = (BINS + THREADS - 1) / THREADS;
     count_t* to = const_cast<count_t*>(sums(memory, round));
     const int first = threadIdx.x * EACH;
-    u32 mine[EACH];
-    u64 sum = 0, all;
+    u32 mine[EACH], sum = 0, all;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         mine[i] = first + i < BINS ? counters(round)[first + i] : 0;
         sum += mine[i];
     }
-    u32 before = u32(sum_before(sum, all));
+    u32 before = sum_before(sum, all);
 #if JOINED == 2
     count_t* seen = const_cast<count_t*>(sums(exchange_of(p, row, row.part), round));
 #endif
-#pragma unroll
-    for (int i = 0; i <= EACH; ++i) {
-        // The last thread has the end.
-        const int bin = i < EACH ? first + i : BINS;
-        if (i < EACH ? bin < BINS : threadIdx.x == THREADS - 1) {
-            to[bin] = count_t(before);
+    auto leave = [&](int bin, u32 keys) {
+        to[bin] = count_t(keys);
 #if JOINED == 2
-            tell(seen + bin, count_t(before + 1));
+        tell(seen + bin, count_t(keys + 1));
 #endif
-        }
-        if (i < EACH) before += mine[i];
+    };
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (first + i < BINS) leave(first + i, before);
+        before += mine[i];
     }
+    // The end, twice, since two are read at once.
+    if (threadIdx.x < 2) leave(BINS + threadIdx.x, all);
 }
 
 // Find the threshold. All threads call it, after the scan.
@@ -97,30 +91,36 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
 #if JOINED < 2
         meet(p, row);
 #endif
+        // A lane looks at two digits, and gets the end of the second from the next lane.
+        const int lane = threadIdx.x % 32;
 #pragma unroll 1
-        for (int bin = threadIdx.x * TOGETHER; bin < BINS; bin += THREADS * TOGETHER) {
-            u32 total[TOGETHER + 1], before[TOGETHER + 1], most[TOGETHER + 1];
+        for (int first = threadIdx.x / 32 * 62; first < BINS; first += THREADS / 32 * 62) {
+            const int bin = min(first + 2 * lane, BINS);
+            u32 total[3], before[3], most[3];
             for (u32 tries = 0;; look_again(tries)) {
                 bool come = true;
-                for (int c = 0; c <= TOGETHER; ++c) total[c] = before[c] = most[c] = 0;
+                for (int c = 0; c < 2; ++c) total[c] = before[c] = most[c] = 0;
 // All at once: what takes time is the way there and back.
 #pragma unroll
                 for (int i = 0; i < PARTS; ++i) {
-                    u32 theirs[TOGETHER + 1];
+                    u32 theirs[2];
                     come &= peer_sums(sums(exchange_of(p, row, i), round) + bin, theirs);
 #pragma unroll
-                    for (int c = 0; c <= TOGETHER; ++c) {
+                    for (int c = 0; c < 2; ++c) {
                         total[c] += theirs[c];
                         if (i < row.part) before[c] += theirs[c];
                         most[c] = max(most[c], theirs[c]);
                     }
                 }
-                if (come) break;
+                if (JOINED < 2 || !ballot(!come)) break;
             }
+            total[2] = from_lane(total[0], lane + 1);
+            before[2] = from_lane(before[0], lane + 1);
+            most[2] = from_lane(most[0], lane + 1);
             const u32 need = found.ties;
 #pragma unroll
-            for (int c = 0; c < TOGETHER; ++c)
-                if (total[c] < need && need <= total[c + 1])
+            for (int c = 0; c < 2; ++c)
+                if (lane < 31 && total[c] < need && need <= total[c + 1])
                     shared = {u32(bin + c), int(need - total[c]), int(before[c]),
                               int(before[c + 1] - before[c]), int(most[c + 1])};
         }
@@ -169,19 +169,21 @@ INLINE void put(Pen& pen, int position) {
 // Put down the positions of the part's selected keys. A thread takes vectors that follow one another,
 // an odd number of them, so that a warp meets every bank of shared memory. It looks at keys once, and
 // marks them; ranks are counts of marks, so ties cost what others do. MASKS: words of marks of a kind
-// that it holds at once.
+// that it holds at once. Two counts share a word: what comes before a marked one of up to 65536 keys
+// are fewer.
 INLINE void write_positions(const Row& row, const Part& part, const Threshold& found, int* list,
                             bool apart, int start) {
-    constexpr int GROUPED = 32 / VECTOR;
+    constexpr int GROUPED = 32 / VECTOR, MOST = MASKS * GROUPED - 1;
     const int vectors = (part.count + VECTOR - 1) / VECTOR;
-    const int each = min((vectors + THREADS - 1) / THREADS | 1, MASKS * GROUPED - 1);
+    const int most = part.count > 65536 ? min(MOST, 65536 / (VECTOR * THREADS) - 1) : MOST;
+    const int each = min((vectors + THREADS - 1) / THREADS | 1, most);
     const uint4* keys = reinterpret_cast<const uint4*>(part.keys);
     int below = found.below, equal = found.equal;
 #pragma unroll 1
     for (int tile = 0; tile < vectors; tile += each * THREADS) {
         const int first = tile + threadIdx.x * each, last = min(first + each, vectors);
-        u32 under[MASKS], upto[MASKS];
-        u64 mine = 0;
+        if (tile > 0) __syncthreads();
+        u32 under[MASKS], upto[MASKS], mine = 0, all;
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
             Marks low = {}, high = {};
@@ -194,11 +196,11 @@ INLINE void write_positions(const Row& row, const Part& part, const Threshold& f
                 mark<false>(high, read, v, found.key);
             }
             under[m] = word_of(low), upto[m] = word_of(high);
-            mine += u64(__popc(under[m])) << 32 | u32(__popc(upto[m] ^ under[m]));
+            mine += __popc(under[m]) << 16 | __popc(upto[m] ^ under[m]);
         }
-        u64 all, before = sum_before(mine, all);
-        int ties = equal + int(u32(before));
-        Pen pen = pen_at(row, list, below + int(before >> 32) + min(ties, found.ties), apart, start);
+        const u32 before = sum_before(mine, all);
+        int ties = equal + int(before & 0xffff);
+        Pen pen = pen_at(row, list, below + int(before >> 16) + min(ties, found.ties), apart, start);
 #pragma unroll
         for (int m = 0; m < MASKS; ++m) {
             const int at = part.low + (first + m * GROUPED) * VECTOR - 1;
@@ -210,7 +212,7 @@ INLINE void write_positions(const Row& row, const Part& part, const Threshold& f
                 put(pen, at + __ffs(left));
             }
         }
-        below += int(all >> 32), equal += int(u32(all));
+        below += int(all >> 16), equal += int(all & 0xffff);
     }
 }
 

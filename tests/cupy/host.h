@@ -196,11 +196,10 @@ INLINE float from_lane(float x, int lane) {
 INLINE float across(float x, int mask) { return from_lane(x, lane_id() ^ mask); }
 INLINE int across(int x, int mask) { return from_lane(x, lane_id() ^ mask); }
 INLINE u32 across(u32 x, int mask) { return from_lane(x, lane_id() ^ mask); }
-INLINE u64 from_below(u64 x, int distance) {
+INLINE u32 from_below(u32 x, int distance) {
     int from = int(lane_id()) - distance;
-    return exchanged(x, from < 0 ? lane_id() : from);
+    return u32(exchanged(x, from < 0 ? lane_id() : from));
 }
-INLINE u32 from_below(u32 x, int distance) { return u32(from_below(u64(x), distance)); }
 INLINE u32 sum_of_warp(u32 x) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), x), sum = 0;

@@ -326,7 +326,7 @@ def test_few_long_rows_meet_through_global_memory(device):
     device.sms = 132
     device.at_once = lambda size, resident: {1: 132, 2: 66}.get(size, 9 * (size <= 9))
     for batch, slots, joined, parts in (
-        (1, 2**15, 1, 9), (1, 2**16, 2, 16), (1, 2**19, 2, 16), (4, 2**17, 2, 4), (5, 2**17, 1, 2),
+        (1, 2**14, 1, 9), (1, 2**15, 2, 16), (1, 2**19, 2, 16), (4, 2**17, 2, 4), (5, 2**17, 1, 2),
     ):  # fmt: skip
         plan._plans.clear()
         codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (batch, 8, slots, 16))
