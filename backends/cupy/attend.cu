@@ -18,7 +18,7 @@
 #define AREA_PEAKS (HEADS * LANES)
 #endif
 // What a block leaves in a pass, in floats.
-#define LEFT (AREA_PEAKS + 2 * HEADS)
+#define PASS (AREA_PEAKS + 2 * HEADS)
 
 // Join the sink, normalise and store one element of the result.
 INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, float peak, float sum,
@@ -59,7 +59,7 @@ INLINE void leave(const Params& p, const Row& row, int pass, int i, float acc, f
         peaks[h] = peak, peaks[HEADS + h] = sum;
     }
 #else
-    u32* area = reinterpret_cast<u32*>(exchange_of(p, row, row.part) + AREA) + pass * LEFT;
+    u32* area = reinterpret_cast<u32*>(exchange_of(p, row, row.part) + AREA) + pass * PASS;
     tell(area + i, never_zero(acc));
     if (last) {
         tell(area + AREA_PEAKS + h, never_zero(peak));
@@ -79,7 +79,7 @@ INLINE bool take(const Params& p, const Row& row, int pass, int n, int i, float&
     acc = area[n * SLICE + i - row.part * SLICE], peak = peaks[h], sum = peaks[HEADS + h];
     return true;
 #else
-    const u32* area = reinterpret_cast<const u32*>(exchange_of(p, row, n) + AREA) + pass * LEFT;
+    const u32* area = reinterpret_cast<const u32*>(exchange_of(p, row, n) + AREA) + pass * PASS;
     const u32 a = look(area + i), b = look(area + AREA_PEAKS + h), c = look(area + AREA_PEAKS + HEADS + h);
     acc = __uint_as_float(a), peak = __uint_as_float(b), sum = __uint_as_float(c);
     return a && b && c;

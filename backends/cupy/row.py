@@ -132,8 +132,8 @@ def attending(
 
     Where there is room, `ringed` warps of a block attend, with `stages` of keys and values on
     their way to shared memory; else all do, with plain loads. What can be copied so are rows that
-    are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). `selected`
-    is what comes before it in the kernel.
+    are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). Of the
+    same kernel, `selected` comes before.
     """
     sums, counters = (4 * selected.sums, 4 * selected.bins) if selected else (0, 0)
     lanes = 64 if problem.value_dim <= 64 else 128

@@ -14,7 +14,7 @@ MOST_BINS = 4608
 DIGIT_BINS = 2048
 # Parts of a row that are chosen by themselves: at most so many, and of so many keys at least.
 MOST_PARTS, LEAST_KEYS = 16, 512
-# Parts of a row, and bytes of codes of each, from which on they had better meet through global memory.
+# Parts of a row, and bytes of codes of each, from which on they better meet through global memory.
 FAR_PARTS, FAR = 4, 1 << 15
 
 

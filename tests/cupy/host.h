@@ -319,9 +319,7 @@ template <typename T> static void tell_word(T* p, T x) {
 INLINE void tell(u32* to, u32 x) { tell_word(to, x); }
 INLINE void tell(u16* to, u16 x) { tell_word(to, x); }
 INLINE u32 look(const u32* p) { return word(p); }
-INLINE u16 look(const u16* p) { return word(p); }
 INLINE uint2 look(const uint2* p) { return {word(&p->x), word(&p->y)}; }
-INLINE uint4 look(const uint4* p) { return {word(&p->x), word(&p->y), word(&p->z), word(&p->w)}; }
 // Other threads of this block, and other blocks, go on meanwhile.
 INLINE void look_again(u32& tries) {
     if (++tries > (1u << 24)) fprintf(stderr, "what a block looks for never comes\n"), abort();

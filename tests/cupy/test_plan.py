@@ -174,7 +174,8 @@ def test_given_codes_need_no_encode(device):
 
 
 def test_long_projections_are_a_launch_of_their_own(device):
-    hata.hash_attend(**step(bits=512), fresh=1)
+    with using("hash_attend", joined="cluster"):
+        hata.hash_attend(**step(bits=512), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
     assert [launch.overlap for launch in launches] == [False, True]

@@ -62,6 +62,9 @@ def choices(backend: Backend, suite: BackendSuite, kit: TorchKit, op: str) -> li
     problem = suite.problem_of(kit, BASE, op)
     default = dict(backend.default(problem))
     knobs = backend.tunables(op, problem)
+    if 0 in knobs.get("parts", ()):
+        # Left to itself, a row of so few keys is one block's.
+        default["parts"] = 4
     variants = {
         name: values for name, values in knobs.items() if not all(type(v) is int for v in values)
     }
