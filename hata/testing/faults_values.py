@@ -338,7 +338,8 @@ class ValueFaults(Properties):
         import torch
 
         if torch.cuda.device_count() < 2 or kit.name != "torch":
-            pytest.skip(f"needs two GPUs and torch; here are {torch.cuda.device_count()} GPUs")
+            here = f"{torch.cuda.device_count()} GPUs, {kit.name}"
+            pytest.skip(f"needs two GPUs and torch tensors; here: {here}")
         other = type(kit)("cuda:1")
         with torch.cuda.device(0):
             self.check_all(other, SMALL)
