@@ -240,7 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
     changes = dict(args.set)
-    settings = {"backend": args.backend, "rounds": args.rounds, "cold": args.cold, "set": changes}
+    settings = {
+        "backend": args.backend,
+        "rounds": args.rounds,
+        "cold": args.cold or kind == "cuda",
+        "set": changes,
+    }
     rows: list[Row] = []
     beyond: list[report.Bar] = []
     bar = Progress(
