@@ -7,13 +7,15 @@ Knobs, in the order in which a decode step meets them:
     columns               bits a program of the decode encode makes
     parts                 shares that a row's visible keys are scanned in, whatever their number
     tile, scan_warps      keys a step of the scan, and its warps
-    ahead                 whether the scan loads a tile while it works on the one before
-    adders                whether the scan adds bits up before it counts them
+    ahead                 tiles that the scan has on their way while it works on one
+    binary                distances on binary tensor cores, where there are any (sm_80 to sm_90)
+    adders                whether bits are added up before they are counted, without those
     histogram             counters: by warp ballots, or by atomics in shared memory
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
-    early                 launches may start as soon as the one before them has started, to wait
+    early                 which launches may start as soon as the one before them has started, to
+                          wait: all, or the merge of shares alone
     overlap               launches start while the one before them drains (sm_90 and newer)
 """
 
@@ -32,8 +34,9 @@ SCAN = {
     "parts": (4, 8, 16, 32, 64, 128, 256),
     "tile": (128, 256, 512, 1024, 2048),
     "scan_warps": (1, 2, 4, 8),
-    "ahead": (False, True),
+    "ahead": (0, 1, 2, 3, 4),
     "adders": (False, True),
+    "binary": (False, True),
     "histogram": ("ballot", "shared"),
     "select_tile": (1024, 2048, 4096, 8192),
     "select_warps": (1, 2, 4, 8),
@@ -51,7 +54,7 @@ KNOBS = {
     "encode": ENCODE,
     "hamming_topk": SCAN,
     "sparse_attend": {**ATTEND, **OVERLAP},
-    "hash_attend": {**STEP, **SCAN, **ATTEND, **OVERLAP, "early": (False, True)},
+    "hash_attend": {**STEP, **SCAN, **ATTEND, **OVERLAP, "early": ("none", "merge", "all")},
 }
 
 
@@ -67,24 +70,27 @@ def of(problem: Problem) -> Config:
         return {"rows": 64, "loops": 8 if long else 1, "encode_warps": 4, "stages": 3}
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = max(problem.batch * heads * problem.tokens, 1)
-    few = rows < 32
-    # Parts are of 512 keys at least, and a few thousand where there are many.
-    parts = min(max(share(rows * problem.slots // 2048, 2048) // rows, share(512 // rows, 64)), 256)
+    few, long = rows < 32, rows * problem.slots > 1 << 21
+    # Parts are of a few thousand keys, and where those are few, of 512 at least.
     if few:
-        # Where keys are few, so are parts.
-        parts = min(parts, max(problem.slots // 1024, 32))
+        parts = min(share(512 // rows, 256), max(problem.slots // 2048, 32))
+    else:
+        parts = max(share(rows * problem.slots // 2048, 2048) // rows, share(512 // rows, 64))
+    parts = max(share(parts, 256), 4)
     # A tile of many words or planes would take the registers that keep other programs running.
-    most = 512 if few or problem.heads // heads > 4 else 1024
+    most = 1024 if long and problem.heads // heads <= 4 else 512
     tile = min(max(4096 // max(pow2(problem.bits // 32), 1), 128), most)
+    found = problem.slots // parts if few else 0
     scan = {
-        "parts": max(share(parts, 256), 4),
+        "parts": parts,
         "tile": tile,
-        "scan_warps": min(tile // 128, 4),
-        "ahead": True,
+        "scan_warps": min(tile // 128, 8 if few else 4),
+        "ahead": 2 if few and tile <= 512 else 1,
         "adders": True,
+        "binary": True,
         "histogram": "shared",
-        "select_tile": 1024,
-        "select_warps": 1,
+        "select_tile": 4096 if found >= 4096 else 2048 if found >= 2048 else 1024,
+        "select_warps": 4 if found >= 2048 else 1,
     }
     if problem.op == "hamming_topk":
         return scan
@@ -103,5 +109,5 @@ def of(problem: Problem) -> Config:
     }
     if problem.op == "sparse_attend":
         return attend
-    early = few and problem.k <= 1024
+    early = "all" if few and problem.k <= 2048 else "none" if few else "merge"
     return {"columns": 32, "encode_warps": 8, **scan, **attend, "early": early}

@@ -33,7 +33,7 @@ from hata.backend import Budget, Config
 from hata.problem import Problem
 
 from .counting import Counting, budget_scalars, counting, lay_out, parts_of
-from .launch import Bound, bind
+from .launch import Bound, bind, multiplies_bits
 from .pieces import load_words, store_planes, zero_counters
 from .plan import (
     Plan,
@@ -119,7 +119,7 @@ def write_hamming_topk(
     code_strides = steps(fw, k_codes, code_steps(unit, together))
     scan, rounds = bind_scan(
         config, how, bits, group, key_norms is not None, parts, single, unit, together,
-        per_vector, code_strides[2], False,
+        per_vector, code_strides[2], multiplies_bits(config["binary"], q_codes), False,
     )  # fmt: skip
     plan.launch(
         bind_planes(how, bits, group, q_unit, q_together),

@@ -41,7 +41,7 @@ from .attend import (
 from .counting import budget_scalars, counting, lay_out, parts_of
 from .encode_step import write_step
 from .hamming_topk import bind_planes
-from .launch import bind, overlaps
+from .launch import bind, multiplies_bits, overlaps
 from .pieces import budget_of, let_next_start, place_of, visible
 from .plan import (
     Plan,
@@ -144,7 +144,7 @@ def write_hash_attend(
     fresh, dense_below = min(fresh, slots), min(dense_below, slots)
     # A budget of more keys than there are slots is one of all of them, and costs no more.
     budget = budget._replace(k=max(min(budget.k, slots), 1))
-    overlapped, early = overlaps(bool(config["overlap"]), q), bool(config["early"])
+    overlapped, early = overlaps(bool(config["overlap"]), q), config["early"]
 
     how = counting(group, bits, key_norms is not None)
     sizes = tiling(dtype, depth, lanes, members, config["keys"])
@@ -183,8 +183,9 @@ def write_hash_attend(
         together,
         per_vector,
         code_strides[2],
+        multiplies_bits(config["binary"], q),
         overlapped,
-        early,
+        early == "all",
     )
     data, result = data_pointer(dtype, wide), result_types(dtype)
     key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
@@ -196,7 +197,7 @@ def write_hash_attend(
             row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": config["stages"], "SINGLE": single, "EARLY": early,
+         "STAGES": config["stages"], "SINGLE": single, "EARLY": early != "none",
          "OVERLAPPED": overlapped},
         config["warps"],
         config["stages"],
@@ -237,7 +238,7 @@ def write_hash_attend(
             kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, parts, single, False, overlapped, early),
+        bind_select(config, how, parts, single, False, overlapped, early == "all"),
         rows * parts,
         positions, words_of_scores, counters, cumulated, state, below, *spans,
         kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,

@@ -308,3 +308,11 @@ def capability(x: Any) -> tuple[int, int]:
 def overlaps(wanted: bool, x: Any) -> bool:
     """Whether launches may overlap: asked for, and the device of `x` (sm_90 or newer) can."""
     return wanted and not INTERPRETED and capability(x) >= (9, 0)
+
+
+def multiplies_bits(wanted: bool, x: Any) -> bool:
+    """Whether to use binary tensor cores: asked for, and the device of `x` has them.
+
+    Those are sm_80 to sm_90; newer ones run the instruction as a routine of ordinary arithmetic.
+    """
+    return wanted and not INTERPRETED and (8, 0) <= capability(x) <= (9, 0)

@@ -8,7 +8,7 @@ second and the third digit among keys that match so far.
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# ruff: noqa: RUF005, SIM102, SIM108 (jitted bodies: the compiler knows fewer forms than Python)
+# ruff: noqa: RUF005, SIM108 (jitted bodies: the compiler knows fewer forms than Python)
 
 import triton
 import triton.language as tl
@@ -16,11 +16,10 @@ import triton.language as tl
 from hata.backend import Config
 
 from .counting import DIGIT, Counting, shared_declaration
+from .distance import binary_distance, distance, distance_at_zero, lane_columns
 from .launch import Bound, bind
 from .pieces import (
     ALIGN,
-    LEVELS,
-    add_up,
     budget_of,
     columns_of,
     count_shared,
@@ -31,7 +30,6 @@ from .pieces import (
     load_words,
     part_of,
     place_of,
-    popcount,
     read_shared,
     shared_bins,
     visible,
@@ -76,30 +74,6 @@ def _load_tile(
 
 
 @triton.jit
-def _distance(words, planes, WORDS: tl.constexpr, WEIGHTS: tl.constexpr, ADDERS: tl.constexpr):
-    """Summed distance of keys, whose `words` are a tuple, to a group with these planes.
-
-    sum_i w_i popcount(P_i ^ k) with as few popcounts as adders across words allow: they are the
-    scarce instruction, 16 a clock and multiprocessor on Hopper beside 64 logical ones.
-    """
-    distance = tl.zeros(words[0].shape, tl.int32)
-    carried = ()
-    # Carries of 16 words or fewer a plane go some weights beyond the last plane's.
-    for level in tl.static_range(LEVELS + 5):
-        here = carried
-        carried = ()
-        for _ in tl.static_range((WEIGHTS >> (2 * level)) & 3):
-            for w in tl.static_range(WORDS):
-                here = here + (words[w] ^ planes[w],)
-            planes = planes[WORDS:]
-        if ADDERS:
-            here, carried = add_up(here)
-        for i in tl.static_range(len(here)):
-            distance += popcount(here[i]) << level
-    return distance
-
-
-@triton.jit
 def _scan_kernel(
     codes, planes, norms, scores, counters, cumulated, lengths, starts,
     heads, share, tokens, slots, fresh, length_step, start_step,
@@ -109,7 +83,8 @@ def _scan_kernel(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr,
     VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr,
-    ADDERS: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
+    ADDERS: tl.constexpr, BINARY: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAPPED & EARLY)
     WORDS: tl.constexpr = R // 32
@@ -125,18 +100,32 @@ def _scan_kernel(
         base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
         # Codes that share a vector follow one another.
         step = codes_s * VECTOR if KEYS == 1 else CHUNK
-        if AHEAD:
-            # The first tile is on its way while the launch before still makes the planes.
-            following = _load_tile(base, low, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
+        # The first tiles are on their way while the launch before still makes the planes.
+        queue = ()
+        for i in tl.static_range(AHEAD):
+            queue = queue + _load_tile(
+                base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+            )
         wait_for_previous(OVERLAPPED)
-        if AHEAD & OVERLAPPED:
+        if OVERLAPPED:
             # Codes of fresh keys are made by that launch: read such a tile again.
-            if low + TILE > stop + (tokens - 1 - token) - fresh:
-                following = _load_tile(base, low, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
+            fresh_from = stop + (tokens - 1 - token) - fresh
+            renewed = ()
+            for i in tl.static_range(AHEAD):
+                tile = queue[i * CHUNKS : (i + 1) * CHUNKS]
+                if low + (i + 1) * TILE > fresh_from:
+                    tile = _load_tile(
+                        base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+                    )
+                renewed = renewed + tile
+            queue = renewed
         weighted = ()
         for i in tl.static_range(PLANES * WORDS):
             bits = tl.load(planes + row * (PLANES * WORDS) + i)
             weighted = weighted + (bits.to(tl.uint32, bitcast=True),)
+        if BINARY:
+            at_zero = distance_at_zero(weighted, WORDS, WEIGHTS) >> HALVE
+            weighted = lane_columns(weighted, PLANES, WORDS)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
         else:
@@ -146,21 +135,20 @@ def _scan_kernel(
         countable = tl.maximum(tl.minimum(stop - recent, high) - counted_from, 0)
         countable = countable.to(tl.uint32, bitcast=True)
         for first in range(low, high, TILE):
-            if AHEAD:
-                chunks = following
-                following = _load_tile(
-                    base, first + TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
-                )
-            else:
-                chunks = _load_tile(base, first, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT)
+            queue = queue + _load_tile(
+                base, first + AHEAD * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+            )
+            chunks, queue = queue[:CHUNKS], queue[CHUNKS:]
             words = ()
             for c in tl.static_range(CHUNKS):
                 words = words + columns_of(chunks[c], TILE // KEYS, KEYS * CHUNK)
             distances = ()
             for i in tl.static_range(KEYS):
-                one = _distance(
-                    words[i * WORDS : (i + 1) * WORDS], weighted, WORDS, WEIGHTS, ADDERS
-                )
+                mine = words[i * WORDS : (i + 1) * WORDS]
+                if BINARY:
+                    one = binary_distance(mine, weighted, at_zero, WORDS, WEIGHTS, GROUP, HALVE)
+                else:
+                    one = distance(mine, weighted, WORDS, WEIGHTS, ADDERS) >> HALVE
                 distances = distances + (one,)
             key = interleave(distances, TILE // KEYS, KEYS)
             place = tl.arange(0, TILE)
@@ -173,8 +161,6 @@ def _scan_kernel(
                 )  # fmt: skip
                 agreement = (GROUP * R - 2 * key).to(tl.float32)
                 key = float_key(agreement * norm.to(tl.float32)).to(tl.int32, bitcast=True)
-            else:
-                key = key >> HALVE
             stored = scores + row * scores_row * ALIGN + first
             tl.store(stored + place, key.to(scores.dtype.element_ty), mask=place < high - first)
             digit = (key.to(tl.uint32, bitcast=True) >> DROP).to(tl.int32)
@@ -188,8 +174,9 @@ def _scan_kernel(
             bins = read_shared(bins, BINS)
         let_next_start(OVERLAPPED & (not EARLY))
         at = tl.arange(0, BINS)
-        tl.store(cumulated + (row * PARTS + part) * BINS + at, tl.cumsum(bins, axis=0))
+        # First what takes longest to arrive.
         tl.atomic_add(counters + row * counters_row + at, bins, mask=bins > 0, sem="relaxed")
+        tl.store(cumulated + (row * PARTS + part) * BINS + at, tl.cumsum(bins, axis=0))
     else:
         # Launches wait for one another in a chain, so no program may leave it.
         wait_for_previous(OVERLAPPED)
@@ -268,6 +255,7 @@ def bind_scan(
     together: int,
     keys: int,
     code_step: int,
+    binary: bool,
     overlapped: bool,
     early: bool = False,
 ) -> tuple[Bound, list[Bound]]:
@@ -277,6 +265,8 @@ def bind_scan(
     count = bits // 32
     chunk = min(count & -count, together)
     warps = min(config["scan_warps"], config["tile"] // 32)
+    # A lane brings two keys to each binary product.
+    binary = binary and config["tile"] >= 64 * warps * keys
     constants = {
         "TILE": config["tile"], "PARTS": parts, "BINS": how.bins, "SHARED": shared,
         "SINGLE": single, "OVERLAPPED": overlapped,
@@ -290,8 +280,8 @@ def bind_scan(
         ),
         {"R": bits, "GROUP": group, "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk,
          "KEYS": keys, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together,
-         "UNIT": unit, "AHEAD": bool(config["ahead"]),
-         "ADDERS": bool(config["adders"]), "EARLY": early, **constants},
+         "UNIT": unit, "AHEAD": config["ahead"],
+         "ADDERS": bool(config["adders"]), "BINARY": binary, "EARLY": early, **constants},
         warps,
         overlapped=overlapped,
     )  # fmt: skip

@@ -51,14 +51,22 @@ CASES = {
     "decode-sm90": (DECODE, 90, {}),
     "decode-sm100": (DECODE, 100, {}),
     "decode-sm120": (DECODE, 120, {}),
-    "ballot-sm90": (DECODE, 90, {"adders": False, "ahead": False, "histogram": "ballot"}),
+    "popcount-sm90": (DECODE, 90, {"binary": False}),
+    "ballot-sm90": (
+        DECODE,
+        90,
+        {"adders": False, "binary": False, "ahead": 0, "histogram": "ballot"},
+    ),
     "encode-sm80": (ENCODE, 80, {}),
     "encode-sm90": (ENCODE, 90, {}),
     "encode-sm100": (ENCODE, 100, {}),
     "norms-sm80": (NORMS, 80, {}),
     "per-head-sm90": (SPARSE, 90, {}),
     "mla-sm90": (MLA, 90, {}),
+    "odd-sm90": (ODD, 90, {}),
     "odd-sm120": (ODD, 120, {}),
+    "codes-of-64-sm80": (attention("bfloat16", heads=56, bits=64), 80, {}),
+    "codes-of-512-sm90": (attention("bfloat16", heads=8, bits=512), 90, {}),
     "float32-sm80": (WIDE, 80, {}),
 }
 
@@ -89,15 +97,22 @@ def test_kernels_compile(case, record_property, tmp_path):
     config = {**backend.default(problem), **options}
     if architecture < 90 and "overlap" in config:
         config["overlap"] = False
+    if architecture > 90 and "binary" in config:
+        config["binary"] = False
     with use_config("triton", problem.op, config):
         kernels = rehearsal.kernels(backend, problem)
     assert kernels
+    scans = 0
     for kernel in kernels:
         compiled = kernel.compile_for(GPUTarget("cuda", architecture, 32))
         usage = resources(compiled.asm["cubin"], tmp_path)
         record_property(f"{kernel.fn.__name__}-{architecture}", usage)
+        if kernel.fn.__name__ == "_scan_kernel":
+            scans += 1
+            assert ("b1.b1" in compiled.asm["ptx"]) == config["binary"]
         # A block has 227 KB on the architectures with most, 99 KB on those with least.
         assert compiled.metadata.shared <= {80: 163, 120: 99}.get(architecture, 227) * 1024
+    assert (scans > 0) == ("binary" in config)
 
 
 def test_rehearsals_agree():

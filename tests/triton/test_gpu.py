@@ -2,10 +2,13 @@
 
 import importlib
 
+import numpy as np
 import pytest
 
 import hata
+from hata.backend import use_config
 from hata.errors import HataCaptureError
+from hata.problem import Problem
 from hata.testing.faults_values import SMALL, changed
 from hata.testing.kits import TorchKit
 from hata.testing.properties import Properties
@@ -87,3 +90,31 @@ def test_compiled_ahead_is_what_is_loaded(unprepared, tmp_path, monkeypatch):
         plan._plans.clear()
         hata.hash_attend(**tensors, **options)
     assert cubins() == before
+
+
+# Planes and words in odd and even number; codes that share a vector, fill one and take several.
+@pytest.mark.parametrize(
+    ("group", "bits"),
+    [(1, 32), (2, 64), (3, 96), (4, 128), (5, 160), (7, 256), (8, 64), (16, 128), (4, 512)],
+)
+@pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+def test_binary_products_count_what_popcounts_do(group, bits, norms):
+    """Indices of the NumPy backend, with distances made either way."""
+    backend = hata.registry.load("triton")
+    rng = np.random.default_rng(group * bits)
+    q_codes = rng.integers(0, 256, (2, 2 * group, 1, bits // 8), np.uint8)
+    k_codes = rng.integers(0, 256, (2, 2, 3000, bits // 8), np.uint8)
+    given = {"key_norms": rng.random((2, 2, 3000)).astype(np.float16)} if norms else {}
+    with hata.use_backend("reference"):
+        expected = hata.hamming_topk(q_codes, k_codes, 200, **given)
+    placed = [torch.from_numpy(x).cuda() for x in (q_codes, k_codes)]
+    given = {name: torch.from_numpy(x).cuda() for name, x in given.items()}
+    problem = Problem(
+        "hamming_topk", "cuda", "uint8", batch=2, heads=2 * group, kv_heads=2, bits=bits, k=200,
+        slots=3000, norms=norms,
+    )  # fmt: skip
+    for binary in (False, True):
+        config = {**backend.default(problem), "binary": binary}
+        with hata.use_backend("triton"), use_config("triton", "hamming_topk", config):
+            indices = hata.hamming_topk(*placed, 200, **given)
+        np.testing.assert_array_equal(indices.cpu().numpy(), expected)
