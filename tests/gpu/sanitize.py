@@ -58,7 +58,10 @@ CASES = {
 
 
 def choices(backend: Backend, suite: BackendSuite, kit: TorchKit, op: str) -> list:
-    """The default configuration, and one for every other value of the knobs that are no sizes."""
+    """The default configuration, and one for every other value of knobs that change the way.
+
+    Those are what is no number, and how far a scan reads ahead.
+    """
     problem = suite.problem_of(kit, BASE, op)
     default = dict(backend.default(problem))
     knobs = backend.tunables(op, problem)
@@ -66,7 +69,9 @@ def choices(backend: Backend, suite: BackendSuite, kit: TorchKit, op: str) -> li
         # Left to itself, a row of so few keys is one block's.
         default["parts"] = 4
     variants = {
-        name: values for name, values in knobs.items() if not all(type(v) is int for v in values)
+        name: values
+        for name, values in knobs.items()
+        if name == "ahead" or not all(type(v) is int for v in values)
     }
     return [default] + [
         {**default, name: value}
