@@ -112,18 +112,25 @@ def encode_rows(
 ) -> None:  # fmt: skip
     """Encode `count` rows of one head. `bias` and `norms` may be 0. Steps are in bytes.
 
-    The first word of scratch says which projection has been widened into it, or 0.
+    The first words of scratch say which projection has been widened into it: its address (or 0),
+    step and dtype, since two views may begin at one address.
     """
     rows = scratch + 64
     sums = rows + 4 * _BLOCK * depth
     offsets = sums + 512
     weights = offsets + 4 * bits
     if projection_dtype != FLOAT32:
-        if load_i64(scratch) != projection:
+        if (
+            load_i64(scratch) != projection
+            or load_i64(scratch + 8) != projection_step
+            or load_i64(scratch + 16) != projection_dtype
+        ):
             for d in range(depth):
                 source = projection + d * projection_step
                 widen(source, weights + 4 * d * bits, bits, projection_dtype)
             store_64(scratch, projection)
+            store_64(scratch + 8, projection_step)
+            store_64(scratch + 16, projection_dtype)
         projection, projection_step = weights, 4 * bits
     if bias != 0:
         widen(bias, offsets, bits, bias_dtype)
