@@ -40,6 +40,12 @@ def tables(
     others: dict[str, Any] = {
         "exact": selectors.Exact(), "pages": selectors.Pages(), "window": selectors.Window()
     }  # fmt: skip
+    # Layers that an encoder leaves dense, beyond those that are dense in all rows.
+    more = {
+        name: f" ({count} more dense)"
+        for name, encoder, _ in encoders
+        if (count := sum(layer >= options.dense_layers for layer in encoder.dense_layers))
+    }
     parts = []
     for tokens, budgets in places:
         for k in budgets:
@@ -72,7 +78,11 @@ def tables(
                     way: f"{100 * (math.exp(x - base) - 1):+.2f}%" for way, x in nats.items()
                 }
             rows = [
-                [way.name, str(way.bits or "-"), *(c[way.name, way.bits] for c in columns.values())]
+                [
+                    way.name + more.get(way.name, ""),
+                    str(way.bits or "-"),
+                    *(column[way.name, way.bits] for column in columns.values()),
+                ]
                 for way in ways
             ]
             head = ["decoding with", "bits", *columns]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hata.evaluate.retained import Kept
@@ -15,32 +15,37 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def retained_tables(found: Sequence[Kept]) -> str:
-    """Kept mass and recall: a row per selector, a column per length and budget."""
+    """Kept mass and recall: a row per selector, a column per length and budget.
+
+    Means are over the layers that all rows have: an encoder may leave some dense, and a mean over
+    some layers cannot be compared with one over others.
+    """
     places = sorted({(one.tokens, one.k) for one in found})
     names = list(dict.fromkeys((one.selector, one.bits) for one in found))
     cells = {(one.selector, one.bits, one.tokens, one.k): one for one in found}
     head = ["keys chosen by", "bits", *(f"{k} of {tokens:,}" for tokens, k in places)]
-    # A mean over some of the layers cannot be compared with one over all.
-    whole = max((len(one.kept) for one in found), default=0)
-    some = {
-        (one.selector, one.bits): f" ({len(one.kept)} of {whole} layers)"
-        for one in found
-        if len(one.kept) < whole
-    }
+    layers = shared_layers(found)
+    every = sorted({layer for one in found for layer in one.kept})
+    over = f"mean over layers {_ranges(layers)}"
+    if layers != every:
+        over += f", those of {_ranges(every)} that all rows have"
     parts = []
-    for title, value in (
-        ("Mass kept, as a share of what exact top-k keeps, mean over layers", "mean"),
-        ("Recall of exact top-k's keys, mean over layers", "mean_recall"),
-    ):
-        rows = [
-            [
-                name + some.get((name, bits), ""),
-                str(bits or "-"),
-                *(_number(cells.get((name, bits, *place)), value) for place in places),
+    if not layers:
+        parts.append("No layer is in all rows, so there are no means to compare.")
+    else:
+        for title, value in (
+            ("Mass kept, as a share of what exact top-k keeps", "kept"),
+            ("Recall of exact top-k's keys", "recall"),
+        ):
+            rows = [
+                [
+                    name,
+                    str(bits or "-"),
+                    *(_mean(cells.get((name, bits, *place)), value, layers) for place in places),
+                ]
+                for name, bits in names
             ]
-            for name, bits in names
-        ]
-        parts.append(f"{title}:\n\n{table(head, rows)}")
+            parts.append(f"{title}, {over}:\n\n{table(head, rows)}")
     for tokens, k in places:
         here = [one for one in found if (one.tokens, one.k) == (tokens, k)]
         layers = sorted({layer for one in here for layer in one.kept})
@@ -62,14 +67,36 @@ def retained_tables(found: Sequence[Kept]) -> str:
     return "\n\n".join(parts)
 
 
-def _number(one: Kept | None, value: str) -> str:
-    return "-" if one is None else f"{getattr(one, value):.4f}"
+def shared_layers(found: Sequence[Kept]) -> list[int]:
+    """The layers that every selector was measured in."""
+    return sorted(set.intersection(*(set(one.kept) for one in found))) if found else []
+
+
+def mean(values: Mapping[int, float], layers: Sequence[int]) -> float:
+    """The mean over some layers."""
+    return sum(values[layer] for layer in layers) / len(layers)
+
+
+def _mean(one: Kept | None, value: str, layers: Sequence[int]) -> str:
+    return "-" if one is None else f"{mean(getattr(one, value), layers):.4f}"
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`[0, 2, 3, 4]` -> `"0, 2-4"`."""
+    words = []
+    for first in (layer for layer in layers if layer - 1 not in layers):
+        last = first
+        while last + 1 in layers:
+            last += 1
+        words.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join(words)
 
 
 def plot(path: Path, found: Sequence[Kept]) -> bool:
     """Draw kept mass, a column per length and budget; whether matplotlib is there.
 
-    Above: the mean over layers against the bits of a code. Below: layer by layer.
+    Above: the mean over the layers that all selectors have, against the bits of a code. Below:
+    layer by layer.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,35 +104,39 @@ def plot(path: Path, found: Sequence[Kept]) -> bool:
     except ImportError:
         return False
     places = sorted({(one.tokens, one.k) for one in found})
+    shared = shared_layers(found)
     figure = Figure(figsize=(5 * len(places), 8), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, len(places), squeeze=False, sharey="row")
-    for mean, layers, (tokens, k) in zip(above, below, places, strict=True):
+    for means, layers, (tokens, k) in zip(above, below, places, strict=True):
         here = [
             one
             for one in found
             if (one.tokens, one.k) == (tokens, k) and one.selector != "exact top-k"
         ]
-        for i, name in enumerate(dict.fromkeys(one.selector for one in here)):
-            same = sorted((one.bits, one.mean) for one in here if one.selector == name)
+        for i, name in enumerate(dict.fromkeys(one.selector for one in here if shared)):
+            same = sorted(
+                (one.bits, mean(one.kept, shared)) for one in here if one.selector == name
+            )
             if same[0][0]:
-                mean.plot(*zip(*same, strict=True), marker="o", color=f"C{i}", label=name)
+                means.plot(*zip(*same, strict=True), marker="o", color=f"C{i}", label=name)
             else:
-                mean.axhline(same[0][1], linestyle=":", color=f"C{i}", label=name)
+                means.axhline(same[0][1], linestyle=":", color=f"C{i}", label=name)
         for one in here:
             label = f"{one.selector}, {one.bits} bits" if one.bits else one.selector
             layers.plot(list(one.kept), list(one.kept.values()), marker=".", label=label)
         bits = sorted({one.bits for one in here if one.bits})
-        mean.set(title=f"{k} of {tokens:,} keys", xlabel="bits")
+        means.set(title=f"{k} of {tokens:,} keys", xlabel="bits")
         if bits:
-            mean.set_xscale("log", base=2)
-            mean.set_xticks(bits, [str(n) for n in bits])
+            means.set_xscale("log", base=2)
+            means.set_xticks(bits, [str(n) for n in bits])
         layers.set(xlabel="layer")
-        for panel in (mean, layers):
+        for panel in (means, layers):
             panel.axhline(1.0, color="black", linewidth=0.5)
-    above[0].set_ylabel("mass kept, share of exact top-k's, mean over layers")
+    above[0].set_ylabel("mass kept, share of exact top-k's, mean over shared layers")
     below[0].set_ylabel("mass kept, share of exact top-k's")
-    above[-1].legend(fontsize=7)
-    below[-1].legend(fontsize=6)
+    for panel, size in ((above[-1], 7), (below[-1], 6)):
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(fontsize=size)
     figure.savefig(path)
     return True

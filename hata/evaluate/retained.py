@@ -61,16 +61,6 @@ class Kept:
     kept: Mapping[int, float]
     recall: Mapping[int, float]
 
-    @property
-    def mean(self) -> float:
-        """`kept`, the mean over layers."""
-        return float(np.mean(list(self.kept.values())))
-
-    @property
-    def mean_recall(self) -> float:
-        """`recall`, the mean over layers."""
-        return float(np.mean(list(self.recall.values())))
-
 
 def measure(
     asked: Asked, scale: float, selectors: Iterable[Selector], budgets: Sequence[int]

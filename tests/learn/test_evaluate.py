@@ -156,12 +156,33 @@ def test_a_models_layers_are_measured_while_it_reads(tiny):
         model, ids, [Exact(), Coded("half", half)], [8], queries=16, on_sequence=lambda _: None
     )
     exact, coded = found
-    assert exact.mean == exact.mean_recall == 1
+    assert set(exact.kept.values()) == set(exact.recall.values()) == {1}
     assert list(exact.kept) == [0, 1]
     assert list(coded.kept) == [1]
-    assert 0 < coded.mean < 1.2
-    assert "| half (1 of 2 layers) | 64 |" in report.retained_tables(found)
+    assert 0 < coded.kept[1] < 1.2
     assert "| exact top-k | - | 1.0000 |" in report.retained_tables(found)
+
+
+def test_means_are_over_the_layers_that_all_rows_have():
+    """A row that lacks a bad layer is no better for it."""
+    whole = retained.Kept("whole", 64, 128, 8, *[{0: 0.25, 1: 0.5, 2: 0.75, 3: 0.25}] * 3)
+    some = retained.Kept("some", 64, 128, 8, *[{1: 0.5, 2: 0.75}] * 3)
+    told = report.retained_tables([whole, some])
+    assert told.count("mean over layers 1-2, those of 0-3 that all rows have") == 2
+    for name in ("whole", "some"):
+        assert told.count(f"| {name} | 64 | 0.6250 |") == 2
+    assert "| some | 64 | - | 0.500 | 0.750 | - |" in told
+    assert "mean over layers 0-3:" in report.retained_tables([whole])
+    other = retained.Kept("other", 64, 128, 8, *[{0: 0.5}] * 3)
+    told = report.retained_tables([some, other])
+    assert "no means to compare" in told
+    assert "| other | 64 | 0.500 | - | - |" in told
+
+
+def test_a_plot_of_rows_that_share_no_layer(tmp_path):
+    found = [retained.Kept(f"row {i}", 64, 128, 8, *[{i: 0.5}] * 3) for i in range(2)]
+    assert report.plot(tmp_path / "mass.png", found)
+    assert report.plot(tmp_path / "mass.png", found[:1])
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
