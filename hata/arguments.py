@@ -11,13 +11,17 @@ import numbers
 import operator
 from typing import Any
 
-from hata.arrays import ITEMSIZE, framework
+from hata.arrays import ITEMSIZE, Framework, framework
 from hata.backend import Budget
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 
 MAX_HEAD_DIM = 576
 # Sizes without an upper limit mean "all" from here on: no array has more slots.
 _ALL = 2**31 - 1
+# Kernels take numbers as float32: those from here on round to infinity there, and a positive one
+# below the smallest normal number may count as 0.
+_INFINITE = 2.0**128 - 2.0**103
+_SMALLEST = 2.0**-126
 
 
 class Arrays:
@@ -130,6 +134,16 @@ class Arrays:
         )
 
 
+def extent(fw: Framework, x: Any) -> tuple[int, bool]:
+    """Bytes from the first to the last element of an array that is not empty, and if all are its.
+
+    Strides must be 0 or more, as `Arrays.take` sees to.
+    """
+    steps = [(s, n) for s, n in zip(fw.strides(x), fw.shape(x), strict=True) if n > 1 and s]
+    elements = 1 + sum(s * (n - 1) for s, n in steps)
+    return elements * ITEMSIZE[fw.dtype(x)], elements == math.prod(n for _, n in steps)
+
+
 def equal(name: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
     """Check a whole shape; `why` says what it follows from."""
     if shape != expected:
@@ -191,7 +205,7 @@ def count(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """A finite float argument; NumPy's real scalars are numbers, bool and arrays are not."""
+    """A float argument, finite in float32; NumPy's real scalars are numbers, bool is none."""
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, numbers.Real)
     ):
@@ -202,8 +216,11 @@ def real(name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise HataShapeError(f"{name}: got {number}, expected a finite number")
+    # NaN fails every comparison.
+    if not abs(number) < _INFINITE:
+        raise HataShapeError(
+            f"{name}: got {number}, expected a finite number in float32, which kernels take it as"
+        )
     return number
 
 
@@ -241,10 +258,13 @@ def budget(k: Any, ratio: Any, k_min: Any, sink: Any, recent: Any) -> Budget:
 
 
 def softcap(value: Any) -> float | None:
-    """Check a soft cap: positive, or `None`."""
+    """Check a soft cap: a positive normal float32, or `None`."""
     if value is None:
         return None
     value = real("softcap", value)
-    if value <= 0:
-        raise HataShapeError(f"softcap: got {value}, expected a positive number, or None for none")
+    if value < _SMALLEST:
+        raise HataShapeError(
+            f"softcap: got {value}, expected a positive number of at least {_SMALLEST:.3g}, or "
+            "None for none"
+        )
     return value

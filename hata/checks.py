@@ -3,56 +3,120 @@
 Each function takes an op's arguments, raises what `hata.ops` documents, and returns
 `(framework, problem, device)`. What a check depends on (shapes, strides, dtypes, devices,
 alignment, flags) is its signature; a signature that passed is remembered, so a repeated call costs
-one dictionary look-up. Values on a device are never read, except under `HATA_CHECK=1`.
+one dictionary look-up, and a comparison of addresses where the call writes into its arguments.
+Values on a device are never read, except under `HATA_CHECK=1`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from hata.arguments import (
     Arrays,
     bits_of,
     code_width,
     equal,
+    extent,
     head_dim,
     multiple,
 )
 from hata.arrays import Framework, framework
 from hata.backend import Budget
-from hata.errors import HataDTypeError, HataShapeError
+from hata.errors import HataDTypeError, HataError, HataShapeError
 from hata.problem import Problem, pow2
 
 Checked = tuple[Framework, Problem, str]
 
 DATA = ("float32", "float16", "bfloat16")
 _LENGTHS = ("int32", "int64")
+# What HATA_CHECK may say.
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True}
+_SWITCH |= {"0": False, "false": False, "no": False, "off": False}
 # A growing cache makes a new signature at every step; the memo is emptied when it is full.
 _MEMO_LIMIT = 4096
-_memo: dict[tuple, Checked] = {}
+_memo: dict[tuple, tuple[Checked, tuple[_Span, ...]]] = {}
 
 
-def _memoised(key_arrays: tuple, scalars: tuple, check: Callable[[], Checked]) -> Checked:
-    fw = framework(*key_arrays[0])
+class _Span(NamedTuple):
+    """What an array takes up in memory, but for where it begins."""
+
+    argument: int
+    size: int
+    dense: bool
+    written: bool
+
+
+def _memoised(
+    named: tuple, scalars: tuple, check: Callable[[], Checked], written: tuple[str, ...] = ()
+) -> Checked:
+    fw = framework(*named[0])
     try:
         key = (
             fw.name,
             *scalars,
-            *[None if x is None else fw.signature(x) for _, x in key_arrays],
+            *[None if x is None else fw.signature(x) for _, x in named],
         )
-        found = _memo.get(key)
+        entry = _memo.get(key)
     except (AttributeError, TypeError, RuntimeError, KeyError):
         # Arrays of another kind, or none at all: the full check says what is wrong.
         check()
         raise
-    if found is None:
+    if entry is None:
         found = check()
+        # Tensors on meta have no memory.
+        entry = found, () if found[2] == "meta" else _spans(fw, named, written)
         if len(_memo) >= _MEMO_LIMIT:
             _memo.clear()
-        _memo[key] = found
+        _memo[key] = entry
+    found, spans = entry
+    if spans:
+        _apart(fw, spans, named)
     return found
+
+
+def _spans(fw: Framework, named: tuple, written: tuple[str, ...]) -> tuple[_Span, ...]:
+    """Spans of all arrays, those first that are written; none where none is."""
+    spans = [
+        _Span(i, *extent(fw, x), name in written)
+        for i, (name, x) in enumerate(named)
+        if x is not None and 0 not in fw.shape(x)
+    ]
+    spans.sort(key=lambda span: not span.written)
+    return tuple(spans) if spans and spans[0].written else ()
+
+
+def _apart(fw: Framework, spans: tuple[_Span, ...], named: tuple) -> None:
+    """Raise where an array that is written surely shares memory with another one.
+
+    Arrays that are interleaved, such as the keys and codes of one buffer, lie within one another's
+    bounds too; only a dense one, or a common first element, shows that memory is shared.
+    """
+    starts = [fw.pointer(named[span.argument][1]) for span in spans]
+    for i, span in enumerate(spans):
+        if not span.written:
+            return
+        start = starts[i]
+        end = start + span.size
+        for j in range(i + 1, len(spans)):
+            other = spans[j]
+            begin = starts[j]
+            stop = begin + other.size
+            if (
+                begin < end
+                and start < stop
+                and (
+                    begin == start
+                    or (span.dense and (start < begin or stop <= end))
+                    or (other.dense and (begin < start or end <= stop))
+                )
+            ):
+                name, shared = named[span.argument][0], named[other.argument][0]
+                raise HataShapeError(
+                    f"{name}: got memory that {shared} lies in too, expected memory of its own, "
+                    "since the call writes there; pass a copy"
+                )
 
 
 def _lengths(arrays: Arrays, batch: int, lengths: Any, starts: Any) -> None:
@@ -114,7 +178,7 @@ def encode(x: Any, projection: Any, bias: Any, out: Any, norms: Any) -> Checked:
         )
         return fw, problem, arrays.device
 
-    return _memoised(named, ("encode",), check)
+    return _memoised(named, ("encode",), check, ("out", "norms"))
 
 
 def _projection(
@@ -358,7 +422,8 @@ def hash_attend(
         )
         return arrays.fw, problem, arrays.device
 
-    return _memoised(named, ("hash_attend", budget.k, bool(fresh)), check)
+    written = ("key_codes", "key_norms") if fresh else ()
+    return _memoised(named, ("hash_attend", budget.k, bool(fresh)), check, written)
 
 
 def _heads(name: str, heads: int, kv_heads: int) -> None:
@@ -366,13 +431,28 @@ def _heads(name: str, heads: int, kv_heads: int) -> None:
         raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
 
 
-def values(slots: int, lengths: Any, starts: Any, indices: Any = None) -> None:
+def _reads_values() -> bool:
+    word = os.environ.get("HATA_CHECK")
+    if not word:
+        return False
+    found = _SWITCH.get(word.strip().lower())
+    if found is None:
+        raise HataError(
+            f"HATA_CHECK: got {word!r}, expected one of {', '.join(_SWITCH)}; correct or unset it"
+        )
+    return found
+
+
+def values(device: str, slots: int, lengths: Any, starts: Any, indices: Any = None) -> None:
     """Under `HATA_CHECK=1`: read lengths, starts and indices back and check them.
+
+    On `meta` there is nothing to read.
 
     Raises:
         HataShapeError: a length or start outside [0, S], an index >= S; the message names the row.
+        HataError: `HATA_CHECK` says neither yes nor no.
     """
-    if os.environ.get("HATA_CHECK") != "1":
+    if not _reads_values() or device == "meta":
         return
     for name, x in (("lengths", lengths), ("starts", starts)):
         if x is None:

@@ -13,9 +13,15 @@ Symbols used in every shape:
 - `k`: key budget: how many keys one KV head may attend to in one step
 
 Arrays may be of torch, NumPy (bfloat16 as `ml_dtypes.bfloat16`), CuPy or JAX, one kind per call;
-the same kind is returned. Data is bfloat16, float16 or float32 and accumulates in float32; float32
-products are IEEE products, never TF32. Any strides will do as long as the last dimension is dense;
-nothing is copied. Fast layout: the keys of a head contiguous over S, rows 16-byte aligned.
+the same kind is returned (the plain class, where a subclass came in). Data is bfloat16, float16 or
+float32 and accumulates in float32; float32 products are IEEE products, never TF32. Any strides will
+do as long as the last dimension is dense; nothing is copied. Fast layout: the keys of a head
+contiguous over S, rows 16-byte aligned. Tensors on torch's `meta` device are checked like others,
+and give tensors there.
+
+What a call writes into (`out`, `norms`, codes and norms of fresh keys) may share memory with no
+other argument. Where one is dense, or both begin alike, that is a `HataShapeError`; of arrays that
+lie between one another's rows it is not known.
 
 Visible keys: query t of row b sees the positions `[starts[b], lengths[b] - (T - 1 - t))`, so the
 last query sees all keys of its row; n_t is their number. `lengths` and `starts` are int32 or int64,
@@ -37,13 +43,16 @@ from hata.problem import OPS
 
 
 def _dispatched(x: Any) -> bool:
-    """Whether torch must see this call as a custom op: traced, fake or meta tensors."""
+    """Whether torch must see this call as a custom op: it is traced, or `x` is a fake or a wrapper.
+
+    A subclass without a dispatch of its own is a tensor like any other.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         return False
     if torch.compiler.is_compiling():
         return True
-    return type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _torch_ops() -> Any:
@@ -169,7 +178,7 @@ def hamming_topk(
             key_norms=key_norms,
             per_head=per_head,
         )
-    checks.values(k_codes.shape[2], lengths, starts)
+    checks.values(device, k_codes.shape[2], lengths, starts)
     return registry.resolve(problem, fw, device).launch_hamming_topk(
         problem, fw, q_codes, k_codes, lengths, starts, budget, key_norms, per_head
     )
@@ -198,8 +207,8 @@ def sparse_attend(
         keys: `[B, Hkv, S, D]`, in q's dtype.
         values: `[B, Hkv, S, Dv]`, in q's dtype.
         indices: `[B, Hkv, T, k]` int32, or `[B, H, T, k]` for one selection per query head.
-        scale: Factor of the logits; `None`: `D**-0.5`.
-        softcap: Soft cap of the logits, or `None`.
+        scale: Factor of the logits, finite in float32; `None`: `D**-0.5`.
+        softcap: Soft cap of the logits, a positive normal float32, or `None`.
         sink_logits: `[H]`, in q's dtype or float32.
         return_lse: Also return the natural log of the softmax denominator.
 
@@ -222,6 +231,7 @@ def sparse_attend(
             q, keys, values, indices, sink_logits, scale, softcap, return_lse=return_lse
         )
     softcap = arguments.softcap(softcap)
+    return_lse = arguments.flag("return_lse", return_lse)
     fw, problem, device = checks.sparse_attend(q, keys, values, indices, sink_logits)
     if fw.foreign:
         return fw.call(
@@ -235,7 +245,7 @@ def sparse_attend(
             sink_logits=sink_logits,
             return_lse=return_lse,
         )
-    checks.values(keys.shape[2], None, None, indices)
+    checks.values(device, keys.shape[2], None, None, indices)
     scale = problem.head_dim**-0.5 if scale is None else arguments.real("scale", scale)
     out, lse = registry.resolve(problem, fw, device).launch_sparse_attend(
         problem, fw, q, keys, values, indices, scale, softcap, sink_logits, return_lse
@@ -349,6 +359,7 @@ def hash_attend(
     softcap = arguments.softcap(softcap)
     fresh = arguments.count("fresh", fresh)
     dense_below = arguments.count("dense_below", dense_below)
+    return_lse = arguments.flag("return_lse", return_lse)
     fw, problem, device = checks.hash_attend(
         q,
         keys,
@@ -392,7 +403,7 @@ def hash_attend(
             sink_logits=sink_logits,
             return_lse=return_lse,
         )
-    checks.values(keys.shape[2], lengths, starts)
+    checks.values(device, keys.shape[2], lengths, starts)
     scale = problem.head_dim**-0.5 if scale is None else arguments.real("scale", scale)
     query_projection = projection if query_projection is None else query_projection
     query_bias = bias if query_bias is None else query_bias

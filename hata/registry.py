@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hata.arrays import Framework
 from hata.backend import Backend, Config
 from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBackend
+from hata.meta import Meta
 from hata.problem import Problem
 
 if TYPE_CHECKING:
@@ -56,12 +57,15 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.default = os.environ.get("HATA_BACKEND") or "auto"
+        named = os.environ.get("HATA_BACKEND", "").strip()
+        self.default = named or "auto"
+        # Said by errors, for nothing in the program names this backend.
+        self.by_environment = bool(named)
         self.backends: dict[str, Backend] = {}
         self.profile: Profile | None = None
         self.profile_known = False
         # Memo of decisions, emptied whenever anything above changes.
-        self.chosen: dict[tuple, Backend] = {}
+        self.chosen: dict[tuple, Backend | Meta] = {}
 
 
 _state = _State()
@@ -85,14 +89,23 @@ def class_of(name: str) -> type[Backend]:
     """Import the class of a backend, whether or not it can run here.
 
     Raises:
+        UnknownBackend: no backend has this name.
         BackendUnavailable: it cannot be imported, or is no backend.
     """
+    plugins = {} if name in BUILT_IN else _plugins()
+    if name not in BUILT_IN and name not in plugins:
+        names = ["auto", *BUILT_IN, *plugins]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownBackend(
+            f"backend: got {name!r}, expected one of {', '.join(map(repr, names))}.{hint}"
+        )
     try:
         if name in BUILT_IN:
             module, _, attribute = BUILT_IN[name].partition(":")
             found = getattr(importlib.import_module(module), attribute)
         else:
-            found = _plugins()[name].load()
+            found = plugins[name].load()
         # A plug-in is somebody else's code: whatever it raises is a reason, not our failure.
     except Exception as error:
         raise BackendUnavailable(
@@ -128,6 +141,7 @@ def missing(name: str) -> str | None:
     """Why a backend says that it cannot run on this machine; `None` if it can.
 
     Raises:
+        UnknownBackend: no backend has this name.
         BackendUnavailable: it does not even load, or fails to say; that is a fault of the backend
             and not of the machine.
     """
@@ -154,13 +168,6 @@ def load(name: str) -> Backend:
     found = _state.backends.get(name)
     if found is not None:
         return found
-    if name not in _known():
-        names = ["auto", *_known()]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownBackend(
-            f"backend: got {name!r}, expected one of {', '.join(map(repr, names))}.{hint}"
-        )
     with _state.lock:
         if name not in _state.backends:
             backend_class = class_of(name)
@@ -196,6 +203,7 @@ def set_backend(name: str) -> None:
         load(name)
     with _state.lock:
         _state.default = name
+        _state.by_environment = False
 
 
 @contextmanager
@@ -340,7 +348,7 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
 class _Preparation:
     """Stands in for a backend: a launch prepares itself and runs nothing."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend | Meta) -> None:
         self._backend = backend
 
     def __getattr__(self, launcher: str) -> Callable[..., Any]:
@@ -367,16 +375,25 @@ def resolve(problem: Problem, fw: Framework, device: str) -> Any:
     Raises:
         BackendUnavailable, HataDeviceError, HataDTypeError: the backend in force cannot run it
             (`UnsupportedProblem` where it has reasons against this problem alone).
+        UnknownBackend: `HATA_BACKEND` names none.
     """
     name = _local.get() or _state.default
     key = (name, problem, fw.name, device)
     chosen = _state.chosen
     backend = chosen.get(key)
     if backend is None:
-        if name == "auto":
+        if device == "meta":
+            # There is nothing to compute, so no backend is asked whether it could.
+            backend = Meta()
+        elif name == "auto":
             backend = _automatic(problem, fw, device)
         else:
-            backend = load(name)
+            try:
+                backend = load(name)
+            except (UnknownBackend, BackendUnavailable) as error:
+                if _local.get() is None and _state.by_environment:
+                    raise type(error)(f"HATA_BACKEND: {error}") from error
+                raise
             backend.accept(problem, fw, device)
         if len(chosen) >= 4096:
             chosen.clear()

@@ -14,14 +14,9 @@ from torch.library import custom_op
 from hata import ops
 
 
-def _plain(x: Tensor) -> Tensor:
-    """`x` without its Python subclass, of which the ops would make a custom op again."""
-    return x if type(x) is Tensor else x.as_subclass(Tensor)
-
-
 @custom_op("hata::encode", mutates_args=())
 def _encode(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
-    return ops.encode(_plain(x), projection, bias)
+    return ops.encode(x, projection, bias)
 
 
 @_encode.register_fake
@@ -33,7 +28,7 @@ def _(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
 def _encode_inplace(
     x: Tensor, projection: Tensor, bias: Tensor | None, out: Tensor, norms: Tensor | None
 ) -> None:
-    ops.encode(_plain(x), projection, bias, out=out, norms=norms)
+    ops.encode(x, projection, bias, out=out, norms=norms)
 
 
 @_encode_inplace.register_fake
@@ -58,7 +53,7 @@ def _hamming_topk(
     per_head: bool,
 ) -> Tensor:
     return ops.hamming_topk(
-        _plain(q_codes),
+        q_codes,
         k_codes,
         k,
         lengths=lengths,
@@ -108,7 +103,7 @@ def _sparse_attend(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     return ops.sparse_attend(
-        _plain(q),
+        q,
         keys,
         values,
         indices,
@@ -157,7 +152,7 @@ def _hash_attend(
     fresh: int,
 ) -> tuple[Tensor, Tensor]:
     return ops.hash_attend(
-        _plain(q),
+        q,
         keys,
         values,
         key_codes,

@@ -165,6 +165,25 @@ def test_gradients_are_refused_after_no_grad():
         call(kind=torch.tensor, projection=projection)
 
 
+def test_shared_memory_is_refused_after_memory_of_ones_own():
+    memory = np.zeros((1, 2, 1, 24), np.uint8)
+    codes, norms = memory.reshape(-1)[:8].reshape(1, 2, 1, 4), np.zeros((1, 2, 1), np.float16)
+    call("encode", out=codes, norms=norms)
+    wrong = memory.reshape(-1)[4:8].view(np.float16).reshape(1, 2, 1)
+    with pytest.raises(hata.HataShapeError, match="out: got memory that norms lies in too"):
+        call("encode", out=codes, norms=wrong)
+    projection = np.zeros((1, 16, 32), np.float32)
+    for at in (0, 100, 2040):
+        inside = projection.reshape(-1).view(np.uint8)[at : at + 8].reshape(1, 2, 1, 4)
+        with pytest.raises(hata.HataShapeError, match="out: got memory that projection lies in"):
+            call("encode", projection=projection, out=inside)
+    keys = np.zeros((1, 1, 8, 16), np.float32)
+    within = keys.reshape(-1)[:8].view(np.uint8).reshape(1, 1, 8, 4)
+    with pytest.raises(hata.HataShapeError, match="key_codes: got memory that keys lies in too"):
+        call(keys=keys, key_codes=within, fresh=1)
+    call(keys=keys, key_codes=within)
+
+
 def test_memory_of_calls_is_bounded(monkeypatch):
     monkeypatch.setattr(checks, "_MEMO_LIMIT", 10)
     for slots in range(1, 40):
@@ -183,6 +202,26 @@ def test_checks_of_values_are_off_by_default(monkeypatch):
     monkeypatch.setenv("HATA_CHECK", "1")
     with pytest.raises(AssertionError, match="lengths were read"):
         call(lengths=lengths)
+
+
+@pytest.mark.parametrize("word", ["1", "true", "TRUE", "yes", "on"])
+def test_words_that_switch_checks_on(monkeypatch, word):
+    monkeypatch.setenv("HATA_CHECK", word)
+    with pytest.raises(hata.HataShapeError, match="lengths: got 9"):
+        call(lengths=np.array(9))
+
+
+@pytest.mark.parametrize("word", ["", "0", "false", "No", "off"])
+def test_words_that_switch_checks_off(monkeypatch, word):
+    monkeypatch.setenv("HATA_CHECK", word)
+    call(lengths=np.array([8]))
+
+
+@pytest.mark.parametrize("word", ["ture", "2", "none"])
+def test_words_that_say_nothing_about_checks(monkeypatch, word):
+    monkeypatch.setenv("HATA_CHECK", word)
+    with pytest.raises(hata.HataError, match=f"HATA_CHECK: got '{word}', expected one of 1, true"):
+        call()
 
 
 def test_check_names_scalar_lengths_too(monkeypatch):

@@ -101,6 +101,36 @@ def test_fault_46_unknown_name():
     assert hata.get_backend() == "auto"
 
 
+def test_environment_names_the_backend(monkeypatch, plug_in):
+    monkeypatch.setenv("HATA_BACKEND", " reference ")
+    registry.reset()
+    assert hata.get_backend() == "reference"
+    plug_in("mine", WORKING + "    @classmethod\n    def missing(cls): return 'no such machine'\n")
+    for name, error, match in (
+        (
+            "referense",
+            hata.UnknownBackend,
+            "^HATA_BACKEND: backend: got 'referense', .*'reference'",
+        ),
+        ("mine", hata.BackendUnavailable, "^HATA_BACKEND: backend 'mine' cannot run here"),
+    ):
+        monkeypatch.setenv("HATA_BACKEND", name)
+        registry.reset()
+        with pytest.raises(error, match=match):
+            hata.encode(X, PROJECTION)
+        # A choice made in the program is not the environment's.
+        with hata.use_backend("reference"):
+            hata.encode(X, PROJECTION)
+        hata.set_backend("reference")
+        hata.encode(X, PROJECTION)
+
+
+def test_class_of_an_unknown_name():
+    for ask in (registry.class_of, registry.missing):
+        with pytest.raises(hata.UnknownBackend, match=r"got 'tritn', .*Did you mean 'triton'"):
+            ask("tritn")
+
+
 def test_fault_47_backend_that_cannot_run_here(plug_in):
     plug_in(
         "mine",

@@ -63,6 +63,20 @@ CASES = {
 }
 
 
+def test_a_suite_of_an_unknown_backend_says_so(tmp_path):
+    (tmp_path / "test_mine.py").write_text(TEST.replace('"mine"', '"referense"'))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+            "--import-mode=importlib", "-c", os.devnull, "--rootdir", str(tmp_path), "test_mine.py",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "backend: got 'referense', expected one of" in done.stdout
+    assert "Did you mean 'reference'?" in done.stdout
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_is_declared_skips(case, tmp_path):
     planted, more, code, expected = CASES[case]

@@ -183,6 +183,35 @@ class InputFaults(Properties):
         out = kit.put(np.zeros((2, 4, 40, 8), np.uint8), "expanded")
         self.refused(kit, "encode", HataShapeError, "out.*overlapping", out=out)
 
+    def test_fault_31_shared_where_written(self, kit: Kit) -> None:
+        """What is written shares memory with nothing else, wherever that can be told."""
+        half = kit.put(np.zeros(1, np.float16)).dtype
+        # Room for the codes of a head, then for its norms.
+        memory = kit.put(np.zeros((2, 4, 400), np.uint8))
+        out = memory[:, :, :320].reshape(2, 4, 40, 8)
+        match = "out: got memory that norms lies in too"
+        norms = memory[:, :, :80].view(half)
+        self.refused(kit, "encode", HataShapeError, match, out=out, norms=norms)
+        dense = memory.reshape(-1)[: 2 * 4 * 40 * 8].reshape(2, 4, 40, 8)
+        norms = memory[:, :, 160:240].view(half)
+        self.refused(kit, "encode", HataShapeError, match, out=dense, norms=norms)
+        placed, _ = self.arguments(kit, LEGAL, "encode")
+        given = {name: p and p.array for name, p in placed.items()}
+        expected = kit.get(self.run("encode", **given))
+        # Heads of one in the gaps of the other.
+        given |= {"out": out, "norms": memory[:, :, 320:].view(half)}
+        np.testing.assert_array_equal(kit.get(self.run("encode", **given)), expected)
+
+        codes = kit.put(np.zeros(2 * 2 * 40 * 8, np.uint8))
+        within = codes[320:640].view(half).reshape(2, 2, 40)
+        wrong: dict[str, Any] = {"key_codes": codes.reshape(2, 2, 40, 8), "key_norms": within}
+        match = "key_codes: got memory that key_norms lies in too"
+        self.refused(kit, "hash_attend", HataShapeError, match, **wrong, fresh=1)
+        # Where nothing is written, nothing is wrong.
+        placed, options = self.arguments(kit, LEGAL, "hash_attend")
+        given = {name: p and p.array for name, p in placed.items()}
+        self.run("hash_attend", **{**given, **options, **wrong})
+
     def test_fault_33_misaligned_pointer(self) -> None:
         if "numpy" not in self.loaded.frameworks:
             pytest.skip("only NumPy makes such pointers")
@@ -307,15 +336,18 @@ class InputFaults(Properties):
             for name in ("scale", "softcap"):
                 for wrong in ("1", True, [1.0], object()):
                     self.refused(kit, op, HataDTypeError, f"{name}: got", **{name: wrong})
-                for wrong in (float("nan"), float("inf"), 10**400):
+                # What is finite in float64 alone is not finite to a kernel.
+                for wrong in (float("nan"), float("inf"), 10**400, 1e39, -1e39):
                     self.refused(kit, op, HataShapeError, f"{name}: got", **{name: wrong})
-            for wrong in (0.0, -1.0):
+            for wrong in (0.0, -1.0, 1e-39, 1e-46):
                 self.refused(kit, op, HataShapeError, "softcap: got", softcap=wrong)
         for name in ("fresh", "dense_below"):
             self.refused(kit, "hash_attend", HataShapeError, name, **{name: -1})
             for wrong in (1.0, True, "1", None):
                 self.refused(kit, "hash_attend", HataDTypeError, name, **{name: wrong})
         self.refused(kit, "hamming_topk", HataDTypeError, "per_head: got", per_head="yes")
+        for op in ("sparse_attend", "hash_attend"):
+            self.refused(kit, op, HataDTypeError, "return_lse: got 'no'", return_lse="no")
 
     def test_numbers_beyond_64_bits(self, kit: Kit) -> None:
         """Sizes without an upper limit mean "all", however large."""

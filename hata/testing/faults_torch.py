@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hata
-from hata.errors import HataAutogradError, HataDeviceError
+from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 from hata.problem import OPS
 from hata.testing.faults_values import SMALL, changed
 from hata.testing.kits import TorchKit
@@ -44,6 +44,26 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+
+# What an op refuses, whatever kind of tensors it is given.
+UNUSUAL: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
+    "encode": [(HataDTypeError, "projection: got", {"projection": None})],
+    "hamming_topk": [
+        (HataShapeError, "k must be", {"k": 0}),
+        (HataDTypeError, "k: got 2.5", {"k": 2.5}),
+        (HataDTypeError, "per_head: got", {"per_head": "yes"}),
+    ],
+    "sparse_attend": [
+        (HataShapeError, "softcap: got", {"softcap": -1.0}),
+        (HataDTypeError, "scale: got", {"scale": "1"}),
+        (HataDTypeError, "return_lse: got", {"return_lse": 1}),
+    ],
+    "hash_attend": [
+        (HataShapeError, "at most k", {"sink": 4, "recent": 4}),
+        (HataShapeError, "fresh", {"fresh": -1}),
+        (HataDTypeError, "keys: got", {"keys": np.zeros((2, 2, 40, 32), np.float32)}),
+    ],
+}
 
 
 def _tuple(result: Any) -> tuple[Any, ...]:
@@ -130,7 +150,35 @@ class TorchFaults(Properties):
                 if tensor is not None:
                     named = {**tensors, name: tensor.as_subclass(Named)}
                     got = self.run(op, **named, **options)
-                    assert torch.equal(got.as_subclass(torch.Tensor), expected)
+                    assert type(got) is torch.Tensor
+                    assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("kind", ["subclass", "meta"])
+    def test_faults_of_unusual_tensors(self, torch_kit: TorchKit, kind: str) -> None:
+        """Subclasses, and tensors without data, are refused what tensors are."""
+        import torch
+
+        class Named(torch.Tensor):
+            pass
+
+        for op, wrongs in UNUSUAL.items():
+            tensors, options = self.tensors(torch_kit, SMALL, op)
+            first = next(iter(tensors))
+            if kind == "meta":
+                tensors = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
+            else:
+                tensors[first] = tensors[first].as_subclass(Named)
+            lead: Any = tensors[first]
+            for error, match, wrong in wrongs:
+                with pytest.raises(error, match=match):
+                    getattr(hata, op)(**{**tensors, **options, **wrong})
+            with pytest.raises(HataShapeError, match=f"{first}: .*4 dimensions"):
+                getattr(hata, op)(**{**tensors, first: lead[0]}, **options)
+            if lead.is_floating_point():
+                wanted = lead.detach().requires_grad_()
+                with pytest.raises(HataAutogradError, match=f"{first}: .*no_grad"):
+                    getattr(hata, op)(**{**tensors, first: wanted}, **options)
+            hata.prepare(op, **tensors, **options)
 
     def test_tensors_without_strides(self, torch_kit: TorchKit) -> None:
         """Sparse, conjugated and vmapped tensors are refused by name."""
