@@ -19,6 +19,7 @@ from typing import Any
 
 import hata
 from hata import device, registry
+from hata.commandline import Parser
 from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
 from hata.evaluate import command as eval_command
 from hata.learn import command as learn_command
@@ -46,33 +47,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; `None`: those of the process.
 
     Returns:
-        Exit status: 0, 1 for a fault in a file, 2 for a wrong command line, 130 if stopped.
+        Exit status: 0, 1 for a fault in a file or on the way, 2 for a wrong command line, 130 if
+        stopped.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # All that follows `tune` is the tuner's, its --help included.
     if arguments[:1] == ["tune"]:
         return _tune(arguments[1:])
     options = _parser().parse_args(arguments)
+    name = f"hata {arguments[0]}"
     try:
         return options.run(options)
     except HataError as error:
-        print(f"hata: error: {error}", file=sys.stderr)
-        return 1
+        print(f"{name}: error: {error}", file=sys.stderr)
+        # Messages begin with what is at fault, such as an option.
+        return 2 if str(error).startswith("--") else 1
     except BrokenPipeError:
         # `hata profile show FILE | head` closes early; what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         # A full disk, a folder that may not be written: the message names it.
-        print(f"hata: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("hata: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hata", description="Hash-aware top-k attention for long-context decoding."
     )
     parser.add_argument("--version", action="version", version=f"hata {hata.__version__}")
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _tune(arguments: list[str]) -> int:
     if importlib.util.find_spec(_TUNER) is None:
         print(
-            "hata: error: tune: the tuner is not installed beside hata; reinstall with: "
+            "hata tune: error: the tuner is not installed beside hata; reinstall with: "
             "pip install 'hata-attention[tune]'",
             file=sys.stderr,
         )
@@ -145,21 +149,20 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _learn(options: argparse.Namespace) -> int:
-    _need_torch("learn")
+    _need_torch()
     return learn_command.run(options)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    _need_torch("eval")
+    _need_torch()
     return eval_command.run(options)
 
 
-def _need_torch(command: str) -> None:
+def _need_torch() -> None:
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise BackendUnavailable(
-                f"hata {command}: needs {name}, which is not installed; "
-                "pip install 'hata-attention[learn]'"
+                f"needs {name}, which is not installed; pip install 'hata-attention[learn]'"
             )
 
 

@@ -338,8 +338,13 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, expected: str) -> Any:
     """What torch saved, read without running code."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise EncoderError(
+            f"source: got {path}, which torch wrote and alone can read, but torch is not "
+            "installed; pip install 'hata-attention[learn]'"
+        ) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

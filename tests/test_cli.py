@@ -150,11 +150,22 @@ def test_diff_says_what_changed(capsys, file, tmp_path):
 def test_a_fault_in_a_file_is_one_line_and_no_traceback(capsys, tmp_path):
     status, text, errors = run(capsys, "profile", "show", str(tmp_path / "absent.yaml"))
     assert (status, text) == (1, "")
-    assert errors.startswith("hata: error: ")
+    assert errors.startswith("hata profile: error: ")
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["profile"], ["profile", "show", "a", "b"], ["tun"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        [""],
+        ["profile"],
+        ["profile", "show", "a", "b"],
+        ["profile", "show", ""],
+        ["convert", "a", "--config", "b", "--out", ""],
+        ["tun"],
+    ],
+)
 def test_a_wrong_command_line_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import struct
+import sys
 import warnings
 
 import numpy as np
@@ -542,3 +543,21 @@ def test_an_out_that_cannot_be_written(weights, name, capsys):
     assert cli.main(words) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
+
+
+def test_without_torch_its_files_are_refused(weights, monkeypatch, capsys):
+    folder, _ = weights
+    monkeypatch.setitem(sys.modules, "torch", None)
+    words = [
+        "convert",
+        str(folder),
+        "--config",
+        str(folder),
+        "--out",
+        str(folder / "e.safetensors"),
+    ]
+    assert cli.main(words) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("hata convert: error: source: got ")
+    assert "torch is not installed; pip install" in told
+    assert told.count("\n") == 1

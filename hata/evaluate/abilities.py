@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hata.evaluate import decoding, report, selectors, tasks
 from hata.learn import text as texts
+
+
+def check_prompts(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    text: str,
+    places: Sequence[tuple[int, list[int]]],
+) -> None:
+    """Raise `CaptureError` where the prompts of a task cannot be made."""
+    for task in options.tasks:
+        for tokens, _ in places:
+            for prompt in _prompts(options, task, tokenizer, text, tokens):
+                if not tokenizer(prompt.value):
+                    raise texts.CaptureError(
+                        f"--tasks {task}: the tokenizer makes no tokens of {prompt.value!r}"
+                    )
 
 
 def tables(
@@ -18,17 +35,19 @@ def tables(
     encoders: Sequence[tuple[str, Any, int]],
     tokenizer: Any,
     text: str,
+    read: Mapping[int, np.ndarray],
     places: Sequence[tuple[int, list[int]]],
     device: str,
     progress: Any,
-) -> list[str]:
+) -> Iterator[str]:
     """One table per length and budget: a row per way to decode, a column per task and measure.
 
     Args:
         options: Of `hata eval`.
         encoders: Name, encoder and bits of each.
         tokenizer: Text to tokens.
-        text: What prompts are hidden in, and what is read.
+        text: What prompts are hidden in.
+        read: Length -> sequences that are read.
         places: Lengths, and budgets in keys.
         device: Where to run the model.
         progress: Told what happens.
@@ -46,7 +65,6 @@ def tables(
         for name, encoder, _ in encoders
         if (count := sum(layer >= options.dense_layers for layer in encoder.dense_layers))
     }
-    parts = []
     for tokens, budgets in places:
         for k in budgets:
             policy = decoding.Policy(
@@ -71,7 +89,7 @@ def tables(
                 right = _task(options, model, task, tokenizer, text, tokens, ways, batch, progress)
                 columns[task] = {way: f"{n}/{options.prompts}" for way, n in right.items()}
             if options.perplexity:
-                nats = _losses(options, model, tokenizer, text, tokens, ways, batch)
+                nats = _losses(options, model, read[tokens], ways, batch)
                 columns["perplexity"] = {way: f"{math.exp(x):.4f}" for way, x in nats.items()}
                 base = nats["dense", 0]
                 columns["against dense"] = {
@@ -90,9 +108,8 @@ def tables(
                 f"{tokens:,} tokens, a budget of {policy.share:.2%} ({options.sink} first and "
                 f"{options.recent} last keys within it), {options.dense_layers} dense layers"
             )
-            parts.append(f"{told}:\n\n{report.table(head, rows)}")
             progress.note(f"decoded: {told}")
-    return parts
+            yield f"{told}:\n\n{report.table(head, rows)}"
 
 
 def _task(
@@ -107,19 +124,12 @@ def _task(
     progress: Any,
 ) -> dict[tuple[str, int], int]:
     """Right answers of every way."""
-    try:
-        made = list(
-            tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed)
-        )
-    except ValueError as error:
-        raise texts.CaptureError(f"--tasks {task}: {error}") from None
+    made = list(_prompts(options, task, tokenizer, text, tokens))
     right = {(way.name, way.bits): 0 for way in ways}
     for start in range(0, len(made), batch):
         some = made[start : start + batch]
         ids = torch.tensor([prompt.tokens for prompt in some], device=model.device)
         wanted = [tokenizer(prompt.value) for prompt in some]
-        if not all(wanted):
-            raise texts.CaptureError(f"--tasks {task}: the tokenizer makes no tokens of digits")
         found = decoding.answers(model, ids, ways, max(map(len, wanted)))
         for way, answers in found.items():
             right[way] += sum(
@@ -129,17 +139,23 @@ def _task(
     return right
 
 
+def _prompts(
+    options: argparse.Namespace, task: str, tokenizer: Any, text: str, tokens: int
+) -> Iterator[tasks.Prompt]:
+    try:
+        yield from tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed)
+    except ValueError as error:
+        raise texts.CaptureError(f"--tasks {task}: {error}") from None
+
+
 def _losses(
     options: argparse.Namespace,
     model: Any,
-    tokenizer: Any,
-    text: str,
-    tokens: int,
+    ids: np.ndarray,
     ways: Sequence[Any],
     batch: int,
 ) -> dict[tuple[str, int], float]:
     """Nats per token of every way, the mean over sequences."""
-    ids = texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
     total = {(way.name, way.bits): 0.0 for way in ways}
     for start in range(0, len(ids), batch):
         some = torch.from_numpy(ids[start : start + batch]).to(model.device)

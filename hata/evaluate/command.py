@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hata.learn import text as texts
 from hata.learn.command import add_text_arguments, gather_text
 from hata.profile import user_path
 
+DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("exact", "random", "pages", "window")
 # Names of rows that are not encoders'.
 TAKEN = frozenset({"dense", "exact top-k", "random hash"})
@@ -72,22 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-mass", action="store_true", help="leave the attention mass out")
     parser.add_argument("--batch", type=int, help="prompts at a time (1 on a CPU, else 20)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", help="for decoding (float32 on a CPU, else the model's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="for decoding (float32 on a CPU, else the model's)"
+    )
     parser.add_argument("--out", help="folder for report.md and plots")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print the tables, and write them."""
+    """Measure, print each table as soon as it is there, and write all of them."""
     import torch
 
     from hata.evaluate import abilities, report, tasks
+    from hata.learn.checks import check_device
     from hata.learn.progress import Progress
 
     if unknown := set(options.tasks) - set(tasks.TASKS):
         raise texts.CaptureError(
             f"--tasks: got {sorted(unknown)}, expected some of {', '.join(tasks.TASKS)}"
         )
+    check_device(options.device, spread=False)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,22 +107,38 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = texts.load_tokenizer(user_path(options.model))
     longest = max(tokens for tokens, _ in places)
     text = gather_text(options, longest * options.sequences)
+    # Said now rather than after minutes.
+    read = {
+        tokens: texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
+        for tokens, _ in places
+    }
+    if options.tasks:
+        abilities.check_prompts(options, tokenizer, text, places)
     progress = Progress()
-    parts = [f"# {user_path(options.model).resolve().name}, {device}"]
+    parts: list[str] = []
+
+    def tell(part: str) -> None:
+        print(f"\n{part}" if parts else part, flush=True)
+        parts.append(part)
+        if folder is not None:
+            (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+    tell(f"# {user_path(options.model).resolve().name}, {device}")
     found: list[Any] = []
     if not options.no_mass:
-        found = _mass(options, config, encoders, tokenizer, text, places, device, progress)
+        found = _mass(options, encoders, read, places, device, progress)
         if not found:
             raise texts.CaptureError(
                 f"--model: no layer of {options.model} shows its queries and keys, or all have "
                 "sliding windows; there is nothing to compare"
             )
-        parts.append(report.retained_tables(found))
+        tell(report.retained_tables(found))
     if options.tasks or options.perplexity:
-        parts += abilities.tables(options, encoders, tokenizer, text, places, device, progress)
-    print("\n\n".join(parts))
+        for part in abilities.tables(
+            options, encoders, tokenizer, text, read, places, device, progress
+        ):
+            tell(part)
     if folder is not None:
-        (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         if found and not report.plot(folder / "mass.png", found):
             progress.note("no plot: it needs matplotlib, from the learn extra")
         progress.note(f"report: {folder / 'report.md'}")
@@ -229,10 +252,8 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
 
 def _mass(
     options: argparse.Namespace,
-    config: Any,
     encoders: Sequence[tuple[str, Any, int]],
-    tokenizer: Any,
-    text: str,
+    read: Mapping[int, np.ndarray],
     places: Sequence[tuple[int, list[int]]],
     device: str,
     progress: Any,
@@ -251,7 +272,7 @@ def _mass(
     model = recorder.load_model(options.model, device)
     found: list[Any] = []
     for tokens, budgets in places:
-        ids = texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
+        ids = read[tokens]
         found += retained.evaluate(
             model,
             ids,

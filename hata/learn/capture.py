@@ -192,13 +192,13 @@ def _written(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
         why = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise CaptureError(
-            f"--work: {path} cannot be written ({why}); free space, then go on with --resume"
+            f"{path} cannot be written ({why}); free space, then go on with --resume"
         ) from None
 
 
 def _damaged(path: Path, error: Exception) -> CaptureError:
     return CaptureError(
-        f"--resume: {path} is damaged ({first_line(error)}); delete it, then go on with --resume"
+        f"{path} is damaged ({first_line(error)}); delete it, then go on with --resume"
     )
 
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hata import encoder_layer
 from hata.encoder import ModelShape
 from hata.errors import HataError
-from hata.learn.folders import CAPTURE
+from hata.learn.folders import CAPTURE, work_of
 from hata.learn.plan import LearnError
 from hata.learn.recipe import Recipe
 from hata.learn.text import CaptureError, first_line
@@ -43,7 +42,7 @@ class Places(NamedTuple):
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Raise `LearnError` for a number out of its range, `EncoderError` for such bits."""
+    """Raise `LearnError` for a number out of its range."""
     check_least(options, _LEAST)
     if options.seed > MOST_SEED:
         raise LearnError(f"--seed: got {options.seed}, expected {MOST_SEED} or less")
@@ -61,18 +60,21 @@ def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
 
 
 def check_bits(bits: int) -> None:
-    """Raise `LearnError` or `EncoderError` for a number of bits that no code has."""
-    if bits > MOST_BITS:
-        raise LearnError(f"--bits: got {bits}, expected a multiple of 32, up to {MOST_BITS}")
-    encoder_layer.check_bits(bits)
+    """Raise `LearnError` for a number of bits that no code has."""
+    if not 0 < bits <= MOST_BITS or bits % 32:
+        raise LearnError(
+            f"--bits: got {bits}, expected a positive multiple of 32, up to {MOST_BITS}"
+        )
 
 
-def check_device(name: str) -> None:
-    """Raise `LearnError` for a device that there is not."""
+def check_device(name: str, *, spread: bool = True) -> None:
+    """Raise `LearnError` for a device that there is not, or for all of them where one is meant."""
     import torch
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|spread", name):
-        raise LearnError(f"--device: got {name!r}, expected auto, cpu, cuda, cuda:N or spread")
+    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|spread", name)
+    if not known or (name == "spread" and not spread):
+        names = "cuda, cuda:N or spread" if spread else "cuda or cuda:N"
+        raise LearnError(f"--device: got {name!r}, expected auto, cpu, {names}")
     if name in ("auto", "cpu"):
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -110,11 +112,6 @@ def places_of(options: argparse.Namespace) -> Places:
     _check_file("--out", out)
     _check_file("--plot", image)
     return Places(out, image, work, store, bool(options.capture))
-
-
-def work_of(options: argparse.Namespace) -> Path:
-    """The working folder."""
-    return user_path(options.work) if options.work else user_path(options.out).with_suffix(".work")
 
 
 def _within(option: str, path: Path, folder: Path) -> bool:
@@ -159,8 +156,8 @@ def shape_of(config: Any) -> ModelShape:
     """
     try:
         shape = ModelShape.of(config)
-    except HataError:
-        raise
+    except HataError as error:
+        raise CaptureError(f"--model: {error}") from None
     # Fields of wrong types fail in as many ways as there are configurations.
     except Exception as error:
         raise CaptureError(

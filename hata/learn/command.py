@@ -88,7 +88,11 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         help='"python": sources of the installed packages; else a name for the datasets library',
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="NAME", help="folders and files to leave out"
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="folders and files to leave out, by their names alone",
     )
 
 
@@ -101,14 +105,16 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _rehearse(options) if options.rehearse is not None else _learn(options)
     except KeyboardInterrupt:
-        print(f"hata: interrupted{_left(options)}", file=sys.stderr)
+        print(f"hata learn: interrupted{_left(options)}", file=sys.stderr)
         return 130
 
 
 def _left(options: argparse.Namespace) -> str:
-    """What an interrupted run can go on with, in words."""
-    from hata.learn.checks import work_of
-    from hata.learn.folders import MARK
+    """What an interrupted run can go on with, in words.
+
+    Loads no framework: one that was half loaded as it was interrupted cannot be loaded again.
+    """
+    from hata.learn.folders import MARK, work_of
 
     if options.out is None or options.rehearse is not None:
         return ""
@@ -139,9 +145,10 @@ def _learn(options: argparse.Namespace) -> int:
     from hata.learn import recorder
     from hata.learn.checks import check_device, check_numbers, places_of
     from hata.learn.folders import clear, held, prepare
-    from hata.learn.plan import Capture, Plan, settings_of
+    from hata.learn.plan import Capture, Plan
     from hata.learn.progress import Progress
     from hata.learn.ranks import joined
+    from hata.learn.recipes import settings_of
     from hata.learn.trainer import learn
     from hata.learn.weights import fingerprint
 
@@ -242,8 +249,7 @@ def _write(places: Any, plan: Any, outcome: Any, progress: Any) -> None:
         outcome.encoder.save(places.out)
     except EncoderError as error:
         raise LearnError(
-            f"--out: {error}; what was trained lies in {places.work}: free space, then go on with "
-            "--resume"
+            f"{error}; what was trained lies in {places.work}: free space, then go on with --resume"
         ) from None
     for layer, why in sorted(outcome.dense.items()):
         progress.note(f"layer {layer} stays dense: {why}")
@@ -261,7 +267,8 @@ def _write(places: Any, plan: Any, outcome: Any, progress: Any) -> None:
 
 def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     """The recipe with its settings, and the bits of a code."""
-    from hata.learn.plan import RECIPES, LearnError
+    from hata.learn.plan import LearnError
+    from hata.learn.recipes import RECIPES
 
     recipe: Any = RECIPES[options.recipe]
     if options.recipe == "listwise" and _on_cpu(options):
@@ -372,5 +379,13 @@ def gather_text(options: argparse.Namespace, tokens: int) -> str:
     # Sequences are spread over the text, so there is more of it than they hold.
     characters = 16 * tokens
     if options.dataset == "python":
-        return texts.python_sources(characters, without=options.without)
+        text, absent = texts.python_sources(characters, without=options.without)
+        if absent:
+            # What is not installed is not read either; a name that is misspelt would be.
+            print(
+                f"note: --without: no installed package has a file or folder named "
+                f"{', '.join(map(repr, absent))}, so nothing was left out for it",
+                file=sys.stderr,
+            )
+        return text
     return texts.dataset_text(options.dataset, characters)

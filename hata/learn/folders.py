@@ -10,6 +10,7 @@ Whoever works in a folder holds its lock, so that a second run is told instead o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -22,16 +23,26 @@ from typing import Any
 import filelock
 
 from hata.learn.plan import Capture, LearnError, Plan
+from hata.profile import user_path
 
 MARK = "plan.json"
 LOCK = ".hata-lock"
 CAPTURE = "capture"
 # Of a mark: a folder of one kind is never taken for one of the other.
 _FORMATS: dict[type, str] = {Plan: "hata.learn.work/1", Capture: "hata.learn.capture/1"}
+_FINGERPRINTS = {
+    "weights": "the weights or the config.json of --model are",
+    "text": "the tokens read of --text or --dataset are",
+}
 _MARKS = re.compile(r"plan\.(json|part\d+)")
 _LAYER_FILES = re.compile(r"layer_\d+\.safetensors|\.layer_\d+\.safetensors\.\w+")
 _LAYER_FOLDERS = re.compile(r"layer_\d+")
 _SEQUENCE_FILES = re.compile(r"sequence_\d+\.(safetensors|json|part\d*)")
+
+
+def work_of(options: argparse.Namespace) -> Path:
+    """The working folder that a command line means."""
+    return user_path(options.work) if options.work else user_path(options.out).with_suffix(".work")
 
 
 @contextmanager
@@ -92,9 +103,10 @@ def prepare(
     if before is not None and resume:
         differ = list(dict.fromkeys(_differences(before, now)))
         if differ:
+            anew = ", or leave --resume out to begin anew" if type(plan) is Plan else ""
             raise LearnError(
                 f"{option}: {folder} is of another training ({'; '.join(differ[:3])}); ask for the "
-                "same, or name another folder"
+                f"same, name another folder{anew}"
             )
         return True
     mark = folder / MARK
@@ -197,8 +209,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old = before.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             found += _differences(old, value)
-        elif old != value and name == "weights":
-            found.append("the weights or the config.json of --model are other ones")
+        elif old != value and name in _FINGERPRINTS:
+            found.append(f"{_FINGERPRINTS[name]} other ones")
         elif old != value:
             found.append(f"{name}: {old!r} there, {value!r} asked")
     return found

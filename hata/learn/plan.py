@@ -1,20 +1,13 @@
-"""`Plan`: what one training is to do, written down so that it can be resumed."""
+"""`Plan`: what one training is to do, written down so that it can be resumed.
+
+Loads no framework.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 from hata.errors import HataError
-from hata.learn.hashattention import HashAttention
-from hata.learn.hata_recipe import HataRecipe
-from hata.learn.listwise import Listwise
-from hata.learn.recipe import Recipe
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (Listwise(), HataRecipe(), HashAttention())
-}
 
 
 class LearnError(HataError, ValueError):
@@ -71,8 +64,3 @@ class Plan:
     bits: int
     steps: int
     seed: int
-
-
-def settings_of(recipe: Recipe) -> str:
-    """A recipe's settings, in words."""
-    return json.dumps(dataclasses.asdict(recipe), sort_keys=True)  # type: ignore[call-overload]

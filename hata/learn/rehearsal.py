@@ -19,10 +19,11 @@ import torch
 from hata.encoder import ModelShape
 from hata.learn import recorder
 from hata.learn.folders import CAPTURE, prepare
-from hata.learn.plan import Capture, Plan, settings_of
+from hata.learn.plan import Capture, Plan
 from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Recipe
+from hata.learn.recipes import settings_of
 from hata.learn.trainer import learn
 
 

@@ -32,25 +32,49 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
         without: Names of folders and files that are left out: text held out for judging.
 
     Raises:
-        CaptureError: One is missing or no text.
+        CaptureError: One is missing or no text, or there is nothing of a name to leave out.
     """
     texts = []
+    out = _LeftOut(without)
     for name in paths:
         path = user_path(name)
         if _is_folder(path):
-            texts += _folder_texts(path, without)
+            texts += _folder_texts(path, out)
             continue
-        if set(without).intersection(path.parts):
+        if out.holds(path):
             continue
         try:
             texts.append(_read(path))
         except UnicodeDecodeError:
             raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
+    if absent := out.absent():
+        raise CaptureError(
+            f"--without: got {', '.join(map(repr, absent))}, but nothing of --text is named so; "
+            "give names of files or of folders below those of --text, without slashes"
+        )
     if without and not texts:
         raise CaptureError(
             f"--text: --without {' '.join(without)} leaves nothing of it; name more text"
         )
     return "\n".join(texts)
+
+
+class _LeftOut:
+    """Names of files and folders that are left out, and which of them there were."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = dict.fromkeys(names)
+        self._met: set[str] = set()
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file, or a folder that it lies in, has one of the names."""
+        found = self._names.keys() & path.parts
+        self._met |= found
+        return bool(found)
+
+    def absent(self) -> list[str]:
+        """The names that nothing had."""
+        return [name for name in self._names if name not in self._met]
 
 
 def _is_folder(path: Path) -> bool:
@@ -60,14 +84,12 @@ def _is_folder(path: Path) -> bool:
         raise _unreadable(path, error) from None
 
 
-def _folder_texts(folder: Path, without: Sequence[str]) -> list[str]:
+def _folder_texts(folder: Path, out: _LeftOut) -> list[str]:
     try:
         found = [
             p
             for p in sorted(folder.rglob("*"))
-            if p.suffix in SUFFIXES
-            and p.is_file()
-            and not set(without).intersection(p.relative_to(folder).parts)
+            if not out.holds(p.relative_to(folder)) and p.suffix in SUFFIXES and p.is_file()
         ]
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -206,20 +228,22 @@ def load_config(model: str | Path) -> Any:
         raise CaptureError(f"--model: {model}: config.json: {first_line(error)}") from None
 
 
-def python_sources(characters: int, *, without: Sequence[str] = (), seed: int = 0) -> str:
+def python_sources(
+    characters: int, *, without: Sequence[str] = (), seed: int = 0
+) -> tuple[str, list[str]]:
     """Sources of the installed packages, files in an order drawn by the seed.
 
     Args:
         characters: How much is enough.
         without: Names of packages and folders to leave out.
         seed: Of the order.
+
+    Returns:
+        The text, and the names to leave out that nothing has.
     """
+    out = _LeftOut(without)
     root = Path(np.__file__).resolve().parent.parent
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not set(without).intersection(path.relative_to(root).parts)
-    ]
+    files = [path for path in sorted(root.rglob("*.py")) if not out.holds(path.relative_to(root))]
     order = np.random.default_rng(seed).permutation(len(files))
     texts: list[str] = []
     size = 0
@@ -231,7 +255,7 @@ def python_sources(characters: int, *, without: Sequence[str] = (), seed: int = 
         except (OSError, UnicodeDecodeError):
             continue
         size += len(texts[-1])
-    return "\n".join(texts)
+    return "\n".join(texts), out.absent()
 
 
 def dataset_text(name: str, characters: int) -> str:

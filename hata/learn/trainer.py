@@ -207,8 +207,8 @@ def _train_layer(
         encoder_file.write(path, tensors, {"history": json.dumps(history)})
     except OSError as error:
         raise LearnError(
-            f"--work: {path} cannot be written ({error.strerror or error}); free space, then go on "
-            "with --resume"
+            f"{path} cannot be written ({error.strerror or error}); free space, then go on with "
+            "--resume"
         ) from None
 
 
@@ -247,8 +247,7 @@ def _read_layer(path: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]
         return json.loads(header["history"]), tensors
     except (EncoderError, KeyError, ValueError) as error:
         raise LearnError(
-            f"--resume: {path} is damaged ({first_line(error)}); delete it, then go on with "
-            "--resume"
+            f"{path} is damaged ({first_line(error)}); delete it, then go on with --resume"
         ) from None
 
 

@@ -284,7 +284,6 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
         (["--at", "100:x"], "such as 4096:64,128"),
         (["--at", "100:200"], "budgets of no more keys"),
         (["--tasks", "sums"], "expected some of needle"),
-        (["--encoder", "none.safetensors"], "is not a file"),
         (["--at", "999999"], "expected at most 4096, the model's limit"),
         (["--sequences", "0"], "--sequences: got 0, expected 1 or more"),
         (["--queries", "-5"], "--queries: got -5"),
@@ -293,19 +292,60 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
         (["--perplexity", "255", "--at", "256:32"], "expected at most 254 of 256 tokens"),
         (["--batch", "-1"], "--batch: got -1"),
         (["--dense-layers", "-1"], "--dense-layers: got -1"),
-        (["--bits", "0", "64"], "bits: got 0, expected a positive multiple of 32"),
+        (["--bits", "0", "64"], "--bits: got 0, expected a positive multiple of 32"),
         (["--tasks", "needle", "--at", "256:16"], "expected no more than the budget of 16"),
         (["--tasks", "needle", "--at", "128:32"], "--tasks needle: length: got 128 tokens"),
         (["--methods"], "nothing is compared"),
         (["--no-mass"], "nothing to measure"),
-        (["--device", "nonsense", "--no-mass", "--tasks", "needle"], "cannot be loaded"),
+        (["--tasks", "needle", "tracking", "--at", "512:32"], "--tasks tracking: length: got 512"),
+        (["--sequences", "99"], "expected at least 405504 for 99"),
+        (["--device", "nonsense"], "--device: got 'nonsense', expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cpu:7"], "--device: got 'cpu:7', expected auto"),
+        (["--device", "spread"], "--device: got 'spread', expected auto"),
         (["--out", "/dev/null/report"], "cannot be made a folder"),
     ],
 )
-def test_faults_are_named(tiny, text, capsys, more, expected):
+def test_faults_are_named_before_anything_is_measured(
+    tiny, text, capsys, monkeypatch, more, expected
+):
+    monkeypatch.setattr(recorder, "load_model", None)
+    monkeypatch.setattr(decoding, "load", None)
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
-    assert cli.main([*words, *more]) == 1
-    assert expected in capsys.readouterr().err
+    assert cli.main([*words, *more]) == 2
+    told = capsys.readouterr()
+    assert expected in told.err
+    assert told.err.startswith("hata eval: error: --")
+    assert told.err.count("\n") == 1
+    assert not told.out
+
+
+def test_a_fault_in_a_file_is_none_of_the_command_line(tiny, text, capsys):
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
+    assert cli.main([*words, "--encoder", "none.safetensors"]) == 1
+    assert "is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--dtype", "--out", "--encoder"])
+def test_values_that_argparse_refuses(tiny, text, capsys, option):
+    value = {"--dtype": "bogus"}.get(option, "")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "--model", str(tiny), "--text", str(text), option, value])
+    assert stop.value.code == 2
+    assert f"hata eval: error: argument {option}: " in capsys.readouterr().err
+
+
+def test_what_was_measured_is_told_before_anything_fails(tiny, text, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise CaptureError("planted failure")
+
+    monkeypatch.setattr(decoding, "load", fails)
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--at"]
+    words += ["256:32", "--sequences", "1", "--perplexity", "3", "--bits", "32"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "planted failure" in told.err
+    assert "Mass kept" in told.out
+    assert (tmp_path / "report.md").read_text() == told.out
 
 
 @pytest.mark.parametrize(
@@ -319,7 +359,7 @@ def test_every_row_has_a_name_of_its_own(tiny, text, encoders, tmp_path, capsys,
         encoders["query projection"].save(path)
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--encoder"]
     words += [f"{name}{path}" for name, path in zip(names, paths, strict=True)]
-    assert cli.main(words) == 1
+    assert cli.main(words) == 2
     assert f"{told} for" in capsys.readouterr().err
 
 
@@ -330,7 +370,7 @@ def test_latent_attention_is_not_decoded(latent, text, capsys):
         # A release of transformers that caches whole keys.
         assert status == 0
         return
-    assert status == 1
+    assert status == 2
     assert "(latent attention), and cannot be compared" in capsys.readouterr().err
 
 

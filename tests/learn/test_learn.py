@@ -104,8 +104,12 @@ def test_a_run_that_was_cut_off_goes_on(learned, tiny, text, tmp_path, monkeypat
 
     assert cli.main(arguments(tiny, text, out, work=work, keep=True)) == 0
     capsys.readouterr()
-    assert cli.main(arguments(tiny, text, out, work=work, resume=True, steps=5)) == 1
-    assert "steps: 4 there, 5 asked" in capsys.readouterr().err
+    other = tmp_path / "other.py"
+    other.write_text(text.read_text() + "# the end\n")
+    assert cli.main(arguments(tiny, other, out, work=work, resume=True, steps=5)) == 2
+    told = capsys.readouterr().err
+    assert "the tokens read of --text or --dataset are other ones; steps: 4 there, 5 ask" in told
+    assert "or leave --resume out to begin anew" in told
 
 
 def test_layers_side_by_side(learned, tiny, text, tmp_path, monkeypatch):
@@ -198,9 +202,10 @@ def test_text(tmp_path):
     (tmp_path / "kept" / "b.py").write_bytes(b"\xff\xfe")
     (tmp_path / "held_out" / "c.py").write_text("second")
     assert read_text([tmp_path], without=["held_out"]) == "first"
-    sources = python_sources(20000, without=["networkx"])
+    sources, absent = python_sources(20000, without=["numpy", "numpi"])
     assert len(sources) >= 20000
-    assert python_sources(20000, without=["networkx"]) == sources
+    assert absent == ["numpi"]
+    assert python_sources(20000, without=["numpy", "numpi"]) == (sources, absent)
     assert sequences(lambda s: [ord(c) for c in s], "abc" * 100, 2, 8, 4).shape == (2, 8)
 
 
@@ -233,6 +238,7 @@ def test_layers_in_words():
         ({"text": "x" * 300}, "cannot be read"),
         ({"model": "x" * 300}, "expected a folder with config.json"),
         ({"without": "text.py"}, "leaves nothing of it"),
+        ({"without": "tests/"}, "--without: got 'tests/', but nothing of --text is named so"),
         ({"query_codes": 3}, "--query-codes: got 3, expected a multiple of 2"),
         ({"out": "folder.safetensors"}, "which is a folder"),
         ({"out": "mine.txt/enc.safetensors"}, "cannot be written"),
@@ -263,25 +269,45 @@ def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, ex
     changes = dict(changes)
     out, model = changes.pop("out", out), changes.pop("model", model)
     given = changes.pop("text", given)
-    assert cli.main(arguments(model, given, out, **changes)) == 1
+    assert cli.main(arguments(model, given, out, **changes)) == 2
     told = capsys.readouterr().err
     assert expected in told
-    assert "Traceback" not in told
+    assert told.startswith("hata learn: error: --")
+    assert told.count("\n") == 1
     assert (tmp_path / "mine.txt").read_text() == "do not touch"
     assert not (tmp_path / "enc.safetensors").exists()
 
 
 def test_only_nested_codes_can_be_trained_as_others(tiny, text, tmp_path, capsys):
     words = arguments(tiny, text, tmp_path / "enc.safetensors", recipe="hata")
-    assert cli.main([*words, "--no-nested"]) == 1
+    assert cli.main([*words, "--no-nested"]) == 2
     assert "--no-nested: got it for recipe hata" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--work", "--capture", "--plot", "--without"])
+def test_an_empty_value_is_not_one_left_out(tiny, text, tmp_path, capsys, option):
+    words = arguments(tiny, text, tmp_path / "enc.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, option, ""])
+    assert stop.value.code == 2
+    assert f"hata learn: error: argument {option}: got an empty value" in capsys.readouterr().err
+
+
+def test_a_name_that_no_package_has_is_told(tiny, tmp_path, capsys, monkeypatch):
+    """Nothing of it can be read, but somebody may have meant another name."""
+    monkeypatch.setattr("hata.learn.text.load_tokenizer", lambda _: lambda text: [3] * len(text))
+    words = arguments(tiny, "x", tmp_path / "e.safetensors", dataset="python", steps=1, layers=0)
+    del words[words.index("--text") : words.index("--text") + 2]
+    assert cli.main([*words, "--without", "numpy", "numpi"]) == 0
+    told = capsys.readouterr().err
+    assert "note: --without: no installed package has a file or folder named 'numpi', so" in told
 
 
 def test_a_dataset_needs_its_library(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     words = arguments(tiny, "x", tmp_path / "e.safetensors", dataset="some/name")
     del words[words.index("--text") : words.index("--text") + 2]
-    assert cli.main(words) == 1
+    assert cli.main(words) == 2
     assert "needs the datasets library" in capsys.readouterr().err
 
 
@@ -296,7 +322,7 @@ def test_a_model_without_attention_to_see_is_refused(tmp_path, text, capsys):
     (tmp_path / "m" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "ByT5Tokenizer"})
     )
-    assert cli.main(arguments(tmp_path / "m", text, tmp_path / "e.safetensors")) == 1
+    assert cli.main(arguments(tmp_path / "m", text, tmp_path / "e.safetensors")) == 2
     assert "attends to a sliding window" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "e.work")
 
@@ -310,6 +336,6 @@ def test_a_rehearsal_needs_a_configuration_only(tiny, tmp_path, capsys):
     assert "measured: 1 of 2 layers, 2 sequences of 300 tokens" in told
     assert "extrapolated to 2 layers" in told
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert cli.main([*words, "--rehearse", "0"]) == 1
-    assert cli.main(["learn", "--model", str(tiny), "--dataset", "python"]) == 1
+    assert cli.main([*words, "--rehearse", "0"]) == 2
+    assert cli.main(["learn", "--model", str(tiny), "--dataset", "python"]) == 2
     assert "--out: got none" in capsys.readouterr().err

@@ -48,5 +48,10 @@ def test_files_can_be_left_out(tmp_path):
         (tmp_path / name).write_text(name)
     every = [tmp_path / name for name in ("a.py", "b.py", "held_out/c.py")]
     assert read_text(every, without=["b.py", "held_out"]) == "a.py"
+    # A folder whose files are left out, or are no text, is there.
+    assert read_text([tmp_path, *every[:1]], without=["held_out"]).count("a.py") == 2
+    for absent in ("held-out", "held_out/", "held_out/c.py", tmp_path.name):
+        with pytest.raises(CaptureError, match=f"--without: got '{absent}', but nothing"):
+            read_text([tmp_path], without=["b.py", absent])
     with pytest.raises(CaptureError, match="leaves nothing of it"):
         read_text(every[:1], without=["a.py"])

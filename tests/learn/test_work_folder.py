@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import filelock
 import numpy as np
@@ -60,7 +62,7 @@ def files(folder):
 )
 def test_what_is_written_is_not_deleted_with_the_working_folder(learn, tmp_path, words):
     status, told = learn(words.format(here=tmp_path.name))
-    assert status == 1
+    assert status == 2
     assert "lies inside the working folder" in told
     assert files(tmp_path) == ["text.py"]
 
@@ -73,7 +75,7 @@ def test_a_folder_of_something_else_stays_as_it_is(learn, tmp_path, option, mark
     (tmp_path / "project" / "plan.json").write_text(mark)
     for more in ("", " --resume"):
         status, told = learn(f"--out e.safetensors {option} project{more}")
-        assert status == 1
+        assert status == 2
         assert f"{option}: got project, which holds files of something else" in told
     assert files(tmp_path / "project") == ["layers/layer_000.safetensors", "plan.json"]
 
@@ -91,7 +93,7 @@ def test_only_what_trainings_wrote_is_deleted(learn, tmp_path):
     (work / "capture" / "plan.json").write_text("")
     assert learn("--out e.safetensors --work w")[0] == 0
     assert files(work) == mine
-    assert learn("--out e.safetensors --work w")[0] == 1
+    assert learn("--out e.safetensors --work w")[0] == 2
     assert files(tmp_path / "elsewhere") == ["sequence_000.safetensors"]
 
 
@@ -100,12 +102,12 @@ def test_a_kept_capture_is_never_deleted(learn, tmp_path):
     kept = files(tmp_path / "cap")
     assert len(kept) == 10
     status, told = learn("--out e.safetensors --work cap")
-    assert status == 1
+    assert status == 2
     assert "of another kind" in told
     for words in ("--work w --capture w/cap", "--work cap --capture cap", "--work cap/w"):
         words += "" if "--capture" in words else " --capture cap"
         status, told = learn(f"--out e.safetensors {words}")
-        assert status == 1
+        assert status == 2
         assert "neither lies inside the other" in told
     assert files(tmp_path / "cap") == kept
 
@@ -117,7 +119,7 @@ def test_a_link_to_a_working_folder_is_followed_and_stays(learn, tmp_path):
     assert learn("--out e.safetensors --work w")[0] == 0
     assert (tmp_path / "w").is_symlink()
     status, told = learn("--out e.safetensors --work gone")
-    assert status == 1
+    assert status == 2
     assert "--work: gone cannot be used" in told
 
 
@@ -128,7 +130,7 @@ def test_a_folder_in_use_is_refused(learn, tmp_path, option):
     for more in ("", " --resume"):
         with filelock.FileLock(tmp_path / "d" / folders.LOCK):
             status, told = learn(f"--out e.safetensors {option} d{more}")
-        assert status == 1
+        assert status == 2
         assert f"{option}: d is in use by another run" in told
         (tmp_path / "d" / folders.LOCK).unlink(missing_ok=True)
         shutil.rmtree(tmp_path / "e.work", ignore_errors=True)
@@ -147,7 +149,7 @@ def test_another_model_of_the_same_name_is_refused(learn, tiny, other):
     assert learn("--out a.safetensors --capture cap --work w --keep")[0] == 0
     for words in ("--capture cap", "--work w --resume --capture cap"):
         status, told = learn(f"--out b.safetensors {words}", model=other)
-        assert status == 1
+        assert status == 2
         assert told.count("the weights or the config.json of --model are other ones") == 1
     assert fingerprint(tiny) != fingerprint(other)
 
@@ -173,7 +175,7 @@ def test_resuming_says_where_there_is_nothing_and_what_differs(learn):
     assert status == 0
     assert "--resume: nothing to go on with in w; starting anew" in told
     status, told = learn("--out e.safetensors --work w --resume --seed 3")
-    assert status == 1
+    assert status == 2
     assert told.count("seed: 0 there, 3 asked") == 1
 
 
@@ -195,7 +197,7 @@ def test_a_damaged_file_is_named_and_made_again(learn, tmp_path, name, share):
         (tmp_path / "w" / "layers" / "layer_001.safetensors").unlink()
     status, told = learn("--out b.safetensors --work w --resume")
     assert status == 1
-    assert f"--resume: w/{name} is damaged" in told
+    assert f"error: w/{name} is damaged" in told
     assert "delete it" in told
     path.unlink()
     assert learn("--out b.safetensors --work w --resume")[0] == 0
@@ -207,7 +209,7 @@ def test_a_damaged_capture_mark_is_named(learn, tmp_path):
     assert learn("--out a.safetensors --work w --keep")[0] == 0
     (tmp_path / "w" / "capture" / "plan.json").write_text("")
     status, told = learn("--out a.safetensors --work w --resume")
-    assert status == 1
+    assert status == 2
     assert "--capture: got w/capture" in told
     assert "plan.json is damaged" in told
 
@@ -229,7 +231,33 @@ def test_an_interruption_before_there_is_a_folder(learn, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hata.learn.text.load_config", dies)
-    assert learn("--out a.safetensors") == (130, "hata: interrupted\n")
+    assert learn("--out a.safetensors") == (130, "hata learn: interrupted\n")
+
+
+def test_an_interruption_while_torch_is_loaded(tmp_path):
+    """What is half loaded cannot be loaded again to say what is left."""
+    code = (
+        "import sys\n"
+        "class Cut:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Cut())\n"
+        "from hata import cli\n"
+        "cli._need_torch = lambda: None\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "a.work").mkdir()
+    (tmp_path / "a.work" / "plan.json").write_text("{}")
+    words = ["learn", "--model", "m", "--text", "t", "--out", "a.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == (
+        "hata learn: interrupted; the same command with --resume goes on with what lies in a.work\n"
+    )
 
 
 def broken(tiny, folder, change):
@@ -253,7 +281,7 @@ def broken(tiny, folder, change):
 )
 def test_a_layer_without_numbers_is_named(learn, tiny, tmp_path, change, expected):
     status, told = learn("--out a.safetensors", model=broken(tiny, tmp_path / "m", change))
-    assert status == 1
+    assert status == 2
     assert f"layer 0 attends with {expected}" in told
 
 
@@ -268,7 +296,7 @@ def test_a_model_that_cannot_read_is_refused(learn, monkeypatch):
     original = recorder.load_model
     monkeypatch.setattr(recorder, "load_model", load_model)
     status, told = learn("--out a.safetensors")
-    assert status == 1
+    assert status == 2
     assert "--model: LlamaForCausalLM cannot read with its cache" in told
 
 
@@ -278,7 +306,7 @@ def test_latent_attention_is_refused(learn, tiny, latent):
         # A release of transformers that caches whole keys.
         assert status == 0
         return
-    assert status == 1
+    assert status == 2
     assert "no layer of DeepseekV3ForCausalLM can be hashed" in told
     assert "latent attention" in told
     assert recorder.cached_otherwise(recorder.load_model(tiny, "cpu")) == {}
@@ -301,8 +329,8 @@ def test_a_broken_configuration_is_refused(learn, tiny, tmp_path, change):
     found = 3 if change is None else config | change
     (tmp_path / "m" / "config.json").write_text(json.dumps(found))
     status, told = learn("--out a.safetensors", model=tmp_path / "m")
-    assert status == 1
-    assert told.startswith("hata: error: ")
+    assert status == 2
+    assert told.startswith("hata learn: error: --")
     assert told.count("\n") == 1
 
 
