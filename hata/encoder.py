@@ -28,6 +28,7 @@ Everything here is NumPy: no framework is imported.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -38,7 +39,15 @@ import numpy as np
 
 from hata import encoder_file
 from hata.encoder_file import FORMAT, FORMAT_2, assembled, flattened
-from hata.encoder_layer import Hidden, QueryHash, check_bits, check_side, query_heads
+from hata.encoder_layer import (
+    Hidden,
+    QueryHash,
+    check_bits,
+    check_side,
+    hidden_layers,
+    need_array,
+    query_heads,
+)
 from hata.errors import EncoderError
 
 _Part = TypeVar("_Part")
@@ -85,7 +94,7 @@ class ModelShape:
                 f"config: got heads = {self.heads} and kv_heads = {self.kv_heads}, expected a "
                 "multiple of the KV heads; pass the configuration of the model itself"
             )
-        if self.model_type and not _one_line(self.model_type):
+        if self.model_type != "" and not _one_line(self.model_type):
             raise EncoderError(
                 f"config: got model_type = {_short(self.model_type)}, expected a name of at most "
                 f"{_MOST_TEXT} printable characters"
@@ -142,6 +151,9 @@ class Encoder:
         queries: One per layer: how queries are hashed, or `None` where like keys.
         hidden: One per layer: the hidden layers of keys, from first to last; mostly none.
 
+    Raises:
+        EncoderError: An argument is of another kind, or they do not fit one another.
+
     Example:
         >>> from types import SimpleNamespace
         >>> config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, head_dim=16)
@@ -159,20 +171,44 @@ class Encoder:
     hidden: tuple[tuple[Hidden, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        count = len(self.projections)
-        object.__setattr__(self, "projections", tuple(self.projections))
-        object.__setattr__(self, "biases", tuple(self.biases) or (None,) * count)
-        object.__setattr__(self, "queries", tuple(self.queries) or (None,) * count)
-        hidden = tuple(tuple(Hidden(*one) for one in layer) for layer in self.hidden)
-        object.__setattr__(self, "hidden", hidden or ((),) * count)
-        object.__setattr__(self, "made", dict(self.made))
-        check_bits(self.bits)
-        _check_made(self.made)
-        for name in ("projections", "biases", "queries", "hidden"):
-            found = len(getattr(self, name))
-            if found != self.shape.num_layers:
+        if not isinstance(self.shape, ModelShape):
+            raise EncoderError(
+                f"shape: got {_short(self.shape)}, expected a ModelShape; make one with "
+                "ModelShape.of(config)"
+            )
+        projections = _per_layer("projections", self.projections)
+        count = len(projections)
+        biases = _per_layer("biases", self.biases) or (None,) * count
+        queries = _per_layer("queries", self.queries) or (None,) * count
+        hidden = _per_layer("hidden", self.hidden) or ((),) * count
+        for name, arrays in (("projection", projections), ("bias", biases)):
+            for layer, array in enumerate(arrays):
+                if array is not None:
+                    need_array(f"layers.{layer}.{name}", array)
+        for layer, query in enumerate(queries):
+            if query is not None and not isinstance(query, QueryHash):
                 raise EncoderError(
-                    f"{name}: got {found} layers, expected {self.shape.num_layers}, one per "
+                    f"layers.{layer}.query: got {_short(query)}, expected a QueryHash or None"
+                )
+        hidden = tuple(hidden_layers(f"layers.{i}.hidden", one) for i, one in enumerate(hidden))
+        if not isinstance(self.key_norms, bool):
+            raise EncoderError(f"key_norms: got {_short(self.key_norms)}, expected True or False")
+        _check_made(self.made)
+        found = {
+            "bits": check_bits(self.bits),
+            "projections": projections,
+            "biases": biases,
+            "queries": queries,
+            "hidden": hidden,
+            "made": dict(self.made),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        for name in ("projections", "biases", "queries", "hidden"):
+            layers = len(getattr(self, name))
+            if layers != self.shape.num_layers:
+                raise EncoderError(
+                    f"{name}: got {layers} layers, expected {self.shape.num_layers}, one per "
                     "layer of the model; put None for a dense layer"
                 )
         for layer in range(count):
@@ -251,10 +287,14 @@ class Encoder:
             key_norms: Weight scores with the norms of the keys.
 
         Raises:
-            EncoderError: The configuration lacks a number, or bits is not a multiple of 32.
+            EncoderError: The configuration lacks a number, bits is not a multiple of 32, or seed
+                is no whole number of 0 or more.
         """
         shape = ModelShape.of(config)
-        check_bits(bits)
+        bits = check_bits(bits)
+        seed = _index("seed", seed)
+        if seed < 0:
+            raise EncoderError(f"seed: got {seed}, expected 0 or more")
         blocks = -(-bits // shape.head_dim)
         projections = []
         for layer in range(shape.num_layers):
@@ -275,23 +315,25 @@ class Encoder:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Encoder:
-        """Read an encoder file.
+        """Read an encoder file; `~` in its path is the home folder.
 
         Raises:
             EncoderError: The file is absent, a pickle, truncated, of another format, or does not
                 hold what its metadata says.
         """
-        header, tensors = encoder_file.read(Path(path))
-        return _assemble(Path(path), header, tensors)
+        file = encoder_file.user_path(path)
+        header, tensors = encoder_file.read(file)
+        return _assemble(file, header, tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all: a temporary file beside it, then a rename.
 
-        Equal encoders are equal files.
+        Equal encoders are equal files. `~` in the path is the home folder.
 
         Raises:
             EncoderError: The name does not end in .safetensors, or cannot be written to.
         """
+        file = encoder_file.user_path(path)
         tensors = flattened(self.projections, self.biases, self.queries, self.hidden)
         more = any(query is not None for query in self.queries)
         header = {
@@ -305,13 +347,13 @@ class Encoder:
         if more:
             header["activation"] = "silu"
         try:
-            encoder_file.write(Path(path), tensors, header)
+            encoder_file.write(file, tensors, header)
         except EncoderError:
             raise
         # A NUL in the name is a ValueError.
         except (OSError, ValueError) as error:
             raise EncoderError(
-                f"path: got {os.fspath(path)}, which cannot be written ({error}); expected the "
+                f"path: got {file}, which cannot be written ({error}); expected the "
                 "name of a file, in a folder with room that you may write to"
             ) from error
 
@@ -354,6 +396,7 @@ class Encoder:
         return QueryHash(query.projection[..., :width], bias, query.hidden)
 
     def _layer(self, arrays: tuple[_Part, ...], layer: int) -> _Part:
+        layer = _index("layer", layer)
         if not 0 <= layer < len(arrays):
             raise EncoderError(f"layer: got {layer}, expected 0 to {len(arrays) - 1}")
         return arrays[layer]
@@ -361,7 +404,7 @@ class Encoder:
     def _width(self, bits: int | None) -> int:
         if bits is None:
             return self.bits
-        check_bits(bits)
+        bits = check_bits(bits)
         if bits > self.bits:
             raise EncoderError(
                 f"bits: got {bits}, expected at most {self.bits}, the bits of this encoder; "
@@ -419,7 +462,15 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
 
 
 def _check_made(made: Mapping[str, Any]) -> None:
-    """Raise `EncoderError` unless readers can show the recipe and look into the settings."""
+    """Raise `EncoderError` unless it can be written, and readers can show what is in it."""
+    if not isinstance(made, Mapping):
+        raise EncoderError(f"made: got {_short(made)}, expected names and values")
+    try:
+        json.dumps(dict(made), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EncoderError(
+            f"made: got what cannot be written as JSON ({error}), expected strings and numbers"
+        ) from None
     if "recipe" in made and not _one_line(made["recipe"]):
         raise EncoderError(
             f"made: got the recipe {_short(made['recipe'])}, expected a text of 1 to {_MOST_TEXT} "
@@ -434,6 +485,22 @@ def _check_made(made: Mapping[str, Any]) -> None:
 
 def _one_line(text: Any) -> bool:
     return isinstance(text, str) and 0 < len(text) <= _MOST_TEXT and text.isprintable()
+
+
+def _per_layer(name: str, given: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(given)
+    except TypeError:
+        raise EncoderError(
+            f"{name}: got {_short(given)}, expected a list of one per layer of the model"
+        ) from None
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise EncoderError(f"{name}: got {_short(value)}, expected a whole number") from None
 
 
 def _whole(value: Any) -> bool:

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,22 @@ Layers = tuple[
     tuple[QueryHash | None, ...],
     tuple[tuple[Hidden, ...], ...],
 ]
+
+
+def user_path(given: Any) -> Path:
+    """A path as a user writes it, `~` included.
+
+    Raises:
+        EncoderError: it is no path at all, or names a home that does not exist.
+    """
+    try:
+        if given == "":
+            raise ValueError("it is empty")
+        return Path(given).expanduser()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise EncoderError(
+            f"path: got {given!r} ({error}), expected the path of a safetensors file"
+        ) from None
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

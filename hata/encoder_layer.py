@@ -13,15 +13,18 @@ Everything here is NumPy.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hata.errors import EncoderError
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
+# More than any kernel takes, and few enough that a slip of the pen does not fill the memory.
+_MOST_BITS = 65_536
 
 
 class Hidden(NamedTuple):
@@ -44,6 +47,9 @@ class QueryHash:
         projection: `[Cq, in, r]`; Cq is a multiple of the projection's heads for keys.
         bias: `[Cq, r]`, or `None`.
         hidden: Hidden layers before the projection, each with Cq heads.
+
+    Raises:
+        EncoderError: One of them is no NumPy array.
     """
 
     projection: np.ndarray
@@ -51,13 +57,46 @@ class QueryHash:
     hidden: tuple[Hidden, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(Hidden(*one) for one in self.hidden))
+        need_array("query_projection", self.projection)
+        if self.bias is not None:
+            need_array("query_bias", self.bias)
+        object.__setattr__(self, "hidden", hidden_layers("query_hidden", self.hidden))
 
 
-def check_bits(bits: int) -> None:
-    """Raise `EncoderError` unless `bits` is a positive multiple of 32."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits < 32 or bits % 32:
-        raise EncoderError(f"bits: got {bits!r}, expected a positive multiple of 32")
+def hidden_layers(name: str, given: Any) -> tuple[Hidden, ...]:
+    """Hidden layers of pairs of arrays; raises `EncoderError` where they are none."""
+    try:
+        found = tuple(Hidden(*one) for one in given)
+    except TypeError:
+        raise EncoderError(
+            f"{name}: got {type(given).__name__}, expected hidden layers, each a weight and a bias"
+        ) from None
+    for number, one in enumerate(found):
+        need_array(f"{name}.{number}.weight", one.weight)
+        need_array(f"{name}.{number}.bias", one.bias)
+    return found
+
+
+def need_array(name: str, array: Any) -> None:
+    """Raise `EncoderError` unless it is a NumPy array."""
+    if not isinstance(array, np.ndarray):
+        kind = type(array)
+        raise EncoderError(
+            f"{name}: got {kind.__module__}.{kind.__qualname__}, expected a NumPy array; convert it"
+        )
+
+
+def check_bits(bits: Any) -> int:
+    """Bits as an int; raises `EncoderError` unless they are a positive multiple of 32."""
+    try:
+        number = 0 if isinstance(bits, bool) else operator.index(bits)
+    except TypeError:
+        number = 0
+    if not 32 <= number <= _MOST_BITS or number % 32:
+        raise EncoderError(
+            f"bits: got {bits!r}, expected a positive multiple of 32, at most {_MOST_BITS}"
+        )
+    return number
 
 
 def check_array(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:

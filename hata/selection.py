@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
-from hata.errors import HataDTypeError, HataShapeError
+from hata import arguments
+from hata.errors import HataShapeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,7 @@ class Selection:
             value = getattr(self, name)
             if value is None and name == "min_length":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise HataDTypeError(
-                    f"Selection.{name}: got {value!r} of type {type(value).__name__}, "
-                    "expected an int; pass a whole number"
-                )
-            if value < 0:
-                raise HataShapeError(f"Selection.{name}: got {value}, expected 0 or more")
+            object.__setattr__(self, name, arguments.whole(f"Selection.{name}", value, 0))
         if self.bits < 32 or self.bits % 32:
             raise HataShapeError(
                 f"Selection.bits: got {self.bits}, expected a positive multiple of 32"
@@ -56,10 +50,7 @@ class Selection:
         if self.k >= 2**31:
             raise HataShapeError(f"Selection.k: got {self.k}, expected less than 2**31")
         if self.ratio is not None:
-            if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
-                raise HataDTypeError(
-                    f"Selection.ratio: got {self.ratio!r}, expected a float in (0, 1] or None"
-                )
+            object.__setattr__(self, "ratio", arguments.real("Selection.ratio", self.ratio))
             if not 0.0 < self.ratio <= 1.0:
                 raise HataShapeError(f"Selection.ratio: got {self.ratio}, expected 0 < ratio <= 1")
         if self.sink + self.recent > self.k:

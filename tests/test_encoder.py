@@ -225,6 +225,63 @@ def test_fault_66_wrong_arrays(encoder):
             hata.Encoder(*arguments)
 
 
+PROJECTION = np.ones((2, 48, 64), np.float32)
+NONSENSE = {
+    "shape": (None, {}, CONFIG),
+    "projections": (None, 3, "abc", ([[1.0]], None, None), (None, None, "a")),
+    "biases": (3, ("a", None, None), (None, [0.0] * 64, None)),
+    "queries": (3, ("a", None, None), (PROJECTION, None, None)),
+    "hidden": (3, (1, 2, 3), ((), ((PROJECTION,),), ()), ((("a", "b"),), (), ())),
+    "made": (None, 3, "abc", {"a": object()}, {"a": 1, 2: "b"}),
+    "key_norms": ("no", None, 1),
+    "bits": ("64", None, 64.0, 2**40),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_arguments_of_another_kind(encoder, name):
+    given = {field: getattr(encoder, field) for field in NONSENSE}
+    hata.Encoder(**given)
+    for wrong in NONSENSE[name]:
+        # An entry's error names the entry: `layers.0.bias` for `biases`.
+        with pytest.raises(hata.EncoderError, match=name[:4]):
+            hata.Encoder(**{**given, name: wrong})
+
+
+def test_query_hashes_of_another_kind():
+    for wrong in (None, "a", [[1.0]]):
+        with pytest.raises(hata.EncoderError, match=r"query_projection: got .* NumPy array"):
+            QueryHash(wrong)
+    with pytest.raises(hata.EncoderError, match=r"query_bias: got builtins\.str"):
+        QueryHash(PROJECTION, "a")
+    for wrong in (3, (1,), ((1, 2),), ((PROJECTION,) * 3,)):
+        with pytest.raises(hata.EncoderError, match="query_hidden"):
+            QueryHash(PROJECTION, None, wrong)
+
+
+def test_numbers_of_numpy_are_numbers(path):
+    made = hata.Encoder.random(CONFIG, np.int64(64), np.int32(1))
+    assert made.projection(np.int64(2), np.int64(32))[1, :2, :2].tolist() == PINNED
+    made.save(path)
+    for wrong in (-1, 1.5, "1", None):
+        with pytest.raises(hata.EncoderError, match="seed: got"):
+            hata.Encoder.random(CONFIG, seed=wrong)
+    for wrong in ("0", None, 0.0):
+        with pytest.raises(hata.EncoderError, match=r"layer: got .* whole number"):
+            made.projection(wrong)
+
+
+def test_paths_as_users_write_them(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    encoder.save("~/encoder.safetensors")
+    assert (tmp_path / "encoder.safetensors").is_file()
+    assert hata.Encoder.load("~/encoder.safetensors").bits == 64
+    for wrong in ("", None, 3, b"encoder.safetensors"):
+        for use in (encoder.save, hata.Encoder.load):
+            with pytest.raises(hata.EncoderError, match=r"path: got .* expected the path"):
+                use(wrong)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".PICKLE", ".ckpt"])
 def test_fault_67_pickle_is_refused_unread(tmp_path, suffix):
     path = tmp_path / f"encoder{suffix}"
