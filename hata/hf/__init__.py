@@ -8,7 +8,7 @@ Needs transformers 5.17 to 5.23 (`pip install hata-attention[hf]`). Prefill, and
 more than one token, runs the model's own attention. See `attach` for what can be chosen.
 """
 
-from hata.hf.attachment import Handle, attach
+from hata.hf.attachment import Handle, attach, detach
 from hata.hf.policy import DEFAULT_SELECTION
 
-__all__ = ["DEFAULT_SELECTION", "Handle", "attach"]
+__all__ = ["DEFAULT_SELECTION", "Handle", "attach", "detach"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
@@ -67,7 +68,8 @@ def attach(
             `DEFAULT_SELECTION` (with the bits of the encoder where one is given).
 
     Returns:
-        A handle. `handle.detach()`, or leaving `with attach(model):`, undoes everything.
+        A handle. `handle.detach()`, or leaving `with attach(model):`, undoes everything. A copy of
+        an attached model (`copy.deepcopy`) is attached on its own; `detach(copied)` undoes that.
 
     Raises:
         AttachError: The model cannot be attached to, or already is.
@@ -129,6 +131,22 @@ def attach(
         plan = plans[index] if index < len(plans) else None
         states[module] = LayerState(step, index, plan, eager, original == "eager")
     return Handle(model, decoder, policy.encoder, plans, states, step, original, policy.source)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give a model its own attention back, whoever holds its handle; else does nothing.
+
+    Args:
+        model: One that was attached, or a copy of one, which no handle was returned for.
+
+    Raises:
+        AttachError: It is no model of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise AttachError(f"model: got {type(model).__name__}, expected a model of transformers")
+    handle = vars(model.get_decoder()).get("_hata_handle")
+    if handle is not None:
+        handle.detach()
 
 
 def hashable_layers(config: Any) -> list[bool]:
@@ -198,6 +216,15 @@ class Handle:
             module.__dict__.pop("_hata", None)
         self._decoder.__dict__.pop("_hata_handle", None)
         self._decoder.set_attn_implementation(self._original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        # Part of the copy of a model: all that belongs to the copy is copied with it, but for the
+        # watch on masks, which goes by the configuration.
+        twin = memo[id(self)] = object.__new__(Handle)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        if twin._attached:
+            watch_masks(copy.deepcopy(self._decoder.config, memo), twin._step)
+        return twin
 
     def __enter__(self) -> Handle:
         return self
@@ -312,7 +339,7 @@ def _decoder(model: Any) -> PreTrainedModel:
     if "_hata_handle" in decoder.__dict__:
         raise AttachError(
             f"model: this {kind} is already attached; call detach() on the handle that attach "
-            "returned first"
+            "returned, or hata.hf.detach(model), first"
         )
     return decoder
 

@@ -14,15 +14,16 @@ from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
+from hata.hf import attention  # noqa: E402
 
 FEW = hata.Selection(bits=64, k=5, dense_layers=1)
 
 
 def untouched(model, before):
     """Whether a model is as it was: attention, hooks, attributes, answers."""
-    attention, answer = before
+    implementation, answer = before
     return (
-        model.config._attn_implementation == attention
+        model.config._attn_implementation == implementation
         and not any("_hata" in name for module in model.modules() for name in module.__dict__)
         and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
         and torch.equal(answer.logits, answer.again().logits)
@@ -313,8 +314,22 @@ def test_a_copied_model_is_attached_on_its_own(fresh, prompts, answer):
     assert torch.equal(expected.logits, answer(twin, ids).logits)
     dense = answer(model, ids)
     assert not torch.equal(expected.logits, dense.logits)
-    twin.get_decoder()._hata_handle.detach()
-    assert torch.equal(dense.logits, answer(twin, ids).logits)
+    with pytest.raises(hata.AttachError, match=r"already attached.*hata\.hf\.detach\(model\)"):
+        hata.hf.attach(twin)
+    for _ in range(2):
+        hata.hf.detach(twin)
+        assert torch.equal(dense.logits, answer(twin, ids).logits)
+    assert twin.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    with pytest.raises(hata.AttachError, match="model: got Handle"):
+        hata.hf.detach(handle)
+
+
+def test_masks_of_a_copied_model_are_watched(fresh):
+    model = fresh("llama")
+    with hata.hf.attach(model, selection=FEW):
+        twin = copy.deepcopy(model)
+    steps = [module._hata.step for module in twin.modules() if hasattr(module, "_hata")]
+    assert set(map(id, steps)) == {id(attention._steps[id(twin.get_decoder().config)])}
 
 
 def test_the_name_without_an_attachment(fresh, prompts):
