@@ -1,5 +1,6 @@
 """The tuner: its rules on simulated costs, its worker on bad kernels, its command line for real."""
 
+import contextlib
 import json
 import math
 import signal
@@ -18,7 +19,7 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 from hata import registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import capture, cost, propose, search, session, space, verdict
+from tune import capture, cost, database, propose, search, session, space, verdict
 from tune.__main__ import main
 from tune.space import Space
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
@@ -267,13 +268,38 @@ def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     file.write_bytes(data)
     # SQLite looks for a journal first, and throws a torn one away.
     (tmp_path / "studies.db-journal").write_bytes(b"torn")
-    storage, message = search.open_storage(url)
+    if damage == "garbage":
+        # Whose file it is, nobody can tell any more, unless by its place.
+        with pytest.raises(database.StorageError, match="was left as it is"):
+            search.open_storage(url)
+    storage, message = search.open_storage(url, ours=True)
     assert "studies.db.bad" in message
     assert (tmp_path / "studies.db.bad").read_bytes() == bytes(data)
     assert tune(storage, Simulated(bowl)).config == SPACE.config(17)
     file.write_bytes(b"broken again" * 100)
     storage.engine.dispose()
-    assert "studies.db.bad2" in search.open_storage(url)[1]
+    assert "studies.db.bad2" in search.open_storage(url, ours=True)[1]
+
+
+@pytest.mark.parametrize("kind", ["text", "zeros", "other tables"])
+def test_a_file_of_something_else_is_no_storage(small, tmp_path, capsys, kind):
+    file = tmp_path / "notes"
+    if kind == "other tables":
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.execute("CREATE TABLE notes (text)")
+            connection.commit()
+    else:
+        file.write_bytes({"text": b"mine\n", "zeros": bytes(5000)}[kind])
+    before = file.read_bytes()
+    words = ["--gpu", "cpu", "--out", str(tmp_path / "p.yaml"), "--storage", str(file)]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told == (
+        f"hata tune: error: --storage: {file} is no database of studies, and was left as it is; "
+        "name another file, or a new one\n"
+    )
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_a_busy_database_is_not_damaged(tmp_path):
@@ -435,6 +461,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--budget", "-1"], "--budget: got -1"),
         (["--backend", "tritn"], "Did you mean 'triton'"),
         (["--backend", "cupy"], "cannot run here"),
+        (["--storage", "sqlite://"], "--storage: got sqlite://, which names no file"),
+        (["--storage", "sqlite:///:memory:"], "which names no file"),
+        (["--out", "/proc/p.yaml"], "--out: /proc/p.yaml cannot be written"),
         (["--model", "/nowhere", "--text", "x"], "--model: got /nowhere"),
         (["--model", "/nowhere"], "--text: got none"),
         (["--text", "x"], "no --model"),
@@ -444,15 +473,41 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, expected, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "p.yaml")]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "p.yaml")]
     base = [] if "--gpu" in arguments else ["--gpu", "cpu"]
     assert main([*base, *arguments, *out]) == 2
     told = capsys.readouterr()
     assert expected in told.err
-    assert "Traceback" not in told.err
+    assert told.err.startswith("hata tune: error: ")
     assert len(told.err.strip().splitlines()) == 1
     assert not told.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--gpu", "--storage", "--backend"])
+def test_an_empty_value_is_not_one_left_out(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([option, "", "--dry-run"])
+    assert stop.value.code == 2
+    assert f"error: argument {option}: got an empty value" in capsys.readouterr().err
+
+
+def test_devices_in_capitals_and_all_backends(small, capsys):
+    assert main(["--gpu", "CPU", "--backend", "auto", "--dry-run"]) == 0
+    assert " reference " in capsys.readouterr().out
+
+
+def test_an_interruption_while_optuna_is_loaded(monkeypatch, capsys):
+    class Cut:
+        def find_spec(self, name, path=None, target=None):
+            if name == "tune.session":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "tune.session")
+    monkeypatch.delattr("tune.session")
+    monkeypatch.setattr(sys, "meta_path", [Cut(), *sys.meta_path])
+    assert main(["--gpu", "cpu"]) == 130
+    assert capsys.readouterr().err.startswith("hata tune: interrupted; ")
 
 
 def test_another_gpu_is_refused_with_the_way_out(monkeypatch, capsys):

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hata.commandline import Parser
 from hata.errors import HataError
 from tune.space import EFFORT, QUALITY
 
@@ -29,7 +30,7 @@ def _efforts(name: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m tune",
         description="Find the fastest right configuration of every kernel on this machine, and "
         "the cheapest selection that keeps a model's attention; write both to a profile.",
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         help="what to tune for: what is here (default), the CPU, or a GPU by name, such as h200, "
         "which must be here",
     )
-    made.add_argument("--backend", metavar="B", help="tune this backend only")
+    made.add_argument("--backend", metavar="B", help="tune this backend only (default: auto, all)")
     made.add_argument(
         "--model",
         metavar="PATH",
@@ -107,15 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(argv)
     try:
-        # Optuna is loaded here, so that `--help` works without it.
-        from tune import session
-    except ImportError as error:
-        return _refuse(f"needs {error.name or error}; pip install 'hata-attention[tune]'")
-    try:
+        try:
+            # Optuna is loaded here, so that `--help` works without it.
+            from tune import session
+        except ImportError as error:
+            return _refuse(f"needs {error.name or error}; pip install 'hata-attention[tune]'")
         return session.run(options)
     except KeyboardInterrupt:
         print(
-            "interrupted; what was measured is kept, go on with the same command and --resume",
+            "hata tune: interrupted; what was measured is kept, go on with the same command and "
+            "--resume",
             file=sys.stderr,
         )
         return 130
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"hata tune: {message}", file=sys.stderr)
+    print(f"hata tune: error: {message}", file=sys.stderr)
     return 2
 
 

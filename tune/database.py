@@ -9,16 +9,28 @@ from pathlib import Path
 from hata.errors import HataError
 from hata.profile import user_path
 
+# What SQLite files begin with.
+_HEAD = b"SQLite format 3\0"
+
 
 class StorageError(HataError, RuntimeError):
     """The database of the studies cannot be used."""
 
 
 def storage_url(given: str | None, default: Path) -> str:
-    """The database URL that `--storage` means: a URL, or the path of an SQLite file."""
+    """The database URL that `--storage` means: a URL, or the path of an SQLite file.
+
+    Raises:
+        StorageError: It means a database that nothing is kept in.
+    """
     if given is None:
         return f"sqlite:///{default}"
     if "://" in given:
+        if given.startswith("sqlite") and sqlite_path(given) is None:
+            raise StorageError(
+                f"--storage: got {given}, which names no file, so that nothing would be kept; name "
+                "one, such as studies.db"
+            )
         return given
     return f"sqlite:///{user_path(given).absolute()}"
 
@@ -29,6 +41,29 @@ def sqlite_path(url: str) -> Path | None:
     if not head.startswith("sqlite") or not rest or rest.startswith(":memory:"):
         return None
     return Path(rest.partition("?")[0])
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether there is a file that is no SQLite database, or one that holds no studies."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_HEAD))
+    except OSError:
+        # Absent or not readable; whoever opens it next says it better.
+        return False
+    if not head:
+        return False
+    if head != _HEAD:
+        return True
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, timeout=20, uri=True)) as connection:
+            tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            names = {name for (name,) in tables}
+    except sqlite3.Error:
+        # Locked or damaged.
+        return False
+    return bool(names) and "studies" not in names
 
 
 def damage(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +141,8 @@ def _ops(problems: Sequence[Problem]) -> list[str]:
 
 def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str, list[Backend]]:
     """The device to tune for, and the backends that run on it."""
+    if name == "auto":
+        name = None
     here = devices.has_cuda()
     infos = registry.list_backends()
     usable = []
@@ -161,9 +163,10 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
     def on(kind: str) -> list[Backend]:
         return [backend for backend in usable if kind in backend.devices]
 
-    if gpu == "cpu":
+    kind = gpu.lower()
+    if kind == "cpu":
         device = "cpu"
-    elif gpu == "auto":
+    elif kind == "auto":
         device = "cuda" if here and on("cuda") else "cpu"
         if here and device == "cpu" and name is None:
             reasons = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
@@ -171,7 +174,7 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
     else:
         device = "cuda"
         found = devices.fingerprint("cuda").name if here else ""
-        if gpu.lower() not in found.lower().replace(" ", "-") and gpu.lower() not in found.lower():
+        if kind not in found.lower().replace(" ", "-") and kind not in found.lower():
             what = f"a {found}" if here else f"no GPU, only {devices.fingerprint('cpu').name}"
             raise UsageError(
                 f"--gpu: got {gpu!r}, but here is {what}; tune what is here with --gpu auto, or "
@@ -219,8 +222,12 @@ def check_folder(out: Path) -> None:
     folder = out.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        # Permissions do not tell: of a superuser, or of a file system that takes no files.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{out.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
         raise UsageError(
-            f"--out: {out} cannot be written, {folder} is not a folder that may be written to; "
-            "choose another place"
-        )
+            f"--out: {out} cannot be written ({folder}: {error.strerror or error}); choose another "
+            "place"
+        ) from None

@@ -35,7 +35,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from hata.backend import Config
-from tune.database import StorageError, damage, move_aside, sqlite_path
+from tune.database import StorageError, damage, is_foreign, move_aside, sqlite_path
 from tune.measure import Timing
 from tune.propose import climb
 from tune.space import Space
@@ -107,14 +107,18 @@ def _retry() -> RetryHeartbeatStaleTrialCallback:
         return RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
 
 
-def open_storage(url: str) -> tuple[RDBStorage, str]:
+def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
     """Open a database; a broken SQLite file is moved aside.
+
+    Args:
+        url: Of `tune.database.storage_url`.
+        ours: It is a file of the user's cache folder, so that whatever lies there may be moved.
 
     Returns:
         The storage, and what people should be told (`""` for nothing).
 
     Raises:
-        StorageError: it cannot be opened or written.
+        StorageError: it cannot be opened or written, or is a file of something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     message = ""
@@ -127,6 +131,11 @@ def open_storage(url: str) -> tuple[RDBStorage, str]:
                 f"storage: {path.parent} cannot be made ({error.strerror}); name another with "
                 "--storage"
             ) from None
+        if not ours and is_foreign(path):
+            raise StorageError(
+                f"--storage: {path} is no database of studies, and was left as it is; name another "
+                "file, or a new one"
+            )
         broken = damage(path)
         if broken:
             moved = move_aside(path)

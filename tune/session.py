@@ -169,7 +169,9 @@ class _Session:
         self.skipped: list[str] = []
 
     def run(self) -> int:
-        self.storage, message = search.open_storage(self.plan.storage)
+        self.storage, message = search.open_storage(
+            self.plan.storage, ours=self.options.storage is None
+        )
         if message:
             self.report.note(message)
         total = sum(map(len, self.plan.problems.values()))
