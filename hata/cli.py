@@ -241,7 +241,8 @@ def _in_force(profile: Profile, here: device.Fingerprint) -> str:
     if recorded.device != here.device or recorded.sm != here.sm:
         return f"{text}; not used, it is for {recorded.describe()}"
     apart = soft_differences(recorded, here)
-    return f"{text}; used although {'; '.join(apart)}" if apart else text
+    text = f"{text}; used although {'; '.join(apart)}" if apart else text
+    return "; but ".join([text, *registry.stale(profile)])
 
 
 def _nothing_in_force(here: device.Fingerprint) -> str:
@@ -329,6 +330,9 @@ def _validate(options: argparse.Namespace) -> int:
             sound = False
         else:
             print(f"{profile.path}: ok, {_counts(profile)}")
+            for one in registry.stale(profile):
+                # No fault of the file, which may be meant for other kernels than those here.
+                print(f"{profile.path}: warning: {one}", file=sys.stderr)
     return 0 if sound else 1
 
 

@@ -275,6 +275,30 @@ def profile_in_force() -> Profile | None:
     return _state.profile
 
 
+def stale(profile: Profile) -> list[str]:
+    """What in a profile is of kernels that have changed since it was tuned, in words.
+
+    Entries of those are not used. Backends that are not here, or do not load, are left out.
+    """
+    found = []
+    for name in dict.fromkeys(entry.backend for entry in profile.entries):
+        try:
+            backend = class_of(name)()
+            recorded = profile.fingerprint.kernels.get(name, {})
+            ops = {entry.op for entry in profile.entries if entry.backend == name}
+            changed = {op for op in ops if backend.kernel_hash(op) != recorded.get(op)}
+        # Code of a plug-in; whether it loads, `list_backends` tells.
+        except Exception:
+            continue
+        if changed:
+            count = sum(e.backend == name and e.op in changed for e in profile.entries)
+            found.append(
+                f"the {name} kernels of {', '.join(sorted(changed))} have changed since, so "
+                f"entries of them ({count}) are not used; tune anew with: {profile.retune(name)}"
+            )
+    return found
+
+
 def _forget() -> None:
     # A new dict: a thread that is choosing by what was in force writes into the old one.
     _state.chosen = {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import hata
-from hata import Selection, cli, device
+from hata import Selection, cli, device, registry
 from hata.device import Fingerprint
 from hata.problem import Problem
 from hata.profile import (
@@ -117,13 +117,41 @@ def test_show_without_a_file_shows_the_profile_in_force(capsys, file, monkeypatc
 
 
 def test_validate_exits_with_1_and_the_line(capsys, file, tmp_path):
-    assert run(capsys, "profile", "validate", file) == (0, f"{file}: ok, 1 entries, 1 models\n", "")
+    assert run(capsys, "profile", "validate", file)[:2] == (0, f"{file}: ok, 1 entries, 1 models\n")
     bad = tmp_path / "bad.yaml"
     bad.write_text("schema: hata.profile/1\nfingerprnt: 1\n")
     status, text, errors = run(capsys, "profile", "validate", str(bad), file)
     assert (status, ": ok" in text) == (1, True)
     assert f"{bad}:2: " in errors
     assert "did you mean 'fingerprint'?" in errors
+
+
+def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):
+    sources = registry.class_of("reference")().kernel_hash("encode")
+    kernels = {"reference": {"encode": sources}, "absent": {"encode": sources}}
+    here = replace(device.fingerprint("cpu"), kernels=kernels)
+    plug_in = replace(ENTRY, backend="absent")
+    current = replace(PROFILE, fingerprint=here, entries=(ENTRY, plug_in))
+    old = replace(current, fingerprint=replace(here, kernels={**kernels, **HERE.kernels}))
+    for profile, message in (
+        (current, ""),
+        (
+            old,
+            "the reference kernels of encode have changed since, so entries of them (1) are "
+            "not used; tune anew with: hata tune --gpu cpu --backend reference --out",
+        ),
+    ):
+        path = tmp_path / f"{bool(message)}.yaml"
+        profile.save(path)
+        status, text, errors = run(capsys, "profile", "validate", str(path))
+        assert (status, text) == (0, f"{path}: ok, 2 entries, 1 models\n")
+        assert errors.startswith(f"{path}: warning: {message}" if message else errors)
+        assert bool(errors) == bool(message)
+        monkeypatch.setenv("HATA_PROFILE", str(path))
+        text = run(capsys, "info")[1]
+        assert str(path) in text
+        assert ("have changed since" in text) == bool(message)
+        assert message in text
 
 
 def test_diff_says_what_changed(capsys, file, tmp_path):

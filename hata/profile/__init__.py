@@ -219,6 +219,10 @@ class Profile:
         """
         return match.leader(self, op, kind, hashes, here)
 
+    def retune(self, backend: str) -> str:
+        """The command that renews its entries of a backend."""
+        return match.retune(self, backend)
+
     def selection_for(self, model: ModelKey) -> SelectionSet | None:
         """The policy for a model: of that model, else of one with equal sizes, else synthetic.
 
