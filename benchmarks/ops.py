@@ -13,7 +13,9 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +32,10 @@ from benchmarks.report import Row
 from benchmarks.shapes import ITEMSIZE, SUITES, Shape, parse
 from hata import registry
 from hata.backend import Backend, Config
+from hata.commandline import Parser
+from hata.errors import ProfileError
 from hata.problem import OPS, Problem
+from hata.profile import Profile
 
 
 def measure(
@@ -96,9 +101,7 @@ def kernels(case: Case, profiler: timing.Kernels) -> list[Row]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ops", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.ops", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", default="auto", help="what runs the ops (default: auto)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: cpu)")
     parser.add_argument(
@@ -128,8 +131,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
+    for name in ("rounds", "k"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: got {value}, expected 1 or more")
+    if args.bits is not None and (args.bits < 32 or args.bits % 32):
+        parser.error(f"--bits: got {args.bits}, expected a positive multiple of 32")
     kind = args.device.partition(":")[0]
     if kind == "cuda":
         # Adds the clock and the contenders of a GPU; needs Triton.
@@ -139,14 +146,36 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--device: got {args.device!r}, expected one of {', '.join(timing.CLOCKS)}; there is "
             "no clock for other devices yet"
         )
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device: got {args.device!r}, expected cpu, cuda or cuda:<index>")
     if args.shapes and args.suite:
         parser.error("--shapes and --suite: got both, expected one of them")
     if args.set and args.backend == "auto":
         parser.error("--set: knobs are a backend's own; name it with --backend")
     if args.set and args.profile not in (None, "none"):
         parser.error("--set and --profile: got both, expected one of them")
+    if args.profile not in (None, "none"):
+        try:
+            Profile.load(args.profile)
+        except ProfileError as error:
+            parser.error(f"--profile: {error}")
+    if args.json is not None and (why := _unwritable(args.json)):
+        parser.error(f"--json: {args.json} cannot be written ({why}); name another file")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
     return args
+
+
+def _unwritable(file: Path) -> str:
+    """Why a file cannot be written, if so. Makes its folder, and leaves no file."""
+    try:
+        if file.is_dir():
+            return "it is a folder"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
+            pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if not file.exists() or os.access(file, os.W_OK) else "it is read-only"
 
 
 def _shape(text: str) -> Shape:
@@ -240,11 +269,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
     changes = dict(args.set)
+    loaded = os.getloadavg()[0] > 0.5
+    # A GPU's ratios are those of CUDA graphs, which the CPU hardly changes.
+    busy = loaded and kind == "cpu"
     settings = {
         "backend": args.backend,
         "rounds": args.rounds,
         "cold": args.cold or kind == "cuda",
         "set": changes,
+        "busy": busy,
     }
     rows: list[Row] = []
     beyond: list[report.Bar] = []
@@ -260,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out.print(report.heading(args.device, settings), soft_wrap=True)
             if changes:
                 change_defaults(registry.load(args.backend), changes)
-            if os.getloadavg()[0] > 0.5:
+            if loaded:
                 err.print("the machine is not quiet (see load): do not trust these times")
             groups = groups_of(args)
             for number, group in enumerate(groups, 1):
@@ -273,20 +306,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 new = measure(group, args.device, args.rounds, args.cold, bar)
                 rows += new
                 for shape in report.shapes_of(new):
-                    out.print(report.shape_table(new, shape))
+                    out.print(report.shape_table(new, shape, busy))
             if kind == "cuda" and "design" in args.suite and not args.shapes:
                 beyond = importlib.import_module("benchmarks.beyond").bars(args.rounds)
     except (check.WrongResult, hata.HataError) as error:
         err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
         return 1
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        return 130
     if not rows:
         err.print("error: no shape fits into memory")
         return 1
     bars = [*report.bars(rows, kind, args.backend), *beyond]
-    for table in report.closing_tables(rows, bars):
+    for table in report.closing_tables(rows, bars, busy):
         out.print(table)
     if args.markdown:
-        print(report.markdown(rows))
+        print(report.markdown(rows, busy))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         figures = report.figures(rows, bars, settings, args.device)

@@ -44,6 +44,10 @@ SCAN_BARS_OTHER = {4: 0.88, 8: 0.80}
 MANY_CODES = 64e6
 # From so many keys on, hash attention is to be faster than dense attention.
 CROSSOVER = 16 * 1024
+# Under tables whose ratios another process may have changed.
+BUSY = (
+    "* the machine was busy, from which dense attention suffers most: these ratios may be too high"
+)
 SCAN_KERNEL, READ_KERNEL = "kernel scan", "kernel read codes"
 
 Bar = tuple[str, float, float, bool]
@@ -91,10 +95,11 @@ def shapes_of(rows: Sequence[Row]) -> list[Shape]:
     return list(dict.fromkeys(row.shape for row in rows))
 
 
-def shape_table(rows: Sequence[Row], shape: Shape) -> Table:
-    """All contenders of a shape."""
+def shape_table(rows: Sequence[Row], shape: Shape, busy: bool = False) -> Table:
+    """All contenders of a shape; ratios are marked where the machine was busy."""
     dense = best_dense(rows, shape).us.median
     table = Table(title=shape.name, title_justify="left", title_style="bold")
+    _caption(table, busy)
     table.add_column("")
     for column in ("µs", "p10", "p90", "MB", "GB/s", "best dense / this"):
         table.add_column(column, justify="right")
@@ -112,14 +117,24 @@ def shape_table(rows: Sequence[Row], shape: Shape) -> Table:
               for value in (us.median, us.p10, us.p90)),
             f"{row.bytes / 1e6:,.2f}" if row.bytes else "",
             f"{row.gbs:,.1f}" if row.bytes else "",
-            f"{dense / us.median:,.2f}" if row.family in ("op", "dense") else "",
+            f"{dense / us.median:,.2f}{_mark(busy)}" if row.family in ("op", "dense") else "",
         )  # fmt: skip
     return table
 
 
-def summary(rows: Sequence[Row]) -> Table:
+def _mark(busy: bool) -> str:
+    return "*" if busy else ""
+
+
+def _caption(table: Table, busy: bool) -> None:
+    if busy:
+        table.caption, table.caption_justify = BUSY, "left"
+
+
+def summary(rows: Sequence[Row], busy: bool = False) -> Table:
     """One line per shape: what hash attention gains."""
     table = Table(title="hash_attend against the fastest dense attention", title_justify="left")
+    _caption(table, busy)
     table.add_column("shape")
     for column in ("dense µs", "hash µs", "faster", "scan GB/s", "over a plain read"):
         table.add_column(column, justify="right")
@@ -129,27 +144,30 @@ def summary(rows: Sequence[Row]) -> Table:
             shape.name,
             f"{dense.us.median:,.0f}",
             f"{ours.us.median:,.0f}",
-            f"{dense.us.median / ours.us.median:.1f}x",
+            f"{dense.us.median / ours.us.median:.1f}x{_mark(busy)}",
             f"{find(rows, shape, 'hamming_topk').gbs:.1f}",
             f"{ours.us.median / find(rows, shape, 'read step').us.median:.1f}",
         )
     return table
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], busy: bool = False) -> str:
     """The table of `summary` as it stands in the README."""
     lines = [
         "| keys | dtype, bits, budget | dense | hash attention | faster | scan |",
         "|---:|---|---:|---:|---:|---:|",
     ]
+    mark = "\\*" if busy else ""
     for shape in shapes_of(rows):
         dense, ours = best_dense(rows, shape).us.median, find(rows, shape, "hash_attend").us.median
         scan = find(rows, shape, "hamming_topk").gbs
         lines.append(
             f"| {short(shape.keys)} | {shape.dtype}, {shape.bits}, {shape.k} | "
-            f"{dense / 1e3:.2f} ms | {ours / 1e3:.2f} ms | **{dense / ours:.1f}x** | "
+            f"{dense / 1e3:.2f} ms | {ours / 1e3:.2f} ms | **{dense / ours:.1f}x**{mark} | "
             f"{scan:.1f} GB/s |"
         )
+    if busy:
+        lines += ["", f"\\{BUSY}."]
     return "\n".join(lines)
 
 
@@ -239,17 +257,20 @@ def heading(device: str, settings: dict[str, Any]) -> str:
     )
 
 
-def closing_tables(rows: Sequence[Row], bars: Sequence[Bar]) -> list[Table]:
+def closing_tables(rows: Sequence[Row], bars: Sequence[Bar], busy: bool = False) -> list[Table]:
     """The gains, the kernels of each step, and the bars."""
-    tables = [summary(rows)]
+    tables = [summary(rows, busy)]
     if any(row.family == "kernel" for row in rows):
         tables.append(kernel_table(rows))
     if bars:
         table = Table(title="targets", title_justify="left")
+        _caption(table, busy)
         for column in ("bar", "wanted", "measured", ""):
             table.add_column(column, justify="left" if column in ("bar", "") else "right")
         for name, wanted, measured, met in bars:
-            table.add_row(name, f"{wanted:.4g}", f"{measured:.2f}", "met" if met else "not met")
+            table.add_row(
+                name, f"{wanted:.4g}", f"{measured:.2f}{_mark(busy)}", "met" if met else "not met"
+            )
         tables.append(table)
     return tables
 

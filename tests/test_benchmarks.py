@@ -283,7 +283,14 @@ def test_command_refuses_knobs_that_are_not_there(change, capsys):
         ["--set", "chunk"],
         ["--set", "chunk=2048", "--backend", "auto"],
         ["--set", "chunk=2048", "--backend", "reference", "--profile", "p.yaml"],
+        ["--device", "cpu:foo"],
         ["--rounds", "0"],
+        ["--k", "0"],
+        ["--bits", "7"],
+        ["--profile", "nope"],
+        ["--profile", ""],
+        ["--json", "/proc/figures.json"],
+        ["--json", "/"],
         ["--shapes", "1x32/5x4K"],
         ["--shapes", "1x4/2x96", "--suite", "cpu"],
         ["--suite", "none"],
@@ -295,6 +302,33 @@ def test_command_refuses_wrong_arguments(arguments, capsys):
         ops.arguments(arguments)
     assert stop.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_an_interruption_is_told_in_a_line(monkeypatch, capsys):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "measure", cut)
+    assert ops.main(small()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize("load", [0.4, 0.6])
+def test_ratios_of_a_busy_machine_are_marked(load, monkeypatch, capsys, tmp_path):
+    shape = Shape(1, 32, 8, 32_768)
+    monkeypatch.setattr(ops.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(ops, "measure", lambda *_: rows_of(shape, 20_000.0, 1000.0))
+    file = tmp_path / "figures.json"
+    assert ops.main(small("--markdown", "--json", str(file))) == 0
+    told = capsys.readouterr()
+    busy = load > 0.5
+    assert json.loads(file.read_text())["settings"]["busy"] is busy
+    assert ("the machine is not quiet" in told.err) is busy
+    # Under the shape's table, the gains and the targets; and under the Markdown.
+    assert told.out.count(report.BUSY[:13]) == (4 if busy else 0)
+    assert ("20.00*" in told.out) is busy
+    assert ("20.0x* " in told.out) is busy
+    assert ("**20.0x**\\* |" in told.out) is busy
 
 
 def test_changes_that_make_groups_equal_are_run_once():
