@@ -30,24 +30,44 @@ _LOOPS = 2
 
 
 @triton.jit
-def _read_kernel(words, sums, count, BLOCK: tl.constexpr, LOOPS: tl.constexpr):
+def _now(after):
+    return tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer; // $1", "=l,r", [after], tl.int64, False, 1
+    )
+
+
+@triton.jit
+def _read_kernel(
+    words, sums, clocks, count, BLOCK: tl.constexpr, LOOPS: tl.constexpr, CLOCKED: tl.constexpr
+):
     """Read `count` words; the sums keep the compiler from leaving the reads out."""
     program = tl.program_id(0).to(tl.int64)
+    if CLOCKED:
+        tl.store(clocks + program * CLOCKED, _now(0))
     total = tl.zeros([BLOCK], tl.int32)
     for i in range(LOOPS):
         at = (program * LOOPS + i) * BLOCK + tl.arange(0, BLOCK)
         total ^= tl.load(words + at, mask=at < count, other=0)
-    tl.store(sums + program, tl.sum(total))
+    total = tl.sum(total)
+    if CLOCKED:
+        tl.store(clocks + program * CLOCKED + 1, _now(total))
+    tl.store(sums + program, total)
 
 
-def reader(size: int, device: str) -> Callable[[], torch.Tensor]:
-    """A read-only pass over `size` bytes of memory, with 16-byte loads."""
+def reader(
+    size: int, device: str, clocks: torch.Tensor | None = None
+) -> Callable[[], torch.Tensor]:
+    """A read-only pass over `size` bytes of memory, with 16-byte loads.
+
+    Its programs note when they start and have read in `clocks` `[programs, words]` (int64, ns).
+    """
     words = torch.ones(max(size // 4, 1), dtype=torch.int32, device=device)
     programs = triton.cdiv(words.numel(), _BLOCK * _LOOPS)
     sums = torch.empty(programs, dtype=torch.int32, device=device)
+    clocked = 0 if clocks is None else clocks.stride(0)
 
     def call() -> torch.Tensor:
-        _read_kernel[(programs,)](words, sums, words.numel(), _BLOCK, _LOOPS)
+        _read_kernel[(programs,)](words, sums, clocks, words.numel(), _BLOCK, _LOOPS, clocked)
         return sums
 
     return call

@@ -309,6 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     out.print(report.shape_table(new, shape, busy))
             if kind == "cuda" and "design" in args.suite and not args.shapes:
                 beyond = importlib.import_module("benchmarks.beyond").bars(args.rounds)
+                if args.backend == "cupy" and not changes:
+                    beyond += importlib.import_module("benchmarks.phases").scans_apart(args.rounds)
     except (check.WrongResult, hata.HataError) as error:
         err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
         return 1

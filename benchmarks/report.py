@@ -210,6 +210,13 @@ def bars(rows: Sequence[Row], device: str, backend: str = "") -> list[Bar]:
     return found
 
 
+def scan_bar(backend: str, shape: Shape) -> float | None:
+    """Share of read speed that the scan of a shape is to reach, if there is such a bar."""
+    if shape.code_bytes < MANY_CODES or shape.bits != 128 or shape.dtype != "bfloat16":
+        return None
+    return SCAN_BARS.get(backend, SCAN_BARS_OTHER).get(shape.heads // shape.kv_heads)
+
+
 def _gpu_bars(rows: Sequence[Row], backend: str) -> list[Bar]:
     found: list[Bar] = []
     for shape in shapes_of(rows):
@@ -224,8 +231,8 @@ def _gpu_bars(rows: Sequence[Row], backend: str) -> list[Bar]:
             ratio = best_dense(rows, shape).us.median / step
             found.append((f"{shape.name}: times faster than dense", 1.0, ratio, ratio > 1.0))
         parts = {row.name: row for row in rows if row.shape == shape and row.family == "kernel"}
-        least = SCAN_BARS.get(backend, SCAN_BARS_OTHER).get(shape.heads // shape.kv_heads)
-        if SCAN_KERNEL in parts and least and shape.code_bytes >= MANY_CODES and shape.bits == 128:
+        least = scan_bar(backend, shape)
+        if SCAN_KERNEL in parts and least is not None:
             share = parts[READ_KERNEL].us.median / parts[SCAN_KERNEL].us.median
             found.append((f"{shape.name}: scan, share of read speed", least, share, share >= least))
     return found

@@ -105,7 +105,9 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     if (warp < used)
         any = attend_warp(p, row, share, head, lane0, partials + warp * HEADS * ROW_STRIDE,
                           peaks + warp * HEADS);
+    end_phase(ATTENDED, any);
     any = __syncthreads_or(any);
+    end_phase(WARPS_MET);
 #if JOINED == 1
     if (!open) wait_for_cluster();
 #endif
@@ -130,6 +132,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         leave(p, row, pass, i, acc, peak, any ? sum : NO_KEYS);
 #endif
     }
+    end_phase(WARPS_MERGED);
 #if PARTS > 1
 #if JOINED == 1
     meet(p, row);
@@ -162,6 +165,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
         if (head + h < G && lane0 + d < DV)
             finish(p, row, head + h, lane0 + d, value, most, total, found);
     }
+    end_phase(PARTS_MERGED);
 #endif
     // The next pass writes what warps have merged.
     if (JOINED != 1 && (head + HEADS < G || lane0 + LANES < DV)) __syncthreads();

@@ -34,6 +34,8 @@ INCLUDED = (
     "gather.cu",
     "attend.cu",
 )
+# More options for NVRTC, of kernels that are loaded from then on; see benchmarks/phases.py.
+MORE_OPTIONS: list[str] = []
 _MAGIC = b"hata-cubin-1\n"
 
 Macros = tuple[tuple[str, int], ...]
@@ -51,6 +53,7 @@ def cubin(name: str, macros: Macros, architecture: int) -> bytes:
         f"--gpu-architecture=sm_{architecture}",
         "--std=c++17",
         *(f"-D{key}={value}" for key, value in macros),
+        *MORE_OPTIONS,
     )
     digest = hashlib.sha256()
     for part in (*map(read, (f"{name}.cu", *INCLUDED)), *options, str(version())):

@@ -11,8 +11,10 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hamming_topk(const __grid_constant__ Params p) {
+    end_phase(STARTED);
     Row row = name_row(p);
     look_at_row(p, row);
+    end_phase(LENGTH_HAS_COME, row.stop);
     int* list = p.positions + row.index * p.k;
     int taken = min(row.taken, p.k);
     // Ranks that hold no key, and all ranks where every visible key is selected.

@@ -18,6 +18,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_attend(const __grid_constant__ Params p) {
+    end_phase(STARTED);
     bool open = false;
 #if !FUSED
     // For the codes, which the launch before makes.
@@ -29,6 +30,7 @@ hash_attend(const __grid_constant__ Params p) {
     Queries queries;
     load_queries(p, row, 0, queries);
     look_at_row(p, row);
+    end_phase(LENGTH_HAS_COME, row.stop);
     int* list = p.positions + row.index * p.k;
     const Own own = select(p, row, weights, list, most_apart(row));
     keep_queries(queries);
@@ -50,5 +52,6 @@ hash_attend(const __grid_constant__ Params p) {
             own_list()[i - share.first] = __ldcg(list + i);
 #endif
     }
+    end_phase(ATTENTION_STARTED);
     attend(p, row, share, open);
 }

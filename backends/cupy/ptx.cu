@@ -242,3 +242,19 @@ INLINE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// Phases of a kernel that works on rows, in their order; benchmarks/phases.py reads when they end.
+// CLOCKS: the address of 16 words for every block, if they are wanted. `after`: what must have come.
+enum Phase {
+    STARTED, LENGTH_HAS_COME, CODES_ASKED_FOR, QUERIES_HASHED, SCANNED, SUMS_LEFT, THRESHOLD_FOUND,
+    POSITIONS_PUT, ATTENTION_STARTED, ATTENDED, WARPS_MET, WARPS_MERGED, PARTS_MERGED
+};
+
+INLINE void end_phase(Phase phase, int after = 0) {
+#ifdef CLOCKS
+    if (threadIdx.x > 0) return;
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer; // %1" : "=l"(now) : "r"(after) : "memory");
+    reinterpret_cast<volatile u64*>(CLOCKS)[blockIdx.x * 16 + phase] = now;
+#endif
+}

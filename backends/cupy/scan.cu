@@ -148,6 +148,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
         copy_codes(slot_of(part, a), from + a * hop, p.codes_s * KEYS, count - mine - a * stride);
         end_batch();
     }
+    end_phase(CODES_ASKED_FOR);
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
     const u32 arrival = clear_area(p, row);
@@ -166,6 +167,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
                     + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
                 p.q_codes_h, shared_planes);
 #endif
+    end_phase(QUERIES_HASHED);
     const Planes planes = planes_of(shared_planes);
 #if NORMS
     const u16* norms = p.norms + row.batch * p.norms_b + row.kv_head * p.norms_h;

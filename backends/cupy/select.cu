@@ -87,7 +87,9 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
             }
         }
         __syncthreads();
+        if (round == 0) end_phase(SCANNED);
         leave_sums(p, row, round);
+        if (round == 0) end_phase(SUMS_LEFT);
 #if JOINED < 2
         meet(p, row);
 #endif
@@ -236,11 +238,13 @@ INLINE Own select(const Params& p, const Row& row, Weights& weights, int* list, 
     scan(p, row, part, weights);
     if (row.everything) return {};
     Threshold found = find_threshold(p, row, part);
+    end_phase(THRESHOLD_FOUND);
     Own own = {LISTED && ROUNDS == 1 && PARTS > 1 && found.most <= most};
     const count_t* below = sums(memory, 0);
     if (own.apart)
         own.count = below[found.key]
             + max(min(found.ties - found.equal, int(below[found.key + 1] - below[found.key])), 0);
     write_positions(row, part, found, list, own.apart, found.below + min(found.equal, found.ties));
+    end_phase(POSITIONS_PUT);
     return own;
 }

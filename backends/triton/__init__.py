@@ -72,9 +72,10 @@ class TritonBackend(Backend):
         from . import launch, rehearsal
 
         here = device.fingerprint("cuda")
+        sm = here.sm or 0
         with use_config(self.name, problem.op, config):
-            kernels = rehearsal.kernels(self, problem)
-        return launch.misfit(kernels, here.sm or 0, here.smem_optin or 0)
+            kernels = rehearsal.kernels(self, problem, sm)
+        return launch.misfit(kernels, sm, here.smem_optin or 0)
 
     def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
         """Compile and load what this call launches, on the device of its arrays."""
@@ -92,7 +93,7 @@ class TritonBackend(Backend):
         """Compile what launches of this problem need into Triton's cache, without a GPU."""
         from . import launch, rehearsal
 
-        launch.compile_all(rehearsal.kernels(self, problem), sm)
+        launch.compile_all(rehearsal.kernels(self, problem, sm), sm)
 
     def launch_encode(
         self,

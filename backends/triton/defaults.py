@@ -9,14 +9,18 @@ Knobs, in the order in which a decode step meets them:
     tile, scan_warps      keys a step of the scan, and its warps
     ahead                 tiles that the scan has on their way while it works on one
     binary                distances on binary tensor cores, where there are any (sm_80 to sm_90)
-    adders                whether bits are added up before they are counted, without those
+                          and a tile has enough keys for each warp: 64, but 128 where codes of 64
+                          bits lie one after the other, and 256 where codes of 32 bits do. Those the
+                          defaults have only for many rows of long caches; else popcounts serve
+    adders                whether bits are added up before popcounts count them
     histogram             counters: by warp ballots, or by atomics in shared memory
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps, stages         of the attention
-    early                 which launches may start as soon as the one before them has started, to
-                          wait: all, or the merge of shares alone
-    overlap               launches start while the one before them drains (sm_90 and newer)
+    early                 which launches start as soon as the one before them has started, to wait.
+                          With overlap the scan always does; beside it all others do, the merge of
+                          shares alone, or none
+    overlap               launches start while the one before them drains (from sm_90 on)
 """
 
 from __future__ import annotations
@@ -71,16 +75,19 @@ def of(problem: Problem) -> Config:
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = max(problem.batch * heads * problem.tokens, 1)
     few, long = rows < 32, rows * problem.slots > 1 << 21
-    # Parts are of a few thousand keys, and where those are few, of 512 at least.
+    # Programs of the scan: 512, or where rows are many, up to 2,048 of 2,048 keys each.
+    scanning = 512 if few else max(share(rows * problem.slots // 2048, 2048), 512)
+    parts = max(share(scanning // rows, 256), 4)
     if few:
-        parts = min(share(512 // rows, 256), max(problem.slots // 2048, 32))
-    else:
-        parts = max(share(rows * problem.slots // 2048, 2048) // rows, share(512 // rows, 64))
-    parts = max(share(parts, 256), 4)
+        # Beyond 32 parts, none has fewer than 2,048 keys.
+        parts = min(parts, share(max(problem.slots // 2048, 32), 256))
+    select_tile = max(share(problem.slots // parts, 4096), 1024) if few else 1024
+    if few and problem.bits == 256:
+        # Their programs take nearly twice the registers: half as many, beyond 32 parts.
+        parts = min(parts, max(share(256 // rows, 256), 32))
     # A tile of many words or planes would take the registers that keep other programs running.
     most = 1024 if long and problem.heads // heads <= 4 else 512
     tile = min(max(4096 // max(pow2(problem.bits // 32), 1), 128), most)
-    found = problem.slots // parts if few else 0
     scan = {
         "parts": parts,
         "tile": tile,
@@ -89,8 +96,8 @@ def of(problem: Problem) -> Config:
         "adders": True,
         "binary": True,
         "histogram": "shared",
-        "select_tile": 4096 if found >= 4096 else 2048 if found >= 2048 else 1024,
-        "select_warps": 4 if found >= 2048 else 1,
+        "select_tile": select_tile,
+        "select_warps": 1 if select_tile == 1024 else 4,
     }
     if problem.op == "hamming_topk":
         return scan
@@ -98,16 +105,16 @@ def of(problem: Problem) -> Config:
     short = few and problem.k <= 2048
     keys = 32 if heavy else 64 if rows <= 32 else 128
     splits = min(max(share(512 // rows, 64), 4), 64)
-    programs = rows * min(splits, pow2(-(-problem.k // keys)))
+    attending = rows * min(splits, pow2(-(-problem.k // keys)))
     attend = {
         "keys": keys,
         "splits": splits,
         "warps": 8 if short and not heavy else 4,
         # Buffers for a second tile are in the way of programs that all run at once.
-        "stages": 1 if short or programs <= 256 else 2,
+        "stages": 1 if short or attending <= 256 else 2,
         "overlap": True,
     }
     if problem.op == "sparse_attend":
         return attend
-    early = "all" if few and problem.k <= 2048 else "none" if few else "merge"
+    early = "all" if short else "none" if few else "merge"
     return {"columns": 32, "encode_warps": 8, **scan, **attend, "early": early}

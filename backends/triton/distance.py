@@ -54,22 +54,15 @@ def distance(words, planes, WORDS: tl.constexpr, WEIGHTS: tl.constexpr, ADDERS: 
 
 
 @triton.jit
-def distance_at_zero(planes, WORDS: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Summed distance to a group of a key without bits: sum_i w_i popcount(P_i)."""
-    total = tl.zeros([], tl.int32)
-    for level in tl.static_range(LEVELS):
-        for _ in tl.static_range((WEIGHTS >> (2 * level)) & 3):
-            for w in tl.static_range(WORDS):
-                total += popcount(planes[w]) << level
-            planes = planes[WORDS:]
-    return total
-
-
-@triton.jit
 def _own_column(even, odd):
-    """This lane's word of the two columns that lead to one lane: theirs, or zero.
+    """This lane's word of a product's columns, made of one word of an even and of an odd plane.
 
-    Lane 4c + j holds word j of column c, and columns 2j and 2j + 1 lead to lane j of each row.
+    Of the eight columns, lane 4c + j holds word j of column c. Even columns are of the even plane,
+    odd ones of the odd plane; columns 2j and 2j + 1 have their plane's word as word j, and zeros
+    elsewhere, so that their sums are left to lane j of each row.
+
+    `even` and `odd` must be scalars, which every lane holds alike. The compiler takes the result
+    for one as well, though each lane has its own: it may only become an operand of `_add_product`.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -89,7 +82,7 @@ def _own_column(even, odd):
 
 @triton.jit
 def lane_columns(planes, PLANES: tl.constexpr, WORDS: tl.constexpr):
-    """A lane's words of all planes and of a last one of ones: by pairs of planes, then words."""
+    """This lane's columns for all planes and a last one of ones: by pairs of planes, then words."""
     zero = tl.zeros([], tl.uint32)
     for _ in tl.static_range(WORDS):
         planes = planes + (~zero,)
@@ -105,13 +98,13 @@ def lane_columns(planes, PLANES: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _add_product(low, high, of_low, of_high, even, odd):
-    """Add to two sums what words `low` and `high` of keys have in common with two planes."""
+def _add_product(low, high, column_low, column_high, sum_even, sum_odd):
+    """Add what words `low` and `high` of keys have in common with two planes to a sum for each."""
     return tl.inline_asm_elementwise(
         "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
         "{$0, $2, $1, $3}, {$4, $5, $6, $7}, {$8, $10}, {$12, $14, $13, $15};",
         "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [low, high, of_low, of_high, even, odd], (tl.int32, tl.int32), False, 2,
+        [low, high, column_low, column_high, sum_even, sum_odd], (tl.int32, tl.int32), False, 2,
     )  # fmt: skip
 
 
@@ -128,15 +121,17 @@ def binary_distance(
     """
     sums = ()
     for _ in tl.static_range(len(columns) // WORDS):
-        even = tl.zeros(words[0].shape, tl.int32)
-        odd = tl.zeros(words[0].shape, tl.int32)
+        sum_even = tl.zeros(words[0].shape, tl.int32)
+        sum_odd = tl.zeros(words[0].shape, tl.int32)
         for w in tl.static_range(0, WORDS, 2):
             if w + 1 < WORDS:
-                high, of_high = words[w + 1], columns[w + 1]
+                high, column_high = words[w + 1], columns[w + 1]
             else:
-                high, of_high = words[w] ^ words[w], columns[w]
-            even, odd = _add_product(words[w], high, columns[w], of_high, even, odd)
-        sums = sums + (even, odd)
+                high, column_high = words[w] ^ words[w], columns[w]
+            sum_even, sum_odd = _add_product(
+                words[w], high, columns[w], column_high, sum_even, sum_odd
+            )
+        sums = sums + (sum_even, sum_odd)
         columns = columns[WORDS:]
     total = at_zero
     for level in tl.static_range(LEVELS):

@@ -6,7 +6,8 @@ Weighted planes. Full adders turn three words of one weight into one of that wei
 it, and because sum and majority are self-dual they may be applied to the queries before the key is
 known: if sum_i w_i P_ij counts the queries that set bit j, then distance_s = sum_i w_i
 popcount(P_i ^ k_s). Adders over a group leave one or two planes of each weight: three for G = 4,
-four for G = 8, instead of G words.
+four for G = 8, instead of G words. How planes and keys become distances, by popcounts or by binary
+tensor cores, stands in `distance`.
 
 Counting select. Distances are small integers (and of one parity if G is even, so half of them
 serve), so a histogram gives the exact threshold. `_scan_kernel` streams the codes once: each row

@@ -9,9 +9,9 @@
    parts they lie in, and attends to them.
 5. `attend._merge_kernel`: the shares of a row, in their order.
 
-On sm_90 and newer each launch starts while the one before it drains, reads what does not depend on
-it, and then waits. A launch costs some 0.7 us in a graph, less than the shared work of a fused
-kernel did; see docs/perf/triton.md.
+From sm_90 on, every launch after the first starts while the one before it drains, reads what does
+not depend on it, and then waits. A launch costs some 0.7 us in a graph, less than the shared work
+of a fused kernel did; see docs/perf/triton.md.
 
 A query that sees no more keys than its budget, or than `dense_below`, takes all of them: nothing is
 scored for it, and the attention walks its keys in place. Which regime holds is decided on the

@@ -31,6 +31,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
+from triton.runtime.jit import JITFunction
 
 from hata.errors import HataCaptureError, KernelError
 
@@ -53,6 +54,25 @@ def source(fn: Any, types: tuple[str, ...], constants: dict[str, Any]) -> Any:
     return triton.compiler.ASTSource(
         fn, signature, {name: constants[name] for name in names[len(types) :]}, aligned
     )
+
+
+_hashing = threading.Lock()
+
+
+def hash_callees_first(fn: Any) -> None:
+    """Have Triton hash the functions that jitted `fn` calls before `fn` itself.
+
+    Its hash of a function, and with it the place in its cache, takes in the global constants of a
+    callee only if that was hashed before: otherwise what one process has compiled, another that
+    begins with another kernel, or a thread that is ahead of another, would not find.
+    """
+    if fn.hash is not None:
+        return
+    for name in fn.fn.__code__.co_names:
+        callee = fn.fn.__globals__.get(name)
+        if isinstance(callee, JITFunction) and callee is not fn:
+            hash_callees_first(callee)
+    fn.cache_key  # noqa: B018  computes the hash
 
 
 class Bound:
@@ -135,6 +155,8 @@ class Bound:
         return made
 
     def _attempt(self, target: Any, use: Callable[[Any], None]) -> Any:
+        with _hashing:
+            hash_callees_first(self.fn)
         made = triton.compile(
             source(self.fn, self.types, self.constants), target, dict(self.options)
         )
@@ -239,17 +261,23 @@ def misfit(kernels: list[Bound], sm: int, shared: int) -> str | None:
 
 _bound: dict[tuple, Bound] = {}
 _met: ContextVar[list[Bound] | None] = ContextVar("hata_triton_met", default=None)
+# Compute capability, as one number, that is assumed of arrays which lie on no GPU.
+assumed_sm: ContextVar[int] = ContextVar("hata_triton_assumed_sm", default=90)
 
 
 @contextmanager
-def rehearsal() -> Iterator[list[Bound]]:
-    """Launches made in this context, on tensors without data, are listed and not made."""
+def rehearsal(sm: int = 90) -> Iterator[list[Bound]]:
+    """Launches made in this context are listed and not made.
+
+    Tensors without data count as those of a GPU of compute capability `sm` (90 is 9.0).
+    """
     met: list[Bound] = []
-    token = _met.set(met)
+    tokens = _met.set(met), assumed_sm.set(sm)
     try:
         yield met
     finally:
-        _met.reset(token)
+        _met.reset(tokens[0])
+        assumed_sm.reset(tokens[1])
 
 
 def rehearsed(kernels: list[Bound]) -> bool:
@@ -296,13 +324,8 @@ def _capability_of(device: int) -> tuple[int, int]:
 
 
 def capability(x: Any) -> tuple[int, int]:
-    """Compute capability of the device of `x`.
-
-    Arrays without data stand for those of the current device or, without one, of sm_90.
-    """
-    if x.is_cuda:
-        return _capability_of(x.device.index)
-    return _capability_of(torch.cuda.current_device()) if torch.cuda.is_available() else (9, 0)
+    """Compute capability of the device of `x`, or what a rehearsal assumes where that is no GPU."""
+    return _capability_of(x.device.index) if x.is_cuda else divmod(assumed_sm.get(), 10)
 
 
 def overlaps(wanted: bool, x: Any) -> bool:
@@ -313,6 +336,7 @@ def overlaps(wanted: bool, x: Any) -> bool:
 def multiplies_bits(wanted: bool, x: Any) -> bool:
     """Whether to use binary tensor cores: asked for, and the device of `x` has them.
 
-    Those are sm_80 to sm_90; newer ones run the instruction as a routine of ordinary arithmetic.
+    Those are sm_80 to sm_90. For sm_100 and sm_120 the compiler makes of each product a call of a
+    routine, some 110 instructions that spread bits to bytes and take eight products of those.
     """
     return wanted and not INTERPRETED and (8, 0) <= capability(x) <= (9, 0)

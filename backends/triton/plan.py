@@ -15,7 +15,7 @@ from hata.arrays import Framework
 from hata.backend import Config
 from hata.problem import Problem
 
-from .launch import INTERPRETED, Bound, rehearsed
+from .launch import INTERPRETED, Bound, assumed_sm, rehearsed
 
 # Pointer types of data by dtype name.
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -232,7 +232,7 @@ def planned(
         What the plan's `output`s became, in order.
     """
     signatures = [None if x is None else fw.signature(x) for x in arrays]
-    key = (problem, id(config), options, *signatures)
+    key = (problem, id(config), options, assumed_sm.get(), *signatures)
     found = _plans.get(key)
     if found is None:
         # Aliases, so that one array in two roles is not taken for the other in a later call.

@@ -1,10 +1,10 @@
 """Which kernels a call or a problem needs: the launchers run, and what they would launch is listed.
 
-`of_call` takes the arrays of a real call: what `hata.prepare` loads. `kernels` has a problem alone,
-and lends the launchers torch's meta tensors, whose shapes and alignment follow from it: what can be
-compiled ahead, without a GPU. Whatever a call may add without changing the problem (a bias, sinks,
-ragged lengths) is an argument of the same kernels; given query codes add one kernel, here for as
-many heads as q has.
+`of_call` takes the arrays of a real call: what `hata.prepare` loads. `kernels` has a problem and a
+compute capability alone, and lends the launchers torch's meta tensors, whose shapes and alignment
+follow from the problem: what can be compiled ahead, without a GPU. Whatever a call may add without
+changing the problem (a bias, sinks, ragged lengths) is an argument of the same kernels; given query
+codes add one kernel, here for as many heads as q has.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def of_call(
     return list(dict.fromkeys(met))
 
 
-def kernels(backend: TritonBackend, problem: Problem) -> list[Bound]:
-    """Every kernel that calls of this problem may launch."""
+def kernels(backend: TritonBackend, problem: Problem, sm: int) -> list[Bound]:
+    """Every kernel that calls of this problem may launch where the capability is `sm` (90: 9.0)."""
     layouts = (True,) if problem.aligned else (True, False)
     # Codes shorter than a vector are scanned otherwise where rows are no whole vectors.
     lengths = (problem.slots, problem.slots - 1) if problem.bits in (32, 64) else (problem.slots,)
-    with rehearsal() as met:
+    with rehearsal(sm) as met:
         for aligned, slots in itertools.product(layouts, lengths):
             for launcher, arguments in _calls(problem, aligned, max(slots, 1)):
                 fw = framework("x", arguments[0])

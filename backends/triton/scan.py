@@ -16,7 +16,7 @@ import triton.language as tl
 from hata.backend import Config
 
 from .counting import DIGIT, Counting, shared_declaration
-from .distance import binary_distance, distance, distance_at_zero, lane_columns
+from .distance import binary_distance, distance, lane_columns
 from .launch import Bound, bind
 from .pieces import (
     ALIGN,
@@ -40,18 +40,18 @@ from .plan import code_pointer, row_step_type
 
 @triton.jit
 def _load_codes(
-    base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
+    base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, PER_VECTOR: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """`CHUNK` words of each key in [first, first + TILE), from the one that `base` points to.
 
-    Where codes are short and lie one after the other, a row holds `KEYS` of them: one vector.
+    Where codes are short and lie one after the other, a row holds `PER_VECTOR` of them: one vector.
     """
-    if KEYS > 1:
+    if PER_VECTOR > 1:
         # It is a multiple already; said like this, the compiler sees whole vectors.
         first = first // ALIGN * ALIGN
-    place = tl.arange(0, TILE // KEYS) * KEYS
-    word = tl.arange(0, KEYS * CHUNK) * (4 // UNIT)
+    place = tl.arange(0, TILE // PER_VECTOR) * PER_VECTOR
+    word = tl.arange(0, PER_VECTOR * CHUNK) * (4 // UNIT)
     base += (tl.zeros([], tl.int64) + first) * codes_s
     return load_words(
         base + (place * codes_s)[:, None] + word[None, :], (place < high - first)[:, None], UNIT
@@ -61,13 +61,13 @@ def _load_codes(
 @triton.jit
 def _load_tile(
     base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    KEYS: tl.constexpr, UNIT: tl.constexpr,
+    PER_VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """All words of the keys of a tile, chunk by chunk."""
     chunks = ()
     for c in tl.static_range(CHUNKS):
         one = _load_codes(
-            base + c * CHUNK * (4 // UNIT), first, high, codes_s, TILE, CHUNK, KEYS, UNIT
+            base + c * CHUNK * (4 // UNIT), first, high, codes_s, TILE, CHUNK, PER_VECTOR, UNIT
         )
         chunks = chunks + (one,)
     return chunks
@@ -80,7 +80,7 @@ def _scan_kernel(
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
     R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WEIGHTS: tl.constexpr,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    CHUNK: tl.constexpr, PER_VECTOR: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr,
     VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr,
     ADDERS: tl.constexpr, BINARY: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
@@ -99,12 +99,12 @@ def _scan_kernel(
     if (low < high) & (seen > tl.maximum(budget_of(seen, k, ratio, least), dense_below)):
         base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
         # Codes that share a vector follow one another.
-        step = codes_s * VECTOR if KEYS == 1 else CHUNK
+        step = codes_s * VECTOR if PER_VECTOR == 1 else CHUNK
         # The first tiles are on their way while the launch before still makes the planes.
         queue = ()
         for i in tl.static_range(AHEAD):
             queue = queue + _load_tile(
-                base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+                base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
             )
         wait_for_previous(OVERLAPPED)
         if OVERLAPPED:
@@ -115,7 +115,7 @@ def _scan_kernel(
                 tile = queue[i * CHUNKS : (i + 1) * CHUNKS]
                 if low + (i + 1) * TILE > fresh_from:
                     tile = _load_tile(
-                        base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+                        base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
                     )
                 renewed = renewed + tile
             queue = renewed
@@ -124,8 +124,11 @@ def _scan_kernel(
             bits = tl.load(planes + row * (PLANES * WORDS) + i)
             weighted = weighted + (bits.to(tl.uint32, bitcast=True),)
         if BINARY:
-            at_zero = distance_at_zero(weighted, WORDS, WEIGHTS) >> HALVE
-            weighted = lane_columns(weighted, PLANES, WORDS)
+            no_bits = ()
+            for _ in tl.static_range(WORDS):
+                no_bits = no_bits + (tl.zeros([], tl.uint32),)
+            at_zero = distance(no_bits, weighted, WORDS, WEIGHTS, False) >> HALVE
+            columns = lane_columns(weighted, PLANES, WORDS)
         if SHARED is None:
             bins = tl.zeros([BINS], tl.int32)
         else:
@@ -136,21 +139,21 @@ def _scan_kernel(
         countable = countable.to(tl.uint32, bitcast=True)
         for first in range(low, high, TILE):
             queue = queue + _load_tile(
-                base, first + AHEAD * TILE, high, step, TILE, CHUNK, CHUNKS, KEYS, UNIT
+                base, first + AHEAD * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
             )
             chunks, queue = queue[:CHUNKS], queue[CHUNKS:]
             words = ()
             for c in tl.static_range(CHUNKS):
-                words = words + columns_of(chunks[c], TILE // KEYS, KEYS * CHUNK)
+                words = words + columns_of(chunks[c], TILE // PER_VECTOR, PER_VECTOR * CHUNK)
             distances = ()
-            for i in tl.static_range(KEYS):
+            for i in tl.static_range(PER_VECTOR):
                 mine = words[i * WORDS : (i + 1) * WORDS]
                 if BINARY:
-                    one = binary_distance(mine, weighted, at_zero, WORDS, WEIGHTS, GROUP, HALVE)
+                    one = binary_distance(mine, columns, at_zero, WORDS, WEIGHTS, GROUP, HALVE)
                 else:
                     one = distance(mine, weighted, WORDS, WEIGHTS, ADDERS) >> HALVE
                 distances = distances + (one,)
-            key = interleave(distances, TILE // KEYS, KEYS)
+            key = interleave(distances, TILE // PER_VECTOR, PER_VECTOR)
             place = tl.arange(0, TILE)
             if NORMS:
                 norm = tl.load(
@@ -253,7 +256,7 @@ def bind_scan(
     single: bool,
     unit: int,
     together: int,
-    keys: int,
+    per_vector: int,
     code_step: int,
     binary: bool,
     overlapped: bool,
@@ -265,8 +268,8 @@ def bind_scan(
     count = bits // 32
     chunk = min(count & -count, together)
     warps = min(config["scan_warps"], config["tile"] // 32)
-    # A lane brings two keys to each binary product.
-    binary = binary and config["tile"] >= 64 * warps * keys
+    # A binary product takes two vectors of every lane, and one key of each.
+    binary = binary and config["tile"] >= 64 * warps * per_vector
     constants = {
         "TILE": config["tile"], "PARTS": parts, "BINS": how.bins, "SHARED": shared,
         "SINGLE": single, "OVERLAPPED": overlapped,
@@ -279,8 +282,8 @@ def bind_scan(
             "i64", "i64", row_step_type(code_step), *["i64"] * 3,
         ),
         {"R": bits, "GROUP": group, "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk,
-         "KEYS": keys, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms, "VECTOR": together,
-         "UNIT": unit, "AHEAD": config["ahead"],
+         "PER_VECTOR": per_vector, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms,
+         "VECTOR": together, "UNIT": unit, "AHEAD": config["ahead"],
          "ADDERS": bool(config["adders"]), "BINARY": binary, "EARLY": early, **constants},
         warps,
         overlapped=overlapped,

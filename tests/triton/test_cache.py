@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from hata.errors import KernelError
+from hata.problem import Problem
 
 triton = pytest.importorskip("triton", reason="the Triton backend needs it")
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 launch = importlib.import_module("hata.backends.triton.launch")
 
@@ -188,3 +190,31 @@ def test_threads_load_a_kernel_once(cache, monkeypatch):
         thread.join()
     assert len(made) == 1
     assert loaded == [loaded[0]] * 4
+
+
+def test_place_in_cache_does_not_depend_on_what_was_hashed_first():
+    """Else another process, or a thread that is faster, would compile the same kernels again."""
+    rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
+    backend = importlib.import_module("hata.backends.triton").TritonBackend()
+    problem = Problem(
+        "hash_attend", "cuda", "bfloat16", "bfloat16", heads=8, kv_heads=2, head_dim=64,
+        value_dim=64, bits=128, k=64, slots=4096, norms=True,
+    )  # fmt: skip
+    kernels = [bound.fn for bound in rehearsal.kernels(backend, problem, 90)]
+    assert len({fn.__name__ for fn in kernels}) > 4
+    found = []
+    for order in (kernels, kernels[::-1]):
+        forget(kernels)
+        for fn in order:
+            launch.hash_callees_first(fn)
+        found.append({fn.__name__: fn.cache_key for fn in kernels})
+    assert found[0] == found[1]
+
+
+def forget(functions):
+    """Take the hashes of jitted functions, and of all that they call, from Triton."""
+    for fn in functions:
+        if fn.hash is not None:
+            fn.hash, fn.used_global_vals = None, {}
+            named = (fn.fn.__globals__.get(name) for name in fn.fn.__code__.co_names)
+            forget([callee for callee in named if isinstance(callee, JITFunction)])

@@ -103,12 +103,14 @@ def test_every_lane_gets_the_distances_of_its_own_keys(group, bits):
     sums = []
     for even_plane, odd_plane in zip(flat[::2], flat[1::2], strict=True):
         columns = [own_column(*words) for words in zip(even_plane, odd_plane, strict=True)]
-        even = odd = np.zeros((32, 2), np.int64)
+        sum_even = sum_odd = np.zeros((32, 2), np.int64)
         for w in range(0, count, 2):
             high = keys[:, :, w + 1] if w + 1 < count else np.zeros((32, 2), np.uint32)
-            of_high = columns[min(w + 1, count - 1)]
-            even, odd = add_product(keys[:, :, w], high, columns[w], of_high, even, odd)
-        sums += [even, odd]
+            column_high = columns[min(w + 1, count - 1)]
+            sum_even, sum_odd = add_product(
+                keys[:, :, w], high, columns[w], column_high, sum_even, sum_odd
+            )
+        sums += [sum_even, sum_odd]
     weights = [1 << i for i, level in enumerate(planes) for _ in level]
     at_zero = sum(w * popcount(plane).sum() for w, plane in zip(weights, flat, strict=False))
     total = (at_zero >> how.halve) + sums[len(weights)] * (group >> how.halve)

@@ -70,7 +70,9 @@ def test_prepare_loads_what_the_call_launches(launched, monkeypatch, case):
     assert before == {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p}
 
 
-def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch):
+@pytest.mark.skipif(launch.INTERPRETED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch, sm):
     """The tuner's way: for a problem and a compute capability, into the cache, without a GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = []
@@ -79,11 +81,16 @@ def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch):
     )
     backend = triton_backend()
     problem = Problem(
-        "hamming_topk", "cuda", "uint8", heads=8, kv_heads=2, bits=128, k=64, slots=4096
-    )
-    backend.compile(problem, 90)
-    assert {kernel for kernel, _ in compiled} == set(rehearsal.kernels(backend, problem))
-    assert {arch for _, arch in compiled} == {90}
+        "hash_attend", "cuda", "bfloat16", "bfloat16", heads=8, kv_heads=2, head_dim=64,
+        value_dim=64, bits=128, k=64, slots=4096,
+    )  # fmt: skip
+    backend.compile(problem, sm)
+    assert {kernel for kernel, _ in compiled} == set(rehearsal.kernels(backend, problem, sm))
+    assert {arch for _, arch in compiled} == {sm}
+    # What a launch there would take: binary tensor cores, and launches that overlap.
+    (scan,) = (kernel for kernel, _ in compiled if kernel.fn.__name__ == "_scan_kernel")
+    assert scan.constants["BINARY"] == (sm <= 90)
+    assert scan.options.get("launch_pdl", False) == (sm >= 90)
 
 
 # 227 KB, what a block of an H200 may have, and the least that any GPU gives.

@@ -1,0 +1,203 @@
+"""When the phases of the CUDA kernels end, by clocks inside them.
+
+    python -m benchmarks.phases --shapes 1x32/8x128K 8x32/8x32K
+
+Where a step is one launch, no profiler tells its scan from the rest. The kernels of the `cupy`
+backend are compiled anew with clocks in them (`end_phase` in `backends/cupy/ptx.cu`): the first
+thread of every block notes when it comes to the end of a phase, in steps of 32 ns. Caches are cold
+and launches in CUDA graphs, as everywhere. Clocks take some of the time that they measure. The scan
+is held against a read of as many bytes with clocks of the same kind, each from the start of the
+first block to the end of the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import hata
+from benchmarks import contenders, report
+from benchmarks.check import WrongResult
+from benchmarks.contenders import Case, Contender
+from benchmarks.shapes import SUITES, Shape, parse
+
+# In the order of `enum Phase`, without the start.
+PHASES = (
+    "the row's length has come",
+    "codes are on their way",
+    "queries are hashed",
+    "scan",
+    "sums are left",
+    "threshold",
+    "positions",
+    "attention starts",
+    "attention",
+    "all warps have come",
+    "warps are merged",
+    "parts are merged",
+)
+SCAN = PHASES.index("scan")
+# Words of a block in the buffer of the clocks, and blocks that find room there.
+_WORDS, _BLOCKS = 16, 1 << 15
+
+
+class Phases(NamedTuple):
+    """When phases end, in µs from the start of the first block; NaN for what a kernel has not.
+
+    Attributes:
+        median: Of all blocks.
+        last: Of the slowest block.
+        whole: Time of a launch, by the clock of the benchmarks.
+    """
+
+    median: list[float]
+    last: list[float]
+    whole: float
+
+
+def clocked() -> Tensor:
+    """Have all kernels of the `cupy` backend that are compiled from now on note their clocks.
+
+    Returns:
+        Where they do, `[blocks, words]` (int64, ns): the start of a block, then its phases.
+    """
+    from hata.backends.cupy import compiler
+
+    clocks = torch.zeros((_BLOCKS, _WORDS), dtype=torch.int64, device="cuda")
+    compiler.MORE_OPTIONS[:] = [f"-DCLOCKS={clocks.data_ptr()}ull"]
+    return clocks
+
+
+def measure(call: Callable[[], object], clocks: Tensor, rounds: int) -> Phases:
+    """Run a call whose kernel notes clocks, and look at the clocks of `rounds` launches."""
+    from tune.cuda import Clock
+
+    call()
+    clock = Clock()
+    clock.add([call])
+    found, times = [], []
+    for _ in range(rounds):
+        clocks.zero_()
+        times.append(clock.sample(0))
+        noted = clocks[clocks[:, 0] > 0].double()
+        ends = noted[:, 1 : len(PHASES) + 1]
+        ends = torch.where(ends > 0, ends - noted[:, 0].min(), torch.nan) / 1e3
+        found.append(torch.stack([ends.nanmedian(0).values, ends.max(0).values]))
+    median, last = torch.stack(found).nanmedian(0).values.tolist()
+    return Phases(median, last, sorted(times)[rounds // 2])
+
+
+def scan_share(case: Case, clocks: Tensor, rounds: int) -> tuple[float, float]:
+    """Times of the scan of a case and of a read of as many bytes, in µs, by their clocks."""
+    from benchmarks.cuda import reader
+
+    scan = measure(contenders.hamming_topk(case).call, clocks, rounds).last[SCAN]
+    read = measure(reader(case.shape.code_bytes, "cuda", clocks), clocks, rounds).last[0]
+    return scan, read
+
+
+def scans(rounds: int) -> list[report.Bar]:
+    """Scans of the design suite that have a bar, against reads: (bar, wanted, measured, met)."""
+    found = []
+    clocks = clocked()
+    shapes = [shape for group in SUITES["design"] for shape in group]
+    for shape in shapes:
+        least = report.scan_bar("cupy", shape)
+        if least is not None:
+            scan, read = scan_share(contenders.build(shape, "cuda"), clocks, rounds)
+            name = f"{shape.name}: scan ({scan:.1f} µs), share of read speed"
+            found.append((name, least, read / scan, read / scan >= least))
+    return found
+
+
+def scans_apart(rounds: int) -> list[report.Bar]:
+    """`scans`, in a process of its own: kernels of this one keep what they were compiled with.
+
+    Raises:
+        WrongResult: that process fails.
+    """
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "scans.json")
+        command = [sys.executable, "-m", "benchmarks.phases", "--rounds", str(rounds)]
+        done = subprocess.run([*command, "--scans", str(file)], check=False)
+        if done.returncode:
+            raise WrongResult(f"benchmarks.phases: exit status {done.returncode}, see above")
+        return [tuple(bar) for bar in json.loads(file.read_text())]
+
+
+def table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
+    """When phases end, a column for every shape: the median block, and the slowest."""
+    table = Table(
+        title=f"{op}: µs from the start of the first block (median block, slowest block)",
+        title_justify="left",
+    )
+    table.add_column("phase ends")
+    for shape in shapes:
+        table.add_column(shape.name, justify="right")
+    for i, phase in enumerate(PHASES):
+        ends = [(phases.median[i], phases.last[i]) for phases in found]
+        if any(end == end for pair in ends for end in pair):
+            table.add_row(phase, *(f"{median:.1f} {last:.1f}" for median, last in ends))
+    table.add_section()
+    table.add_row("a launch in a graph", *(f"{phases.whole:.1f}" for phases in found))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.phases", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--op", choices=("hash_attend", "hamming_topk"), default="hash_attend",
+        help="whose kernel (default: hash_attend)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse, metavar="BxH/HkvxKEYS",
+        default=[parse("1x32/8x32K"), parse("1x32/8x128K"), parse("8x32/8x32K")],
+        help="bfloat16, 128 bits (default: 1x32/8x32K 1x32/8x128K 8x32/8x32K)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="launches (default: 15)")
+    parser.add_argument(
+        "--scans", type=Path, metavar="FILE",
+        help="hold the scans of the design suite against reads instead, and write them here",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
+    if not torch.cuda.is_available():
+        parser.error("no GPU is here, and this measures one")
+    # Machine code that holds the address of a buffer of this process is of no use to others.
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), hata.use_backend("cupy"):
+        os.environ["HATA_CACHE"] = folder
+        if args.scans is not None:
+            args.scans.write_text(json.dumps(scans(args.rounds)))
+            return 0
+        clocks = clocked()
+        found = []
+        shapes = [replace(shape, dtype="bfloat16") for shape in args.shapes]
+        for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
+            case = contenders.build(shape, "cuda")
+            step: Contender = contenders.OPS[args.op](case)
+            found.append(measure(step.call, clocks, args.rounds))
+    Console().print(table(args.op, shapes, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
