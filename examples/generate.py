@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -35,18 +37,32 @@ from transformers.utils import logging
 
 import hata
 import hata.hf
+from hata.commandline import Parser
 from hata.evaluate.tasks import DIGITS, needles, source_text
 
 
-def main() -> None:
-    """Parse, load, compare."""
+def main() -> int:
+    """Parse, load, compare; faults of what was asked for are one line."""
     args = arguments()
+    try:
+        compare(args)
+    except (hata.HataError, OSError, ValueError) as error:
+        print(f"generate.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Load, and generate both ways."""
     logging.disable_progress_bar()
-    model, tokenizer = load(args)
     if args.profile:
         hata.use_profile(args.profile)
     if args.backend != "auto":
         hata.set_backend(args.backend)
+    model, tokenizer = load(args)
     attach = attachment(model, args)
     with attach() as handle:
         print(f"{handle}\n")
@@ -58,7 +74,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """What can be chosen."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a model")
     parser.add_argument("--profile", help="profile of the tuner: kernels and selections")
     parser.add_argument("--encoder", default="random", help='encoder file, or "random"')
@@ -74,14 +90,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="with --prompt")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--backend", default="auto", help="auto, reference, triton or cupy")
-    parser.add_argument("--dtype", help="float32 (default on cpu), bfloat16 or float16")
-    return parser.parse_args()
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on cpu"
+    )
+    args = parser.parse_args()
+    for name in ("bits", "k", "needle", "n", "pairs", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device: got {args.device!r}, expected cpu, cuda or cuda:<index>")
+    kind, _, index = args.device.partition(":")
+    if kind == "cuda" and torch.cuda.device_count() <= int(index or 0):
+        parser.error(
+            f"--device: got {args.device!r}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
+    return args
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model: {args.model} cannot be loaded: {error}") from None
+    model = model.to(args.device).eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError):
@@ -230,4 +264,4 @@ def report(steps: dict[str, list[float]], prefills: list[float], length: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

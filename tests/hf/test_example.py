@@ -1,0 +1,62 @@
+"""The example: what it is asked and cannot do is told in one line."""
+
+import importlib.util
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from hata import registry
+
+
+@pytest.fixture
+def example(repo_root, monkeypatch):
+    """Run it with some words; returns its exit status."""
+    spec = importlib.util.spec_from_file_location("example", repo_root / "examples/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+        try:
+            return module.main()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            registry.reset()
+
+    run.module = module
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "/nowhere"], "--model: /nowhere cannot be loaded: "),
+        (["--model", "x", "--device", "bogus"], "--device: got 'bogus', expected cpu"),
+        (["--model", "x", "--device", "cuda:99"], "--device: got 'cuda:99', but torch sees"),
+        (["--model", "x", "--backend", "nope"], "backend: got 'nope'"),
+        (["--model", "x", "--profile", "./nope.yaml"], "nope.yaml: cannot be read"),
+        (["--model", "x", "--dtype", "bogus"], "--dtype: invalid choice"),
+        (["--model", "x", "--k", "0"], "--k: got 0, expected 1 or more"),
+        (["--model", ""], "--model: got an empty value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_faults_are_one_line(example, capsys, words, expected):
+    assert example(*words) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert told.splitlines()[-1].startswith("generate.py: error: ")
+    assert "Traceback" not in told
+
+
+def test_an_interruption_is_one_line(example, capsys, monkeypatch):
+    def cut(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example.module, "load", cut)
+    assert example("--model", "x") == 130
+    assert capsys.readouterr().err == "interrupted\n"
