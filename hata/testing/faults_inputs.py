@@ -188,18 +188,19 @@ class InputFaults(Properties):
         half = kit.put(np.zeros(1, np.float16)).dtype
         # Room for the codes of a head, then for its norms.
         memory = kit.put(np.zeros((2, 4, 400), np.uint8))
+        halves = memory.view(half)
         out = memory[:, :, :320].reshape(2, 4, 40, 8)
         match = "out: got memory that norms lies in too"
-        norms = memory[:, :, :80].view(half)
+        norms = halves[:, :, :40]
         self.refused(kit, "encode", HataShapeError, match, out=out, norms=norms)
         dense = memory.reshape(-1)[: 2 * 4 * 40 * 8].reshape(2, 4, 40, 8)
-        norms = memory[:, :, 160:240].view(half)
+        norms = halves[:, :, 80:120]
         self.refused(kit, "encode", HataShapeError, match, out=dense, norms=norms)
         placed, _ = self.arguments(kit, LEGAL, "encode")
         given = {name: p and p.array for name, p in placed.items()}
         expected = kit.get(self.run("encode", **given))
         # Heads of one in the gaps of the other.
-        given |= {"out": out, "norms": memory[:, :, 320:].view(half)}
+        given |= {"out": out, "norms": halves[:, :, 160:]}
         np.testing.assert_array_equal(kit.get(self.run("encode", **given)), expected)
 
         codes = kit.put(np.zeros(2 * 2 * 40 * 8, np.uint8))
