@@ -86,7 +86,8 @@ def _compile(name: str, options: tuple[str, ...]) -> bytes:
     )
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program)
+        # CuPy takes off the last byte, as of a text; it is the highest of an alignment, so zero.
+        return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
         raise KernelError(
             f"backend 'cupy' failed to compile {name}.cu with {' '.join(options)}: {error}\n"
