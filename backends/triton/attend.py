@@ -26,13 +26,23 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _tanh(x):
+    """Hyperbolic tangent, right to a few units in the last place."""
+    # By exponentials, but for small numbers by a series: there the difference would cancel.
+    size = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - size) / (1.0 + size)
+    square = x * x
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = x + x * square * (-1.0 / 3.0 + square * series)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
 def _capped(logits, scale, softcap):
     """Scaled and capped logits, in units of log 2; softcap 0 stands for none."""
     logits *= scale
     if softcap > 0:
-        size = tl.exp(-2.0 * tl.abs(logits) / softcap)
-        capped = softcap * (1.0 - size) / (1.0 + size)
-        logits = tl.where(logits < 0, -capped, capped)
+        logits = softcap * _tanh(logits / softcap)
     return logits * LOG2E
 
 

@@ -69,6 +69,11 @@ class Properties(Harness):
         """Outputs and lse are as near to float64 as a plain computation in the same dtype."""
         self.for_cases(self.drawn(dtype), lambda case: self.check_sparse_attend(kit, case))
 
+    @pytest.mark.parametrize("softcap", [0.05, 1e3, 1e6])
+    def test_soft_caps_of_any_size(self, kit: Kit, softcap: float) -> None:
+        """Far below the logits a soft cap makes them equal, and far above it changes nothing."""
+        self.check_sparse_attend(kit, replace(RICH, softcap=softcap))
+
     def test_hash_attend(self, kit: Kit, dtype: str) -> None:
         """Equals the three ops in sequence; writes the codes and norms of fresh keys alone."""
         self.for_cases(self.drawn(dtype), lambda case: self.check_hash_attend(kit, case))

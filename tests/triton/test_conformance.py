@@ -11,8 +11,8 @@ from hata.testing import BackendSuite
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A program takes milliseconds in the interpreter, so its process runs what sees most.
 OF_INTEREST = (
-    "(test_encode or test_hamming_topk or test_sparse_attend or test_hash_attend or test_fault_04)"
-    " and not depends"
+    "(test_encode or test_hamming_topk or test_sparse_attend or test_hash_attend or test_fault_04"
+    " or soft_caps) and not depends"
 )
 
 
