@@ -27,8 +27,9 @@ from .row import (
 from .shapes import shape_of
 from .sparse_attend import is_aligned, is_near, nothing
 
-# Fresh keys of a row, and weights of a projection, that blocks hash for themselves at most.
+# Fresh keys of a row, bits of a code and weights of a projection that blocks hash by themselves.
 MOST_FRESH = 8
+MOST_BITS = 512
 MOST_WEIGHTS = 128 * 256
 
 
@@ -154,6 +155,7 @@ def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -
     return (
         dtype != "float32"
         and group <= 16
+        and bits <= MOST_BITS
         and depth * bits <= MOST_WEIGHTS
         and all(x.dtype == dtype and x.in_units_of(4, 2) for x in (projection, query_projection))
     )

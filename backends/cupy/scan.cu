@@ -243,7 +243,8 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
          position += THREADS / 32) {
         const int i = position - fresh.first;
         const u32 distance = distance_by_warp(fresh_codes + i * W, planes, shared_planes);
-        if (threadIdx.x % 32 > 0) continue;
+        // A row of which all is taken has no keys to select by, nor room for so many.
+        if (threadIdx.x % 32 > 0 || row.everything) continue;
         const bool counts = position >= low && position < row.stop - p.recent;
         const u32 key = counts ? key_of(distance, fresh_norms[i]) : 0;
         part.keys[position - part.low] = key;

@@ -94,6 +94,16 @@ class Properties(Harness):
         key_codes[:, :, near] = 1 << rng.integers(0, 8, key_codes[:, :, near].shape)
         self.check_hash_attend(kit, case, q_codes=q_codes, key_codes=key_codes)
 
+    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    def test_long_rows_of_which_all_is_taken(self, kit: Kit, norms: bool) -> None:
+        """A row may have far more keys than a part of it has room to score."""
+        case = replace(
+            RICH, dtype="float16", batch=1, group=2, tokens=1, slots=8_192, head_dim=16,
+            value_dim=16, bits=64, lengths=None, starts=None, fresh=3, norms=norms, code_group=1,
+            k=64, dense_below=8_192,
+        )  # fmt: skip
+        self.check_hash_attend(kit, case)
+
     def test_encode_depends_on_the_vector_alone(self, kit: Kit, dtype: str) -> None:
         """A vector has the same code alone as in company, in any layout."""
 

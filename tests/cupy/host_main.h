@@ -53,16 +53,25 @@ static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const 
     }
 }
 
+// Bytes that are watched behind a block's shared memory.
+constexpr u32 BEYOND = 1 << 16;
+
 extern "C" void emulate(const Params* params, u32 grid, u32 threads, u32 shared, u32 side) {
     for (u32 first = 0; first < grid; first += side) {
         Cluster cluster;
         cluster.size = side;
         for (u32 i = 0; i < side; ++i)
-            // Undefined contents, like those of shared memory.
-            cluster.memories.emplace_back(shared + 64, char(0x7b));
+            // Undefined contents, like those of shared memory; what lies beyond must not change.
+            cluster.memories.emplace_back(shared + BEYOND, char(0x7b));
         std::vector<std::thread> blocks;
         for (u32 i = 0; i < side; ++i)
             blocks.emplace_back(run_block, &cluster, first + i, i, threads, params);
         for (auto& block : blocks) block.join();
+        for (auto& memory : cluster.memories)
+            for (u32 i = shared; i < shared + BEYOND; ++i)
+                if (memory[i] != char(0x7b)) {
+                    fprintf(stderr, "written beyond %u bytes of shared memory, at %u\n", shared, i);
+                    abort();
+                }
     }
 }

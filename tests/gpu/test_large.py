@@ -113,6 +113,34 @@ def test_fault_17_a_step_of_a_served_model_in_a_graph(backend):
     assert torch.equal(hata.encode(keys, projection), key_codes), "codes were written that were not"
 
 
+@pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+def test_all_of_a_long_row(backend, norms):
+    """Below `dense_below` all keys are taken, far more than a part of a row can score."""
+    slots, size = 131072, 128
+    generator = torch.Generator("cuda").manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+
+    q, keys, values = normal(1, HEADS, 1, size), *(normal(1, KV_HEADS, slots, size) for _ in "kv")
+    projection, key_codes = normal(KV_HEADS, size, BITS), codes(slots, 0)
+    given = {"fresh": 3, "dense_below": slots}
+    if norms:
+        given["key_norms"] = torch.zeros((1, KV_HEADS, slots), dtype=torch.float16, device="cuda")
+    for length in (slots, 40_001):
+        lengths = torch.tensor([length], dtype=torch.int32, device="cuda")
+        out = hata.hash_attend(
+            q, keys, values, key_codes, projection, 512, lengths=lengths, **given
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(x[:, :, :length].float() for x in (q, keys, values)), enable_gqa=True
+        )
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-3)
+        fresh = slice(length - 3, length)
+        assert torch.equal(key_codes[:, :, fresh], hata.encode(keys[:, :, fresh], projection))
+        key_codes.zero_()
+
+
 def test_a_cache_that_is_mostly_empty_is_not_read(backend):
     """131,072 slots of which 4,096 hold keys: what lies behind them is NaN and all ones."""
     slots, held = 131072, 4096
