@@ -36,6 +36,7 @@ from hata.commandline import Parser
 from hata.errors import ProfileError
 from hata.problem import OPS, Problem
 from hata.profile import Profile
+from hata.profile.store import write_whole
 
 
 def measure(
@@ -111,7 +112,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="may be repeated (default: cpu on a CPU, design on a GPU)",
     )
     parser.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="BxH/HkvxKEYS",
+        "--shapes", nargs="+", type=shape_option, metavar="BxH/HkvxKEYS",
         help="shapes instead of a suite, such as 1x32/8x128K",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=ITEMSIZE, help="instead of the shapes' own")
@@ -159,17 +160,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             Profile.load(args.profile)
         except ProfileError as error:
             parser.error(f"--profile: {error}")
-    if args.json is not None and (why := _unwritable(args.json)):
+    if args.json is not None and (why := unwritable(args.json)):
         parser.error(f"--json: {args.json} cannot be written ({why}); name another file")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
     return args
 
 
-def _unwritable(file: Path) -> str:
+def unwritable(file: Path) -> str:
     """Why a file cannot be written, if so. Makes its folder, and leaves no file."""
     try:
         if file.is_dir():
             return "it is a folder"
+        if file.exists() and not file.is_file():
+            # Such as /dev/stdout.
+            return ""
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
             pass
@@ -178,7 +182,8 @@ def _unwritable(file: Path) -> str:
     return "" if not file.exists() or os.access(file, os.W_OK) else "it is read-only"
 
 
-def _shape(text: str) -> Shape:
+def shape_option(text: str) -> Shape:
+    """A shape of the command line, for `argparse`."""
     try:
         return parse(text)
     except ValueError as error:
@@ -326,9 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         print(report.markdown(rows, busy))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         figures = report.figures(rows, bars, settings, args.device)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        try:
+            write_whole(args.json, json.dumps(figures, indent=1) + "\n")
+        except OSError as error:
+            err.print(f"error: --json: {error}", style="bold red", soft_wrap=True, markup=False)
+            return 1
         out.print(f"figures: {args.json.resolve()}", soft_wrap=True)
     return 0
 

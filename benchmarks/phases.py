@@ -12,13 +12,13 @@ first block to the end of the last.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,10 @@ import hata
 from benchmarks import contenders, report
 from benchmarks.check import WrongResult
 from benchmarks.contenders import Case, Contender
+from benchmarks.ops import shape_option, unwritable
 from benchmarks.shapes import SUITES, Shape, parse
+from hata.commandline import Parser
+from hata.profile.store import write_whole
 
 # In the order of `enum Phase`, without the start.
 PHASES = (
@@ -160,7 +163,7 @@ def table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.phases", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="whose kernel (default: hash_attend)",
     )  # fmt: skip
     parser.add_argument(
-        "--shapes", nargs="+", type=parse, metavar="BxH/HkvxKEYS",
+        "--shapes", nargs="+", type=shape_option, metavar="BxH/HkvxKEYS",
         default=[parse("1x32/8x32K"), parse("1x32/8x128K"), parse("8x32/8x32K")],
         help="bfloat16, 128 bits (default: 1x32/8x32K 1x32/8x128K 8x32/8x32K)",
     )  # fmt: skip
@@ -180,23 +183,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
+    if args.scans is not None and (why := unwritable(args.scans)):
+        parser.error(f"--scans: {args.scans} cannot be written ({why}); name another file")
     if not torch.cuda.is_available():
         parser.error("no GPU is here, and this measures one")
-    # Machine code that holds the address of a buffer of this process is of no use to others.
+    try:
+        if args.scans is None:
+            show(args.op, args.shapes, args.rounds)
+        else:
+            with kernels_of_this_process():
+                found = scans(args.rounds)
+            write_whole(args.scans, json.dumps(found))
+    except (hata.HataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def kernels_of_this_process() -> Iterator[None]:
+    """Run `cupy`, and keep its machine code from others: it holds addresses of this process."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), hata.use_backend("cupy"):
         os.environ["HATA_CACHE"] = folder
-        if args.scans is not None:
-            args.scans.write_text(json.dumps(scans(args.rounds)))
-            return 0
+        yield
+
+
+def show(op: str, shapes: Sequence[Shape], rounds: int) -> None:
+    """Measure an op, and print its phases."""
+    shapes = [replace(shape, dtype="bfloat16") for shape in shapes]
+    with kernels_of_this_process():
         clocks = clocked()
         found = []
-        shapes = [replace(shape, dtype="bfloat16") for shape in args.shapes]
         for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
             case = contenders.build(shape, "cuda")
-            step: Contender = contenders.OPS[args.op](case)
-            found.append(measure(step.call, clocks, args.rounds))
-    Console().print(table(args.op, shapes, found))
-    return 0
+            step: Contender = contenders.OPS[op](case)
+            found.append(measure(step.call, clocks, rounds))
+    Console().print(table(op, shapes, found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The benchmark, on sizes that take no time: what it checks, computes and writes; not how fast."""
 
+import errno
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from hata import registry
 # the path again.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
-    check, contenders, ops, report, shapes, timing = (
+    check, contenders, ops, phases, report, shapes, timing = (
         importlib.import_module(f"benchmarks.{name}")
-        for name in ("check", "contenders", "ops", "report", "shapes", "timing")
+        for name in ("check", "contenders", "ops", "phases", "report", "shapes", "timing")
     )
 finally:
     del sys.path[0]
@@ -238,6 +240,53 @@ def test_command_fails_on_a_wrong_result(monkeypatch, capsys, tmp_path):
     assert ops.main(small("--json", str(file))) == 1
     assert "hamming_topk" in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_a_full_disk_leaves_the_old_figures(monkeypatch, capsys, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "figures.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    assert ops.main(small("--json", str(file))) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: --json: [Errno 28] No space left on device: '{file}'"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--shapes", "bogus"], "--shapes: shape: got 'bogus', expected BxH"),
+        (["--shapes", ""], "--shapes: shape: got ''"),
+        (["--op", ""], "--op: got an empty value"),
+        (["--scans", "/proc/scans.json"], "--scans: /proc/scans.json cannot be written"),
+    ],
+)
+def test_phases_refuses_wrong_arguments(words, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        phases.main(words)
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (hata.BackendUnavailable("cupy: planted"), 1, "error: cupy: planted\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=["unavailable", "interrupted"],
+)
+def test_phases_tells_its_end_in_a_line(error, status, told, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(phases, "show", fails)
+    assert phases.main([]) == status
+    assert capsys.readouterr().err == told
 
 
 def test_command_skips_what_does_not_fit(monkeypatch, capsys):

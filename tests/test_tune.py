@@ -281,12 +281,19 @@ def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     assert "studies.db.bad2" in search.open_storage(url, ours=True)[1]
 
 
-@pytest.mark.parametrize("kind", ["text", "zeros", "other tables"])
+TABLES = {
+    "other tables": "CREATE TABLE notes (text)",
+    "a table of that name": "CREATE TABLE studies (student)",
+    "a view": "CREATE VIEW one AS SELECT 1",
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "zeros", *TABLES])
 def test_a_file_of_something_else_is_no_storage(small, tmp_path, capsys, kind):
     file = tmp_path / "notes"
-    if kind == "other tables":
+    if kind in TABLES:
         with contextlib.closing(sqlite3.connect(file)) as connection:
-            connection.execute("CREATE TABLE notes (text)")
+            connection.execute(TABLES[kind])
             connection.commit()
     else:
         file.write_bytes({"text": b"mine\n", "zeros": bytes(5000)}[kind])
@@ -300,6 +307,41 @@ def test_a_file_of_something_else_is_no_storage(small, tmp_path, capsys, kind):
     )
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_file_that_nobody_can_read_is_left_alone(tmp_path):
+    file = tmp_path / "notes"
+    data = b"SQLite format 3\0" + b"\xff" * 5000
+    file.write_bytes(data)
+    with pytest.raises(database.StorageError, match=r"too damaged to tell .* left as it is"):
+        search.open_storage(f"sqlite:///{file}")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
+
+
+def test_a_locked_file_of_something_else_is_told(tmp_path, monkeypatch):
+    file = tmp_path / "notes"
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *_, **more: connect(*_, **more | {"timeout": 0}))
+    with contextlib.closing(connect(file)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(database.StorageError, match="has been locked by another program"):
+            search.open_storage(f"sqlite:///{file}")
+
+
+@pytest.mark.parametrize("name", ["a?b.db", "a#b%20c.db", "{a} ?.db"])
+def test_a_path_is_no_url(tmp_path, name):
+    (tmp_path / "a").write_text("mine")
+    url = database.storage_url(str(tmp_path / name), tmp_path)
+    assert database.storage_url(None, tmp_path / name) == url
+    assert database.sqlite_path(url) == tmp_path / name
+    for _ in range(2):
+        storage, message = search.open_storage(url)
+        assert not message
+        search.open_study(storage, "s", resume=True)
+        storage.engine.dispose()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", name}
+    assert (tmp_path / "a").read_text() == "mine"
 
 
 def test_a_busy_database_is_not_damaged(tmp_path):
@@ -463,6 +505,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--backend", "cupy"], "cannot run here"),
         (["--storage", "sqlite://"], "--storage: got sqlite://, which names no file"),
         (["--storage", "sqlite:///:memory:"], "which names no file"),
+        (["--storage", "sqlite:///file::memory:?uri=true"], "give the path of the file"),
+        (["--storage", "sqlite:///file:/tmp/p.db?uri=true"], "give the path of the file"),
+        (["--storage", "sqlite:///{here}.db"], "storage: sqlite:///{here}.db cannot be opened"),
         (["--out", "/proc/p.yaml"], "--out: /proc/p.yaml cannot be written"),
         (["--model", "/nowhere", "--text", "x"], "--model: got /nowhere"),
         (["--model", "/nowhere"], "--text: got none"),

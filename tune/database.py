@@ -6,11 +6,16 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
 from hata.errors import HataError
 from hata.profile import user_path
 
 # What SQLite files begin with.
 _HEAD = b"SQLite format 3\0"
+# Some of the tables that Optuna makes.
+_TABLES = frozenset({"studies", "version_info"})
 
 
 class StorageError(HataError, RuntimeError):
@@ -24,46 +29,75 @@ def storage_url(given: str | None, default: Path) -> str:
         StorageError: It means a database that nothing is kept in.
     """
     if given is None:
-        return f"sqlite:///{default}"
-    if "://" in given:
-        if given.startswith("sqlite") and sqlite_path(given) is None:
+        return _sqlite_url(default)
+    if "://" not in given:
+        return _sqlite_url(user_path(given).absolute())
+    if given.lower().startswith("sqlite"):
+        path = sqlite_path(given)
+        if path is None:
             raise StorageError(
                 f"--storage: got {given}, which names no file, so that nothing would be kept; name "
                 "one, such as studies.db"
             )
-        return given
-    return f"sqlite:///{user_path(given).absolute()}"
+        if str(path).startswith("file:"):
+            raise StorageError(
+                f"--storage: got {given}, a URI within a URL; give the path of the file"
+            )
+    return given
+
+
+def _sqlite_url(path: Path) -> str:
+    url = URL.create("sqlite", database=str(path)).render_as_string()
+    if sqlite_path(url) != path:
+        # SQLAlchemy before 2.1 writes a `?` as it is, and reads it as the end of the path.
+        raise StorageError(f"--storage: {path} makes no URL; name another with --storage")
+    return url
 
 
 def sqlite_path(url: str) -> Path | None:
     """The file behind a URL, if it is one."""
-    head, _, rest = url.partition(":///")
-    if not head.startswith("sqlite") or not rest or rest.startswith(":memory:"):
+    try:
+        found = make_url(url)
+    except ArgumentError:
         return None
-    return Path(rest.partition("?")[0])
+    name = found.database
+    if not found.drivername.lower().startswith("sqlite") or not name or name == ":memory:":
+        return None
+    return Path(name)
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether there is a file that is no SQLite database, or one that holds no studies."""
+def foreign(path: Path) -> str:
+    """Why to leave a file alone, in words; `""` if it holds studies, or nothing, or is absent.
+
+    Raises:
+        StorageError: Another program has locked it, so that nobody can tell.
+    """
+    other = "is no database of studies"
     try:
         with path.open("rb") as file:
             head = file.read(len(_HEAD))
     except OSError:
         # Absent or not readable; whoever opens it next says it better.
-        return False
+        return ""
     if not head:
-        return False
+        return ""
     if head != _HEAD:
-        return True
+        return other
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, timeout=20, uri=True)) as connection:
-            tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            names = {name for (name,) in tables}
-    except sqlite3.Error:
-        # Locked or damaged.
-        return False
-    return bool(names) and "studies" not in names
+        with contextlib.closing(sqlite3.connect(uri, timeout=10, uri=True)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise StorageError(
+                f"--storage: {path} has been locked by another program for 10 s; end that, or name "
+                "another file"
+            ) from None
+        # Whoever opens it next says it better.
+        return ""
+    except sqlite3.DatabaseError as error:
+        return f"is too damaged to tell whether it holds studies ({error})"
+    return other if names and not names >= _TABLES else ""
 
 
 def damage(path: Path) -> str:

@@ -35,7 +35,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from hata.backend import Config
-from tune.database import StorageError, damage, is_foreign, move_aside, sqlite_path
+from tune.database import StorageError, damage, foreign, move_aside, sqlite_path
 from tune.measure import Timing
 from tune.propose import climb
 from tune.space import Space
@@ -131,10 +131,9 @@ def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
                 f"storage: {path.parent} cannot be made ({error.strerror}); name another with "
                 "--storage"
             ) from None
-        if not ours and is_foreign(path):
+        if not ours and (why := foreign(path)):
             raise StorageError(
-                f"--storage: {path} is no database of studies, and was left as it is; name another "
-                "file, or a new one"
+                f"--storage: {path} {why}, and was left as it is; name another file, or a new one"
             )
         broken = damage(path)
         if broken:
@@ -147,7 +146,14 @@ def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 heartbeat_stale_trial_callback=_retry(),
             )
-    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError, ValueError) as error:
+    except (
+        SQLAlchemyError,
+        OptunaError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise StorageError(
             f"storage: {url} cannot be opened ({reason}); check it, or name another with --storage"

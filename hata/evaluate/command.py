@@ -12,6 +12,7 @@ import numpy as np
 from hata.learn import text as texts
 from hata.learn.command import add_text_arguments, gather_text
 from hata.profile import user_path
+from hata.profile.store import write_whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("exact", "random", "pages", "window")
@@ -121,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{part}" if parts else part, flush=True)
         parts.append(part)
         if folder is not None:
-            (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            write_whole(folder / "report.md", "\n\n".join(parts) + "\n")
 
     tell(f"# {user_path(options.model).resolve().name}, {device}")
     found: list[Any] = []

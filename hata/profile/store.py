@@ -182,7 +182,7 @@ def replace(path: Path, make: Callable[[str | None], str]) -> None:
                     f"{path}: would grow beyond {MAX_BYTES:,} bytes; write to another file"
                 )
             if new != old:
-                _write(path, new)
+                write_whole(path, new)
     except filelock.Timeout:
         raise ProfileError(
             f"{path}: another process has held {path.name}.lock for {LOCK_SECONDS} s; wait for "
@@ -195,7 +195,26 @@ def replace(path: Path, make: Callable[[str | None], str]) -> None:
         ) from error
 
 
-def _write(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file wholly or not at all: a full disk leaves what was there.
+
+    A link is followed; what is no plain file, such as `/dev/stdout`, is written as it is.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    target = path.resolve()
+    try:
+        if target.exists() and not target.is_file():
+            path.write_text(content, encoding="utf-8")
+        else:
+            _swap(target, content)
+    except OSError as error:
+        # A failing write names no file by itself, and a failing rename the temporary one.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _swap(path: Path, content: str) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
