@@ -135,7 +135,9 @@ class _Torch(Framework):
         grad = x.requires_grad and self._torch.is_grad_enabled()
         # The class and the lazy sign too: all else may be that of a tensor that passed.
         alike = x.__class__, x.is_neg(), x.shape, x.stride(), x.dtype, x.device
-        return *alike, x.data_ptr() & 15, grad
+        pointer = x.data_ptr()
+        # No memory at all is not memory that is aligned.
+        return *alike, pointer & 15 if pointer else None, grad
 
     def dtype(self, x: Any) -> str:
         return self._names.get(x.dtype) or str(x.dtype).removeprefix("torch.")
@@ -153,6 +155,8 @@ class _Torch(Framework):
         return x.requires_grad and self._torch.is_grad_enabled()
 
     def refusal(self, x: Any) -> str | None:
+        if self._torch.jit.is_tracing():
+            return "torch.jit.trace cannot follow the op; use torch.export or torch.compile"
         if x.layout is not self._torch.strided or x.is_nested:
             kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
             return f"{kind} has no strides; pass a dense tensor"
@@ -163,7 +167,7 @@ class _Torch(Framework):
         except RuntimeError:
             without = True
         if without:
-            return "it has no memory of its own (a fake, vmapped or wrapper tensor); unwrap it"
+            return "it has no memory of its own (a freed, fake, vmapped or wrapper tensor); unwrap it"
         return None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:

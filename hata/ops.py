@@ -36,23 +36,45 @@ run), `HataAutogradError` (a gradient is required; there is no backward), `Backe
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from hata import arguments, checks, registry
 from hata.problem import OPS
 
+_within_custom_op: ContextVar[bool] = ContextVar("hata_within_custom_op", default=False)
+
 
 def _dispatched(x: Any) -> bool:
-    """Whether torch must see this call as a custom op: it is traced, or `x` is a fake or a wrapper.
+    """Whether torch must see this call as a custom op.
 
-    A subclass without a dispatch of its own is a tensor like any other.
+    It must where the call is traced, a dispatch mode is active, or `x` is a fake or a wrapper; not
+    where it comes from the custom op. A subclass without a dispatch of its own is a tensor like any
+    other.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    ):
+        # Dynamo, which follows this code, must not meet the context variable.
+        return torch.compiler.is_dynamo_compiling() or not _within_custom_op.get()
+    return False
+
+
+@contextmanager
+def within_custom_op() -> Iterator[None]:
+    """Ops called in this context run, whatever modes are active or threads are compiling."""
+    token = _within_custom_op.set(True)
+    try:
+        yield
+    finally:
+        _within_custom_op.reset(token)
 
 
 def _torch_ops() -> Any:

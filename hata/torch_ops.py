@@ -15,6 +15,7 @@ from hata import ops
 
 
 @custom_op("hata::encode", mutates_args=())
+@ops.within_custom_op()
 def _encode(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
     return ops.encode(x, projection, bias)
 
@@ -25,6 +26,7 @@ def _(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @custom_op("hata::encode_", mutates_args=("out", "norms"))
+@ops.within_custom_op()
 def _encode_inplace(
     x: Tensor, projection: Tensor, bias: Tensor | None, out: Tensor, norms: Tensor | None
 ) -> None:
@@ -39,6 +41,7 @@ def _(
 
 
 @custom_op("hata::hamming_topk", mutates_args=())
+@ops.within_custom_op()
 def _hamming_topk(
     q_codes: Tensor,
     k_codes: Tensor,
@@ -93,6 +96,7 @@ def _fake_attention(q: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("hata::sparse_attend", mutates_args=())
+@ops.within_custom_op()
 def _sparse_attend(
     q: Tensor,
     keys: Tensor,
@@ -127,6 +131,7 @@ def _(
     return _fake_attention(q, values)
 
 
+@ops.within_custom_op()
 def _hash_attend(
     q: Tensor,
     keys: Tensor,

@@ -1,9 +1,11 @@
 """The ops as such: their documentation, their checks, and what is remembered of a call."""
 
+import contextlib
 import doctest
 import inspect
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +156,83 @@ def test_negated_tensors_are_refused_after_plain_ones():
     for name in ("keys", "values"):
         with pytest.raises(hata.HataDTypeError, match=f"{name}: .*resolve_neg"):
             call(kind=torch.tensor, **{name: torch.ops.aten._neg_view(cache)})
+
+
+@pytest.mark.parametrize("name", ["x", "out"])
+def test_tensors_without_memory_are_refused_after_plain_ones(name):
+    torch = pytest.importorskip("torch")
+    tensors = {"x": torch.zeros(1, 2, 1, 16), "out": torch.zeros(1, 2, 1, 4, dtype=torch.uint8)}
+    call("encode", kind=torch.tensor, **tensors)
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(hata.HataDTypeError, match=f"{name}: .*no memory"):
+        call("encode", kind=torch.tensor, **tensors)
+
+
+def test_functional_tensors_are_refused_after_plain_ones():
+    torch = pytest.importorskip("torch")
+    x, projection = torch.zeros(1, 2, 1, 16), torch.zeros(1, 16, 32)
+    hata.encode(x, projection)
+    with pytest.raises(hata.HataDTypeError, match=r"x: .*no memory"):
+        torch.func.functionalize(lambda x: hata.encode(x, projection))(x)
+
+
+def test_real_tensors_in_a_fake_mode():
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, projection = torch.zeros(1, 2, 1, 16), torch.zeros(1, 16, 32)
+    hata.encode(x, projection)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(hata.encode(x, projection)) is not torch.Tensor
+    # torch's own refusal
+    with FakeTensorMode(), pytest.raises(AssertionError, match="FakeTensors"):
+        hata.encode(x, projection)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_dispatch_modes_see_the_op(depth):
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, projection = torch.randn(1, 2, 3, 16), torch.randn(1, 16, 32)
+    expected = hata.encode(x, projection)
+    with contextlib.ExitStack() as stack:
+        for _ in range(depth):
+            stack.enter_context(Watch())
+        got = hata.encode(x, projection)
+        # A mode is active, and what it would see is switched off.
+        python = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+        stack.enter_context(torch._C._ExcludeDispatchKeyGuard(python))
+        unseen = hata.encode(x, projection)
+    assert seen == ["hata.encode.default"] * depth
+    assert torch.equal(got, expected)
+    assert torch.equal(unseen, expected)
+
+
+def test_graphs_of_make_fx_hold_the_op():
+    torch = pytest.importorskip("torch")
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, projection = torch.randn(1, 2, 3, 16), torch.randn(1, 16, 32)
+    graph = make_fx(lambda x: hata.encode(x, projection))(x)
+    assert torch.equal(graph(-x), hata.encode(-x, projection))
+
+
+def test_traces_of_torchscript_are_refused():
+    torch = pytest.importorskip("torch")
+    projection = torch.zeros(1, 16, 32)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(hata.HataDTypeError, match=r"x: torch\.jit\.trace"),
+    ):
+        torch.jit.trace(lambda x: hata.encode(x, projection), torch.zeros(1, 2, 1, 16))
 
 
 def test_gradients_are_refused_after_no_grad():

@@ -26,13 +26,13 @@ from .hamming_topk import select_values
 from .intrinsics import fetch_add
 from .scan import FIELDS as SELECT_FIELDS
 from .scan import (
-    bound,
     budget,
     chunks_of,
     longest,
     scan_chunk,
     select_scratch,
     select_view,
+    valid,
     visible,
 )
 from .schedule import (
@@ -130,9 +130,7 @@ def encode_queries(call: Any, attend: Any, own: Any, group: int, scratch: int) -
 def encode_fresh(call: Any, attend: Any, own: Any, group: int, block: int, scratch: int) -> None:
     """Write the codes and norms of a block of the last visible keys of one row and KV head."""
     row, kv_head = group // call.kv_heads, group % call.kv_heads
-    low = max(bound(call.starts, call.starts_step, call.starts_size, row, 0), 0)
-    high = bound(call.lengths, call.lengths_step, call.lengths_size, row, call.slots)
-    high = min(high, call.slots)
+    low, high = valid(call, row)
     first = max(low, high - own.fresh) + block * _FRESH_BLOCK
     count = min(high - first, _FRESH_BLOCK)
     if count <= 0:

@@ -51,21 +51,28 @@ select_view = record_view(FIELDS)
 
 
 @inlined
-def bound(address: int, step: int, size: int, row: int, otherwise: int) -> int:
-    """Entry `row` of `lengths` or `starts`."""
-    if address == 0:
-        return otherwise
+def bound(address: int, step: int, size: int, row: int, slots: int) -> int:
+    """Entry `row` of `lengths` or `starts`, whatever it is, as a number from 0 to `slots`."""
     address += row * step
-    return load_i32(address) if size == 4 else load_i64(address)
+    return min(max(load_i32(address) if size == 4 else load_i64(address), 0), slots)
+
+
+@device
+def valid(call: Any, row: int) -> tuple[int, int]:
+    """The first valid key of a row, and one past the last; none where they cross."""
+    low, high = 0, call.slots
+    if call.starts != 0:
+        low = bound(call.starts, call.starts_step, call.starts_size, row, call.slots)
+    if call.lengths != 0:
+        high = bound(call.lengths, call.lengths_step, call.lengths_size, row, call.slots)
+    return low, high
 
 
 @device
 def visible(call: Any, row: int, token: int) -> tuple[int, int]:
     """The first visible key of a query, and the number of visible keys."""
-    low = max(bound(call.starts, call.starts_step, call.starts_size, row, 0), 0)
-    high = bound(call.lengths, call.lengths_step, call.lengths_size, row, call.slots)
-    high = min(high, call.slots) - (call.tokens - 1 - token)
-    return low, max(high - low, 0)
+    low, high = valid(call, row)
+    return low, max(high - (call.tokens - 1 - token) - low, 0)
 
 
 @device

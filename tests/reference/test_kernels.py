@@ -332,3 +332,20 @@ def test_knobs_change_nothing_but_speed(op, knobs):
         config = base | dict(zip([*knobs, "threads"], values, strict=True))
         with use_config("reference", op, config):
             np.testing.assert_allclose(run(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lengths", "starts"])
+@pytest.mark.parametrize("value", [-(2**63), -(2**63) + 2, -(2**31), -1, 2**31, 2**63 - 1])
+def test_garbage_in_bounds_touches_no_other_row(name, value):
+    rng = np.random.default_rng(3)
+    q, keys = numbers(rng, 2, 4, 2, 32), numbers(rng, 2, 2, 64, 32)
+    projection, codes = numbers(rng, 2, 32, 64), np.zeros((2, 2, 64, 8), np.uint8)
+    bounds = np.int64([64, 64] if name == "lengths" else [0, 0])
+    expected = codes.copy()
+    right = hata.hash_attend(q, keys, keys, expected, projection, 8, fresh=3, **{name: bounds})
+    bounds[1] = value
+    out = hata.hash_attend(q, keys, keys, codes, projection, 8, fresh=3, **{name: bounds})
+    whole = value < 0 if name == "starts" else value > 0
+    np.testing.assert_array_equal(out, right if whole else [right[0], np.zeros_like(right[1])])
+    np.testing.assert_array_equal(codes[0], expected[0])
+    assert codes[1].any() == whole
