@@ -167,7 +167,9 @@ class _Torch(Framework):
         except RuntimeError:
             without = True
         if without:
-            return "it has no memory of its own (a freed, fake, vmapped or wrapper tensor); unwrap it"
+            return (
+                "it has no memory of its own (freed, fake, vmapped, wrapped); pass a plain tensor"
+            )
         return None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:

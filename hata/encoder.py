@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hata import encoder_file
-from hata.encoder_file import FORMAT, FORMAT_2, assembled, flattened
+from hata.encoder_file import FORMAT, FORMAT_2, assembled, clipped, flattened
 from hata.encoder_layer import (
     Hidden,
     QueryHash,
@@ -436,8 +436,10 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
         key_norms = {"true": True, "false": False}[header["key_norms"]]
         dense = json.loads(header["dense_layers"])
         made = json.loads(header["made"])
-        if not isinstance(made, dict) or not isinstance(dense, list):
-            raise ValueError("made is no object, or dense_layers no list")
+        if not isinstance(made, dict):
+            raise ValueError("made is no object")
+        if not isinstance(dense, list) or not all(map(_whole, dense)):
+            raise ValueError("dense_layers is no list of numbers")
         _check_made(made)
         if header["format"] == FORMAT_2 and header["activation"] != "silu":
             raise ValueError(f"activation {header['activation']!r}")
@@ -446,17 +448,18 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
             raise ValueError(f"num_layers {shape.num_layers} for {len(tensors)} tensors")
     except (KeyError, ValueError, RecursionError) as error:
         raise EncoderError(
-            f"encoder: got {path} with metadata that is absent or malformed ({error!r}), expected "
-            f"that of {header['format']}; write it again with Encoder.save"
+            f"encoder: got {path} with metadata that is absent or malformed "
+            f"({clipped(repr(error))}), expected that of {header['format']}; write it again with "
+            "Encoder.save"
         ) from error
     projections, biases, queries, hidden = assembled(
         path, tensors, shape.num_layers, more=header["format"] == FORMAT_2
     )
-    if [i for i, p in enumerate(projections) if p is None] != dense:
+    absent = [i for i, projection in enumerate(projections) if projection is None]
+    if absent != dense:
         raise EncoderError(
-            f"encoder: got {path} that declares the dense layers {dense} but has no projection for "
-            f"{[i for i, p in enumerate(projections) if p is None]}; the file is damaged, fetch or "
-            "write it again"
+            f"encoder: got {path} that declares the dense layers {clipped(repr(dense))} but has no "
+            f"projection for {clipped(repr(absent))}; the file is damaged, fetch or write it again"
         )
     return Encoder(shape, bits, projections, biases, key_norms, made, queries, hidden)
 
@@ -510,8 +513,7 @@ def _whole(value: Any) -> bool:
 def _short(value: Any) -> str:
     """What an error shows of a value that may be anything: one line, not too long."""
     plain = value is None or isinstance(value, str | int | float)
-    found = f"{value!a}" if plain else f"a {type(value).__name__}"
-    return found if len(found) <= _MOST_TEXT else f"{found[:_MOST_TEXT]}..."
+    return clipped(f"{value!a}" if plain else f"a {type(value).__name__}")
 
 
 def _gaussian(stream: tuple[int, ...], size: int) -> np.ndarray:

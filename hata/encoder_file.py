@@ -22,6 +22,7 @@ from hata.errors import EncoderError
 FORMAT = "hata.encoder/1"
 FORMAT_2 = "hata.encoder/2"
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+_MOST_SHOWN = 100
 # More hidden layers than anybody trains, and few enough that a hostile file costs nothing.
 _MOST_HIDDEN = 16
 _NAME = re.compile(
@@ -36,6 +37,11 @@ Layers = tuple[
     tuple[QueryHash | None, ...],
     tuple[tuple[Hidden, ...], ...],
 ]
+
+
+def clipped(text: str) -> str:
+    """What an error shows of a text that may be of any length."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def user_path(given: Any) -> Path:
@@ -98,11 +104,21 @@ def read_tensors(
             found = header.get("format", "none")
             if formats and found not in formats:
                 raise EncoderError(
-                    f"encoder: got {path} of format {found!r}, expected "
+                    f"encoder: got {path} of format {clipped(repr(found))}, expected "
                     f"{' or '.join(map(repr, formats))}; write one with Encoder.save"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
+            names = list(file.keys())
+            if any(file.get_slice(name).get_dtype() == "BF16" for name in names):
+                # It teaches NumPy that dtype.
+                import ml_dtypes  # noqa: F401
+            tensors = {name: file.get_tensor(name) for name in names}
+    except ImportError as error:
+        raise EncoderError(
+            f"encoder: got {path} in bfloat16, which takes ml_dtypes to read ({error}); "
+            "pip install ml_dtypes"
+        ) from error
+    # A dtype that NumPy has not is an AttributeError.
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise EncoderError(
             f"encoder: got {path}, which cannot be read as safetensors ({error}); expected a "
             "whole file of known dtypes; fetch or write it again"
@@ -129,8 +145,8 @@ def assembled(
         match = _NAME.fullmatch(name)
         if not match or int(match[1]) >= num_layers or not (more or match[2] in known):
             raise EncoderError(
-                f"encoder: got {path} with tensors {[name]}, expected layers.N.projection and "
-                f"layers.N.bias with N below {num_layers}"
+                f"encoder: got {path} with tensors [{clipped(repr(name))}], expected "
+                f"layers.N.projection and layers.N.bias with N below {num_layers}"
                 + (", query_projection, query_bias, hidden and query_hidden" if more else "")
             )
 

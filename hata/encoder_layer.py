@@ -24,7 +24,7 @@ from hata.errors import EncoderError
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
 # More than any kernel takes, and few enough that a slip of the pen does not fill the memory.
-_MOST_BITS = 65_536
+MOST_BITS = 65_536
 
 
 class Hidden(NamedTuple):
@@ -92,9 +92,9 @@ def check_bits(bits: Any) -> int:
         number = 0 if isinstance(bits, bool) else operator.index(bits)
     except TypeError:
         number = 0
-    if not 32 <= number <= _MOST_BITS or number % 32:
+    if not 32 <= number <= MOST_BITS or number % 32:
         raise EncoderError(
-            f"bits: got {bits!r}, expected a positive multiple of 32, at most {_MOST_BITS}"
+            f"bits: got {bits!r}, expected a positive multiple of 32, at most {MOST_BITS}"
         )
     return number
 

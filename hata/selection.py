@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hata import arguments
+from hata.encoder_layer import MOST_BITS
 from hata.errors import HataShapeError
 
 
@@ -13,7 +14,7 @@ class Selection:
     """The policy of one layer, or of all layers of a model.
 
     Attributes:
-        bits: Bits of a code; a multiple of 32.
+        bits: Bits of a code; a multiple of 32, at most 65536.
         k: Key budget: the most keys one KV head may attend to in one step.
         ratio: Share of the visible keys to attend to, in (0, 1]; the budget of a query is then
             `min(k, max(1, k_min, sink + recent, floor(visible * ratio)))`. `None`: the budget is k.
@@ -41,9 +42,10 @@ class Selection:
             if value is None and name == "min_length":
                 continue
             object.__setattr__(self, name, arguments.whole(f"Selection.{name}", value, 0))
-        if self.bits < 32 or self.bits % 32:
+        if not 32 <= self.bits <= MOST_BITS or self.bits % 32:
             raise HataShapeError(
-                f"Selection.bits: got {self.bits}, expected a positive multiple of 32"
+                f"Selection.bits: got {self.bits}, expected a positive multiple of 32, at most "
+                f"{MOST_BITS}"
             )
         if self.k < 1:
             raise HataShapeError(f"Selection.k: got {self.k}, k must be ≥ 1")

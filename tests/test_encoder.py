@@ -95,6 +95,47 @@ def test_half_precision_files(dtype, tmp_path):
     assert np.array_equal(loaded.projection(2), halves[2])
 
 
+def with_dtype(path, dtype, width):
+    """Rename the dtype of all tensors in the header of an encoder file of float16."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["dtype"] = dtype
+            entry["shape"][-1] = entry["shape"][-1] * 2 // width
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    return path
+
+
+@pytest.fixture
+def half_path(tmp_path):
+    made = hata.Encoder.random(CONFIG, 64)
+    halves = tuple(p.astype(np.float16) for p in made.projections)
+    hata.Encoder(made.shape, 64, halves).save(tmp_path / "half.safetensors")
+    return tmp_path / "half.safetensors"
+
+
+def test_bfloat16_files_where_nothing_imported_ml_dtypes(half_path):
+    code = "import sys, hata; print(hata.Encoder.load(sys.argv[1]).projection(0).dtype)"
+    command = [sys.executable, "-c", code, str(with_dtype(half_path, "BF16", 2))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "bfloat16"
+
+
+def test_bfloat16_files_where_ml_dtypes_is_not_installed(half_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(hata.EncoderError, match="pip install ml_dtypes"):
+        hata.Encoder.load(with_dtype(half_path, "BF16", 2))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_files_of_dtypes_that_numpy_has_not(half_path, dtype):
+    with pytest.raises(hata.EncoderError, match="known dtypes"):
+        hata.Encoder.load(with_dtype(half_path, dtype, 1))
+
+
 @pytest.mark.parametrize("bits", [32, 64, 96, 256])
 def test_random_blocks_are_orthogonal(bits):
     projection = hata.Encoder.random(CONFIG, bits).projection(1)
@@ -203,13 +244,17 @@ def test_fault_66_truncated_file(path, kept):
         ({"made": "{"}, "metadata that is absent or malformed"),
         ({"bits": "96"}, r"layers.1.projection: got shape \(2, 48, 64\), expected \(2, 48, 96\)"),
         ({"num_layers": "2"}, "tensors .*layers.2.bias"),
+        ({"format": "x" * 100000}, "format 'x*[.][.][.], expected"),
+        ({"bits": "x" * 100000}, "malformed"),
+        ({"dense_layers": json.dumps([0] * 100000)}, "declares the dense layers .*, 0"),
         ({"dense_layers": "[]"}, r"declares the dense layers \[\]"),
         ({"num_layers": "4"}, r"declares the dense layers \[0\] but .* \[0, 3\]"),
     ],
 )
 def test_fault_66_file_that_contradicts_itself(path, changes, message):
-    with pytest.raises(hata.EncoderError, match=message):
+    with pytest.raises(hata.EncoderError, match=message) as raised:
         hata.Encoder.load(rewritten(path, **changes))
+    assert len(str(raised.value)) < len(str(path)) + 500
 
 
 def test_fault_66_wrong_arrays(encoder):
@@ -378,6 +423,7 @@ def test_no_framework_is_imported(path):
         {"made": "[[1, 2]]"},
         {"made": "[" * 100000},
         {"dense_layers": "7"},
+        {"dense_layers": '["0"]'},
         {"made": '{"recipe": "listwise", "settings": "x"}'},
         {"made": '{"settings": [1]}'},
         {"made": '{"settings": null}'},

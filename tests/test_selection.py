@@ -28,7 +28,14 @@ def test_what_is_no_count(name):
 
 
 def test_what_is_out_of_range():
-    for wrong in ({"bits": 0}, {"bits": 33}, {"k": 0}, {"k": 2**31}, {"sink": 20, "recent": 13}):
+    for wrong in (
+        {"bits": 0},
+        {"bits": 33},
+        {"bits": 65568},
+        {"k": 0},
+        {"k": 2**31},
+        {"sink": 20, "recent": 13},
+    ):
         with pytest.raises(hata.HataShapeError, match="Selection"):
             Selection(**{**SOUND, **wrong})
     for ratio in (0.0, 1.5, float("nan"), -1):
