@@ -263,6 +263,26 @@ def test_shared_memory_is_refused_after_memory_of_ones_own():
     call(keys=keys, key_codes=within)
 
 
+@pytest.mark.parametrize(
+    ("strides", "dense"),
+    [
+        ((64, 32, 16, 1), True),
+        ((48, 16, 16, 1), True),
+        ((0, 8, 8, 1), True),
+        ((128, 32, 16, 1), False),
+        # As many elements as places, for overlapping rows weigh up the holes.
+        ((96, 8, 8, 1), False),
+    ],
+)
+def test_extent_of_an_array(strides, dense):
+    memory = np.zeros(1000, np.uint8)
+    x = np.lib.stride_tricks.as_strided(memory, (2, 2, 2, 16), strides)
+    places = {sum(map(int.__mul__, at, strides)) for at in np.ndindex(x.shape)}
+    size, found = arguments.extent(arrays.framework("x", x), x)
+    assert size == max(places) + 1
+    assert found == dense == (len(places) == size)
+
+
 def test_memory_of_calls_is_bounded(monkeypatch):
     monkeypatch.setattr(checks, "_MEMO_LIMIT", 10)
     for slots in range(1, 40):
