@@ -82,22 +82,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hata {hata.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    info = commands.add_parser("info", help="what is installed, what can run, what is in force")
+    info = _command(
+        commands,
+        "info",
+        "what is installed, what can run, what is in force",
+        "Print versions, devices, every backend and why it can or cannot run, the profile in force "
+        "and the variables of the environment.",
+    )
     info.add_argument("--json", action="store_true", help="for machines")
     info.set_defaults(run=_info)
 
     commands.add_parser("tune", help="tune for this machine and write a profile", add_help=False)
 
-    learn = commands.add_parser("learn", help="train an encoder on a model and some text")
+    learn = _command(
+        commands,
+        "learn",
+        "train an encoder on a model and some text",
+        "Train an encoder, layer by layer, on what a model attends with while it reads text.",
+    )
     learn_command.add_arguments(learn)
     learn.set_defaults(run=_learn)
 
-    judge = commands.add_parser("eval", help="what an encoder keeps of a model's attention")
+    judge = _command(
+        commands,
+        "eval",
+        "what an encoder keeps of a model's attention",
+        "Measure the attention mass that encoders, and other ways of choosing keys, keep of a "
+        "model's attention; and, where asked for, tasks and perplexity.",
+    )
     eval_command.add_arguments(judge)
     judge.set_defaults(run=_eval)
 
-    convert = commands.add_parser(
-        "convert", help="make an encoder file of weights that HATA or HashAttention published"
+    convert = _command(
+        commands,
+        "convert",
+        "make an encoder file of weights that HATA or HashAttention published",
+        "Make an encoder file of weights that HATA or HashAttention published. Nothing in them is "
+        "executed.",
     )
     convert.add_argument(
         "source",
@@ -108,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", required=True, help="encoder to write, *.safetensors")
     convert.set_defaults(run=_convert)
 
-    profile = commands.add_parser("profile", help="show, validate or compare profiles")
+    profile = _command(
+        commands,
+        "profile",
+        "show, validate or compare profiles",
+        "Show, validate or compare profiles: the files that the tuner writes.",
+    )
     verbs = profile.add_subparsers(metavar="VERB", required=True)
     show = verbs.add_parser("show", help="print a profile as tables")
     show.add_argument("file", nargs="?", help="path or name; without it, the profile in force")
@@ -121,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="path or name")
     diff.set_defaults(run=_diff)
     return parser
+
+
+def _command(commands: Any, name: str, short: str, description: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=short, description=description)
 
 
 def _tune(arguments: list[str]) -> int:
@@ -253,7 +283,11 @@ def _nothing_in_force(here: device.Fingerprint) -> str:
 
 def _counts(profile: Profile) -> str:
     predicted = ", predicted" if profile.measured.predicted else ""
-    return f"{len(profile.entries)} entries, {len(profile.selections)} models{predicted}"
+    entries, models = len(profile.entries), len(profile.selections)
+    return (
+        f"{entries} {'entry' if entries == 1 else 'entries'}, "
+        f"{models} {'model' if models == 1 else 'models'}{predicted}"
+    )
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -263,6 +297,7 @@ def _show(options: argparse.Namespace) -> int:
         return 0
     recorded, measured = profile.fingerprint, profile.measured
     print(profile.path)
+    _warn_of_stale(profile)
     rows = [
         ["device", recorded.describe()],
         ["software", _pairs(_software(recorded))],
@@ -330,10 +365,14 @@ def _validate(options: argparse.Namespace) -> int:
             sound = False
         else:
             print(f"{profile.path}: ok, {_counts(profile)}")
-            for one in registry.stale(profile):
-                # No fault of the file, which may be meant for other kernels than those here.
-                print(f"{profile.path}: warning: {one}", file=sys.stderr)
+            _warn_of_stale(profile)
     return 0 if sound else 1
+
+
+def _warn_of_stale(profile: Profile) -> None:
+    # No fault of the file, which may be meant for other kernels than those here.
+    for one in registry.stale(profile):
+        print(f"{profile.path}: warning: {one}", file=sys.stderr)
 
 
 def _diff(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from hata.profile import (
     SelectionSet,
     Timing,
     default_output,
+    store,
 )
 
 HERE = Fingerprint("cpu", "Test CPU", 4, kernels={"reference": {"encode": "ab" * 32}})
@@ -82,7 +84,7 @@ def test_info_for_machines(capsys, monkeypatch):
 def test_info_names_the_profile_in_force_and_where_it_came_from(capsys, monkeypatch, tmp_path):
     here = replace(device.fingerprint("cpu"), kernels=HERE.kernels)
     found = replace(PROFILE, fingerprint=here).save(default_output(here))
-    assert f"{found.path} (user cache, 1 entries, 1 models)" in run(capsys, "info")[1]
+    assert f"{found.path} (user cache, 1 entry, 1 model)" in run(capsys, "info")[1]
 
     gpu = Fingerprint("cuda", "NVIDIA H200", 132, sm=90)
     other = replace(PROFILE, fingerprint=gpu, entries=()).save(tmp_path / "gpu.yaml")
@@ -117,7 +119,7 @@ def test_show_without_a_file_shows_the_profile_in_force(capsys, file, monkeypatc
 
 
 def test_validate_exits_with_1_and_the_line(capsys, file, tmp_path):
-    assert run(capsys, "profile", "validate", file)[:2] == (0, f"{file}: ok, 1 entries, 1 models\n")
+    assert run(capsys, "profile", "validate", file)[:2] == (0, f"{file}: ok, 1 entry, 1 model\n")
     bad = tmp_path / "bad.yaml"
     bad.write_text("schema: hata.profile/1\nfingerprnt: 1\n")
     status, text, errors = run(capsys, "profile", "validate", str(bad), file)
@@ -144,14 +146,41 @@ def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):
         path = tmp_path / f"{bool(message)}.yaml"
         profile.save(path)
         status, text, errors = run(capsys, "profile", "validate", str(path))
-        assert (status, text) == (0, f"{path}: ok, 2 entries, 1 models\n")
+        assert (status, text) == (0, f"{path}: ok, 2 entries, 1 model\n")
         assert errors.startswith(f"{path}: warning: {message}" if message else errors)
         assert bool(errors) == bool(message)
+        assert run(capsys, "profile", "show", str(path))[::2] == (0, errors)
         monkeypatch.setenv("HATA_PROFILE", str(path))
         text = run(capsys, "info")[1]
         assert str(path) in text
         assert ("have changed since" in text) == bool(message)
         assert message in text
+
+
+def test_a_shipped_profile_is_not_to_be_written(capsys, file, monkeypatch):
+    path = Path(file)
+    assert PROFILE.retune("reference") == "hata tune --gpu cpu --backend reference"
+    found = Profile.load(path)
+    assert found.retune("reference").endswith(f" --backend reference --out {path}")
+    monkeypatch.setattr(store, "SHIPPED", path.parent.resolve())
+    assert found.retune("reference") == PROFILE.retune("reference")
+
+
+@pytest.mark.parametrize("command", ["info", "learn", "eval", "convert", "profile", "tune"])
+def test_every_command_says_what_it_is_for(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    usage, said = capsys.readouterr().out.split("\n\n")[:2]
+    assert usage.startswith(f"usage: hata {command} ")
+    assert said.strip().endswith(".")
+
+
+def test_python_runs_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "hata", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"hata {hata.__version__}\n"
 
 
 def test_diff_says_what_changed(capsys, file, tmp_path):

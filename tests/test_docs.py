@@ -137,6 +137,8 @@ def test_command_exists(page, command, options):
             assert given <= options("tune")
         case ["python", "-m", "pytest", *_]:
             pass
+        case ["python", "-m", "hata"]:
+            assert (ROOT / "hata" / "__main__.py").is_file()
         case ["python", "-m", module, *_]:
             assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), module
             assert given <= options(module)

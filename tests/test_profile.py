@@ -202,6 +202,7 @@ def test_fault_50_only_plain_files_are_read(tmp_path):
 WRONG = {
     "duplicate key": ("  seed: 0", "  seed: 0\n  seed: 1", "duplicate key 'seed', first on line"),
     "unknown key": ("trials: ", "trails: ", "unknown key 'trails'; did you mean 'trials'?"),
+    "unknown key at the top": ("schema: ", "bogus: 1\nschema: ", ": unknown key 'bogus'; known: "),
     "unknown key of an entry": ("config: {", "confg: {", "did you mean 'config'?"),
     "unknown field of a problem": ("heads: 32", "heds: 32", "did you mean 'heads'?"),
     "missing key": ("  method: perf_counter\n", "", "measured: method missing"),

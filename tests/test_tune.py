@@ -509,6 +509,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--storage", "sqlite:///file:/tmp/p.db?uri=true"], "give the path of the file"),
         (["--storage", "sqlite:///{here}.db"], "storage: sqlite:///{here}.db cannot be opened"),
         (["--out", "/proc/p.yaml"], "--out: /proc/p.yaml cannot be written"),
+        (["--out", "/tmp/../p.yaml"], "--out: got '/tmp/../p.yaml', expected a file path without"),
         (["--model", "/nowhere", "--text", "x"], "--model: got /nowhere"),
         (["--model", "/nowhere"], "--text: got none"),
         (["--text", "x"], "no --model"),
@@ -572,7 +573,7 @@ def test_fault_54_an_output_that_leaves_the_folder_is_refused(tmp_path, monkeypa
     (tmp_path / "work" / "p.yaml").symlink_to(tmp_path / "outside" / "p.yaml")
     for out in ("../outside/x.yaml", "link/x.yaml", "p.yaml", "../../etc/x"):
         assert main(["--gpu", "cpu", "--out", out]) == 2
-        assert "output:" in capsys.readouterr().err
+        assert "--out: " in capsys.readouterr().err
     assert not list((tmp_path / "outside").iterdir())
 
 

@@ -31,7 +31,7 @@ def _efforts(name: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = Parser(
-        prog="python -m tune",
+        prog="hata tune",
         description="Find the fastest right configuration of every kernel on this machine, and "
         "the cheapest selection that keeps a model's attention; write both to a profile.",
     )

@@ -15,7 +15,7 @@ from hata import registry
 from hata.backend import Backend
 from hata.device import Fingerprint
 from hata.encoder import Encoder
-from hata.errors import BackendUnavailable, EncoderError, HataError
+from hata.errors import BackendUnavailable, EncoderError, HataError, ProfileError
 from hata.learn.text import read_text
 from hata.problem import Problem
 from hata.profile import EncoderKey, cache_root, default_output, safe_output
@@ -87,7 +87,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         HataError: it cannot be done.
     """
     notes: list[str] = []
-    given = safe_output(options.out) if options.out else None
+    given = _output(options.out) if options.out else None
     device, backends = _choose_backends(options.gpu, options.backend, notes)
     layout = space.COMMON
     text = ""
@@ -133,6 +133,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         storage=database.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
         notes=notes,
     )
+
+
+def _output(given: str) -> Path:
+    try:
+        return safe_output(given)
+    except ProfileError as error:
+        # The library calls it an output.
+        raise UsageError(f"--out: {str(error).removeprefix('output: ')}") from None
 
 
 def _ops(problems: Sequence[Problem]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hata.learn import text as texts
-from hata.learn.command import add_text_arguments, gather_text
+from hata.learn.command import add_text_arguments, gather_text, need_text
 from hata.profile import user_path
 from hata.profile.store import write_whole
 
@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=16, help="of each length (16)")
     parser.add_argument("--queries", type=int, default=256, help="last queries looked at (256)")
     parser.add_argument(
-        "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="to compare with"
+        "--methods",
+        nargs="*",
+        choices=METHODS,
+        default=list(METHODS),
+        help="to compare with (default: all of them)",
     )
     parser.add_argument(
         "--tasks",
@@ -85,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print each table as soon as it is there, and write all of them."""
+    need_text(options)
+
     import torch
 
     from hata.evaluate import abilities, report, tasks
@@ -200,12 +206,12 @@ def _folder(out: str) -> Path:
 
 
 def parse_places(words: Sequence[str]) -> list[tuple[int, list[int]]]:
-    """`["4096:64,128"]` -> `[(4096, [64, 128])]`.
+    """`["4096:64,128"]` -> `[(4096, [64, 128])]`, every length once, and every budget of it.
 
     Raises:
         CaptureError: One is no such thing.
     """
-    places = []
+    places: dict[int, list[int]] = {}
     for word in words:
         length, _, budgets = word.partition(":")
         try:
@@ -219,8 +225,8 @@ def parse_places(words: Sequence[str]) -> list[tuple[int, list[int]]]:
                 f"--at: got {word!r}, expected a length in tokens and budgets of no more keys, "
                 "such as 4096:64,128"
             )
-        places.append((tokens, chosen))
-    return places
+        places.setdefault(tokens, []).extend(chosen)
+    return [(tokens, list(dict.fromkeys(chosen))) for tokens, chosen in places.items()]
 
 
 def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, int]]:
@@ -234,6 +240,11 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
         found += [("random hash", made, bits) for bits in dict.fromkeys(options.bits)]
     for word in options.encoder:
         name, _, file = word.rpartition("=")
+        if not user_path(file).is_file():
+            raise texts.CaptureError(
+                f"--encoder: got {file}, which is not a file; give the path of an encoder, "
+                "*.safetensors"
+            )
         encoder = Encoder.load(user_path(file))
         encoder.check(config)
         recipe = encoder.made.get("recipe", "unknown")

@@ -142,6 +142,8 @@ class _Asked(NamedTuple):
 
 
 def _learn(options: argparse.Namespace) -> int:
+    need_text(options)
+
     from hata.learn import recorder
     from hata.learn.checks import check_device, check_numbers, places_of
     from hata.learn.folders import clear, held, prepare
@@ -361,14 +363,21 @@ def parse_layers(words: str | None, count: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def need_text(options: argparse.Namespace) -> None:
+    """Raise `CaptureError` unless the text is named once. Loads no framework."""
+    if options.text and options.dataset:
+        raise texts.CaptureError("--text and --dataset: got both, expected one of them")
+    if not (options.text or options.dataset):
+        raise texts.CaptureError("--text: got none; name files, or a --dataset")
+
+
 def gather_text(options: argparse.Namespace, tokens: int) -> str:
     """The text that the options name, enough for so many tokens.
 
     Raises:
         CaptureError: None is named, or it cannot be read.
     """
-    if bool(options.text) == bool(options.dataset):
-        raise texts.CaptureError("--text: name files, or a --dataset, and not both")
+    need_text(options)
     if options.without and options.dataset and options.dataset != "python":
         raise texts.CaptureError(
             f"--without: got it with --dataset {options.dataset}, whose text has no folders; leave "

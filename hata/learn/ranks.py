@@ -1,6 +1,6 @@
 """Processes that share a training: those of torchrun, or this one alone.
 
-    torchrun --nproc-per-node 8 -m hata.cli learn ...
+    torchrun --nproc-per-node 8 -m hata learn ...
 
 Ranks share no tensors: they divide sequences among them to capture and layers to train, all through
 files, so the folder must be one they all see, and they meet at barriers only.

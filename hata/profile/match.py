@@ -23,6 +23,7 @@ from hata.device import Fingerprint
 from hata.errors import HataDeviceError
 from hata.problem import HARD_FIELDS, SOFT_FIELDS, Problem
 from hata.profile.records import Entry
+from hata.profile.store import is_shipped
 
 if TYPE_CHECKING:
     from hata.profile import Profile
@@ -174,12 +175,11 @@ def _outside(config: Mapping[str, int | str | bool], tunables: Mapping[str, tupl
 def retune(profile: Profile, backend: str) -> str:
     """The command that renews a profile's entries of a backend."""
     gpu = "cpu" if profile.fingerprint.device == "cpu" else "auto"
-    out = (
-        f" --out {shlex.quote(str(profile.path))}"
-        if profile.path is not None and profile.origin not in ("shipped", "user cache")
-        else ""
-    )
-    return f"hata tune --gpu {gpu} --backend {backend}{out}"
+    command = f"hata tune --gpu {gpu} --backend {backend}"
+    # What is found by itself needs no name, and a file of the package is not to be written.
+    if profile.path is None or profile.origin == "user cache" or is_shipped(profile.path):
+        return command
+    return f"{command} --out {shlex.quote(str(profile.path))}"
 
 
 def warn_once(profile: Profile | None, message: str) -> None:

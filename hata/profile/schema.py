@@ -57,14 +57,16 @@ class _Reader:
         """A table with known keys; `checks` says for each how to read it and if it is required."""
         if node.kind != "table":
             self.fail(node, where, f"a table with {', '.join(checks)}")
+        # The file as a whole is nowhere.
+        at = f"{where}: " if where else ""
         for name, (key, _) in node.table.items():
             if name not in checks:
                 near = difflib.get_close_matches(name, checks, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(checks)}"
-                text.fail(self.source, key.line, f"{where}: unknown key {name!r}; {hint}")
+                text.fail(self.source, key.line, f"{at}unknown key {name!r}; {hint}")
         missing = [name for name, (_, due) in checks.items() if due and name not in node.table]
         if missing:
-            text.fail(self.source, node.line, f"{where}: {', '.join(missing)} missing; add it")
+            text.fail(self.source, node.line, f"{at}{', '.join(missing)} missing; add it")
         return {
             name: checks[name][0](self, value, f"{where}.{name}".lstrip("."))
             for name, (_, value) in node.table.items()

@@ -99,6 +99,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     return next((file for file in (path, SHIPPED / path.name, Path(given)) if file.is_file()), path)
 
 
+def is_shipped(path: Path) -> bool:
+    """Whether a file is one of hata's own profiles."""
+    return path.resolve().parent == SHIPPED
+
+
 def safe_output(path: str | os.PathLike[str]) -> Path:
     """The absolute path to write a profile to.
 
@@ -109,8 +114,10 @@ def safe_output(path: str | os.PathLike[str]) -> Path:
     """
     given = user_path(path)
     if not given.name or ".." in given.parts:
+        meant = given.resolve()
         raise ProfileError(
             f"output: got {str(path)!r}, expected a file path without '..'; write the path out"
+            f"{'' if meant.is_dir() else f': {meant}'}"
         )
     target = given.absolute()
     if target.is_symlink():

@@ -303,6 +303,8 @@ def test_the_command(tiny, text, encoders, tmp_path, capsys):
         (["--device", "cpu:7"], "--device: got 'cpu:7', expected auto"),
         (["--device", "spread"], "--device: got 'spread', expected auto"),
         (["--out", "/dev/null/report"], "cannot be made a folder"),
+        (["--encoder", "none.safetensors"], "--encoder: got none.safetensors, which is not a file"),
+        (["--dataset", "python"], "--text and --dataset: got both"),
     ],
 )
 def test_faults_are_named_before_anything_is_measured(
@@ -319,10 +321,11 @@ def test_faults_are_named_before_anything_is_measured(
     assert not told.out
 
 
-def test_a_fault_in_a_file_is_none_of_the_command_line(tiny, text, capsys):
+def test_a_fault_in_a_file_is_none_of_the_command_line(tiny, text, tmp_path, capsys):
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
-    assert cli.main([*words, "--encoder", "none.safetensors"]) == 1
-    assert "is not a file" in capsys.readouterr().err
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    assert cli.main([*words, "--encoder", str(tmp_path / "torn.safetensors")]) == 1
+    assert "torn.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--dtype", "--out", "--encoder"])
@@ -392,6 +395,7 @@ def test_layers_with_windows_stay_dense_in_every_way():
 
 def test_places():
     assert parse_places(["4096", "128:3,5"]) == [(4096, [64, 128]), (128, [3, 5])]
+    assert parse_places(["256:8,8", "256", "64", "256:8"]) == [(256, [8, 4]), (64, [1, 2])]
     with pytest.raises(CaptureError):
         parse_places(["0"])
 

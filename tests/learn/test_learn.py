@@ -163,7 +163,7 @@ def test_two_ranks_make_what_one_makes(learned, tiny, text, tmp_path):
     command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", "hata.cli", *arguments(tiny, text, out)],
+        [sys.executable, "-m", *command, "-m", "hata", *arguments(tiny, text, out)],
         capture_output=True,
         text=True,
         env=environment,
@@ -252,7 +252,7 @@ def test_layers_in_words():
         ({"capture": "mine.txt"}, "--capture: mine.txt cannot be used"),
         ({"capture": "."}, "--capture: got ."),
         ({"layers": "7"}, "within 0-1"),
-        ({"dataset": "python"}, "not both"),
+        ({"dataset": "python"}, "--text and --dataset: got both"),
         ({"query_codes": 4, "recipe": "hata"}, "with recipe listwise"),
         ({"work": "."}, "which lies inside the working folder"),
         ({"sequences": 0}, "--sequences: got 0, expected 1 or more"),
@@ -276,6 +276,19 @@ def test_faults_are_named(tiny, text, tmp_path, monkeypatch, capsys, changes, ex
     assert told.count("\n") == 1
     assert (tmp_path / "mine.txt").read_text() == "do not touch"
     assert not (tmp_path / "enc.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["learn", "eval"])
+def test_that_no_text_is_named_is_told_at_once(command):
+    code = (
+        "import sys; from hata import cli; status = cli.main(sys.argv[1:]); "
+        "sys.exit(1 if 'torch' in sys.modules else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "--model", "x"], capture_output=True, text=True
+    )
+    told = f"hata {command}: error: --text: got none; name files, or a --dataset\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def test_only_nested_codes_can_be_trained_as_others(tiny, text, tmp_path, capsys):
