@@ -21,7 +21,9 @@ and give tensors there.
 
 What a call writes into (`out`, `norms`, codes and norms of fresh keys) may share memory with no
 other argument. Where one is dense, or both begin alike, that is a `HataShapeError`; of arrays that
-lie between one another's rows it is not known.
+lie between one another's rows it is not known. Under `torch.compile`, where
+code may work on copies, it is not known at all; and torch refuses to compile a call that writes
+into part of a buffer whose other parts are arguments of another dtype.
 
 Visible keys: query t of row b sees the positions `[starts[b], lengths[b] - (T - 1 - t))`, so the
 last query sees all keys of its row; n_t is their number. `lengths` and `starts` are int32 or int64,
@@ -176,12 +178,12 @@ def hamming_topk(
     >>> hamming_topk(q, keys, 2)[0, 0, 0]
     array([1, 2], dtype=int32)
     """
+    per_head = arguments.flag("per_head", per_head)
     if _dispatched(q_codes):
         return _torch_ops().hamming_topk(
             q_codes, k_codes, lengths, starts, key_norms, k, ratio, k_min, sink, recent, per_head
         )
     budget = arguments.budget(k, ratio, k_min, sink, recent)
-    per_head = arguments.flag("per_head", per_head)
     fw, problem, device = checks.hamming_topk(
         q_codes, k_codes, budget, lengths, starts, key_norms, per_head
     )
@@ -248,12 +250,12 @@ def sparse_attend(
     >>> sparse_attend(q, kv, kv, numpy.int32([[[[0, 2, -1]]]])).sum()
     np.float32(16.0)
     """
+    return_lse = arguments.flag("return_lse", return_lse)
     if _dispatched(q):
         return _torch_ops().sparse_attend(
             q, keys, values, indices, sink_logits, scale, softcap, return_lse=return_lse
         )
     softcap = arguments.softcap(softcap)
-    return_lse = arguments.flag("return_lse", return_lse)
     fw, problem, device = checks.sparse_attend(q, keys, values, indices, sink_logits)
     if fw.foreign:
         return fw.call(
@@ -351,6 +353,9 @@ def hash_attend(
     >>> hash_attend(one[:, :, :1], one, one, codes, projection, 2, fresh=3).sum()
     np.float32(16.0)
     """
+    fresh = arguments.count("fresh", fresh)
+    dense_below = arguments.count("dense_below", dense_below)
+    return_lse = arguments.flag("return_lse", return_lse)
     if _dispatched(q):
         return _torch_ops().hash_attend(
             q,
@@ -379,9 +384,6 @@ def hash_attend(
         )
     budget = arguments.budget(k, ratio, k_min, sink, recent)
     softcap = arguments.softcap(softcap)
-    fresh = arguments.count("fresh", fresh)
-    dense_below = arguments.count("dense_below", dense_below)
-    return_lse = arguments.flag("return_lse", return_lse)
     fw, problem, device = checks.hash_attend(
         q,
         keys,

@@ -7,25 +7,28 @@ have a pure form and, with a trailing underscore, one that writes in place: fres
 
 # No `from __future__ import annotations`: torch reads these signatures as its schemas.
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hata import ops
+from hata.errors import HataShapeError
 
 
-@custom_op("hata::encode", mutates_args=())
 @ops.within_custom_op()
 def _encode(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
     return ops.encode(x, projection, bias)
 
 
-@_encode.register_fake
-def _(x: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_encode(x: Tensor, projection: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:3], projection.shape[2] // 8), dtype=torch.uint8)
 
 
-@custom_op("hata::encode_", mutates_args=("out", "norms"))
 @ops.within_custom_op()
 def _encode_inplace(
     x: Tensor, projection: Tensor, bias: Tensor | None, out: Tensor, norms: Tensor | None
@@ -33,14 +36,10 @@ def _encode_inplace(
     ops.encode(x, projection, bias, out=out, norms=norms)
 
 
-@_encode_inplace.register_fake
-def _(
-    x: Tensor, projection: Tensor, bias: Tensor | None, out: Tensor, norms: Tensor | None
-) -> None:
-    return None
+def _fake_encode_inplace(*_: object) -> None:
+    pass
 
 
-@custom_op("hata::hamming_topk", mutates_args=())
 @ops.within_custom_op()
 def _hamming_topk(
     q_codes: Tensor,
@@ -70,32 +69,19 @@ def _hamming_topk(
     )
 
 
-@_hamming_topk.register_fake
-def _(
-    q_codes: Tensor,
-    k_codes: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    key_norms: Tensor | None,
-    k: int,
-    ratio: float | None,
-    k_min: int,
-    sink: int,
-    recent: int,
-    per_head: bool,
-) -> Tensor:
+def _fake_hamming_topk(q_codes: Tensor, k_codes: Tensor, *others: Any) -> Tensor:
+    _, _, _, k, *_, per_head = others
     batch, heads, tokens, _ = q_codes.shape
     if not per_head:
         heads = k_codes.shape[1]
     return q_codes.new_empty((batch, heads, tokens, k), dtype=torch.int32)
 
 
-def _fake_attention(q: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_attention(q: Tensor, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], values.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@custom_op("hata::sparse_attend", mutates_args=())
 @ops.within_custom_op()
 def _sparse_attend(
     q: Tensor,
@@ -116,19 +102,6 @@ def _sparse_attend(
         sink_logits=sink_logits,
         return_lse=True,
     )
-
-
-@_sparse_attend.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    sink_logits: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    return _fake_attention(q, values)
 
 
 @ops.within_custom_op()
@@ -183,16 +156,48 @@ def _hash_attend(
     )
 
 
-def _fake_hash_attend(q: Tensor, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _fake_attention(q, values)
+@wraps(_hash_attend)
+def _hash_attend_pure(*args: Any) -> tuple[Tensor, Tensor]:
+    fresh = args[-1]
+    if fresh:
+        raise HataShapeError(
+            f"fresh: got {fresh}, expected 0, since torch.ops.hata.hash_attend writes nothing; "
+            "call torch.ops.hata.hash_attend_ or hata.hash_attend"
+        )
+    return _hash_attend(*args)
 
 
-_hash_attend_pure = custom_op("hata::hash_attend", _hash_attend, mutates_args=())
-_hash_attend_pure.register_fake(_fake_hash_attend)
-_hash_attend_inplace = custom_op(
-    "hata::hash_attend_", _hash_attend, mutates_args=("key_codes", "key_norms")
-)
-_hash_attend_inplace.register_fake(_fake_hash_attend)
+def _register(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], *written: str
+) -> None:
+    """Make a function a custom op, whose fakes are checked as far as it goes.
+
+    Devices are not, and nothing is where a size is symbolic: a check would make it a constant.
+    """
+
+    @wraps(fake)
+    def checked(*args: Any) -> Any:
+        sizes = [n for x in args if isinstance(x, Tensor) for n in (*x.shape, *x.stride())]
+        if not any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in (*sizes, *args)):
+            with _disable_current_modes():
+                function(*map(_on_meta, args))
+        return fake(*args)
+
+    custom_op(f"hata::{name}", function, mutates_args=written).register_fake(checked)
+
+
+def _on_meta(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+_register("encode", _encode, _fake_encode)
+_register("encode_", _encode_inplace, _fake_encode_inplace, "out", "norms")
+_register("hamming_topk", _hamming_topk, _fake_hamming_topk)
+_register("sparse_attend", _sparse_attend, _fake_attention)
+_register("hash_attend", _hash_attend_pure, _fake_attention)
+_register("hash_attend_", _hash_attend, _fake_attention, "key_codes", "key_norms")
 
 
 def encode(

@@ -189,6 +189,72 @@ def test_real_tensors_in_a_fake_mode():
         hata.encode(x, projection)
 
 
+@pytest.mark.parametrize(
+    ("op", "error", "match", "change"),
+    [
+        ("encode", hata.HataShapeError, "x: .*4 dimensions", {"x": (16,)}),
+        ("encode", hata.HataShapeError, "projection: .*head size", {"projection": (1, 32, 32)}),
+        ("hamming_topk", hata.HataDTypeError, "q_codes: got float32", {"q_codes": (1, 1, 1, 4)}),
+        ("hamming_topk", hata.HataShapeError, "k must be", {"k": 0}),
+        ("sparse_attend", hata.HataShapeError, "softcap: got", {"softcap": -1.0}),
+        ("sparse_attend", hata.HataShapeError, "values: got", {"values": (1, 1, 7, 16)}),
+        ("hash_attend", hata.HataShapeError, "at most k", {"sink": 4}),
+        ("hash_attend", hata.HataShapeError, "keys: got", {"keys": (1, 1, 7, 32), "fresh": 1}),
+    ],
+)
+def test_fakes_are_checked(op, error, match, change):
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+
+        def fake(array):
+            return mode.from_tensor(torch.tensor(array))
+
+        wrong = {
+            name: fake(np.zeros(x, np.float32)) if isinstance(x, tuple) else x
+            for name, x in change.items()
+        }
+        call(op, kind=fake)
+        with pytest.raises(error, match=match):
+            call(op, kind=fake, **wrong)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_custom_op_that_writes_nothing_refuses_fresh_keys(device):
+    torch = pytest.importorskip("torch")
+    # It registers the ops.
+    import hata.torch_ops
+
+    q, keys = torch.zeros(1, 2, 1, 16, device=device), torch.zeros(1, 1, 8, 16, device=device)
+    codes = torch.full((1, 1, 8, 4), 7, dtype=torch.uint8, device=device)
+    arrays = [q, keys, keys, codes, keys.new_zeros(1, 16, 32), *[None] * 8]
+    options = [*SCHEMAS["hash_attend"][1].values()]
+    options[0], options[-1] = 3, 1
+    with pytest.raises(hata.HataShapeError, match=r"fresh: got 1, expected 0.*hash_attend_"):
+        torch.ops.hata.hash_attend(*arrays, *options)
+    if device == "cpu":
+        assert (codes == 7).all()
+
+
+@pytest.mark.parametrize("name", ["fresh", "dense_below", "return_lse", "per_head"])
+def test_flags_and_counts_are_checked_in_compiled_code(name):
+    torch = pytest.importorskip("torch")
+    q, keys, projection = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 8, 16), torch.zeros(1, 16, 32)
+    codes = torch.zeros(1, 1, 8, 4, dtype=torch.uint8)
+    wrong = {name: 1 if name in ("return_lse", "per_head") else True}
+
+    @torch.compile(backend="eager")
+    def step():
+        if name == "per_head":
+            return hata.hamming_topk(codes, codes, 3, **wrong)
+        return hata.hash_attend(q, keys, keys, codes, projection, 3, **wrong)
+
+    with pytest.raises(hata.HataDTypeError, match=f"{name}: got"):
+        step()
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_dispatch_modes_see_the_op(depth):
     torch = pytest.importorskip("torch")
