@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -98,6 +99,8 @@ def arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+    if args.ratio is not None and not 0 < args.ratio <= 1:
+        parser.error(f"--ratio: got {args.ratio}, expected a share above 0, and at most 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device: got {args.device!r}, expected cpu, cuda or cuda:<index>")
     kind, _, index = args.device.partition(":")
@@ -113,16 +116,19 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model: {args.model} cannot be loaded: {error}") from None
     model = model.to(args.device).eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         # A tokenizer of bytes has no vocabulary file.
         config = Path(args.model) / "tokenizer_config.json"
-        if json.loads(config.read_text())["tokenizer_class"] != "ByT5Tokenizer":
-            raise
+        if json.loads(config.read_text()).get("tokenizer_class") != "ByT5Tokenizer":
+            told = " ".join(str(error).split())
+            raise ValueError(
+                f"--model: the tokenizer of {args.model} cannot be loaded: {told}"
+            ) from None
         tokenizer = ByT5Tokenizer()
     return model, tokenizer
 

@@ -395,8 +395,8 @@ class _Session:
             source = plan.layout.name if plan.model else "the synthetic set, attach will warn"
             report.say()
             report.table(
-                f"Selections at quality {self.options.quality:g} ({source}); k is the budget at "
-                f"{capture.TOKENS} tokens and grows with the context",
+                f"Selections at quality {self.options.quality:g} ({source}); k is the budget, and "
+                f"µs a step's time, at {capture.TOKENS} tokens; k grows with the context",
                 LAYER_HEADER,
                 self.layer_rows,
             )

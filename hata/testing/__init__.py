@@ -10,10 +10,11 @@ tested where they are installed)::
         device = "cpu"              # or "cuda"
 
 Then `pytest` runs every op over drawn sizes, strides, dtypes and options against a float64 oracle,
-and every fault of the scorecard. Cases come from what the backend declares: its frameworks, dtypes
-and devices, and `unsupported(problem)`, whose reasons become skips, as does what `missing()` says.
-A backend that cannot be imported, compiled or loaded fails. Its undefined memory is poisoned, so
-that what it forgets to write shows as NaN.
+and every known fault (`test_fault_NN_...`, each a way to go wrong; a fault's number never changes).
+Cases come from what the backend declares: its frameworks, dtypes and devices, and
+`unsupported(problem)`, whose reasons become skips, as does what `missing()` says. A backend that
+cannot be imported, compiled or loaded fails. Its undefined memory is poisoned, so that what it
+forgets to write shows as NaN.
 """
 
 from hata.testing.suite import BackendSuite

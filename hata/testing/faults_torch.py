@@ -1,6 +1,6 @@
 """Faults of torch: devices, gradients, fake tensors, graphs, compilation.
 
-Tests are named after the rows of the scorecard of faults; a row's number never changes.
+Tests are named after the faults they try, each a known way to go wrong; its number never changes.
 """
 
 # A test's name is its documentation.

@@ -1,6 +1,6 @@
 """Faults of values, sizes and memory: calls within the contract that are easily got wrong.
 
-Tests are named after the rows of the scorecard of faults; a row's number never changes.
+Tests are named after the faults they try, each a known way to go wrong; its number never changes.
 """
 
 # A test's name is its documentation.

@@ -19,6 +19,8 @@ RUNS = {
 }
 
 
+# Each is a suite of its own, which a busy machine of two cores is minutes with.
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
 @pytest.mark.parametrize("mode", RUNS)
 def test_kernels_on_a_cpu(mode, repo_root):

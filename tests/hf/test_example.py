@@ -6,9 +6,9 @@ import sys
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from hata import registry
+from hata import registry  # noqa: E402
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def example(repo_root, monkeypatch):
         (["--model", "x", "--profile", "./nope.yaml"], "nope.yaml: cannot be read"),
         (["--model", "x", "--dtype", "bogus"], "--dtype: invalid choice"),
         (["--model", "x", "--k", "0"], "--k: got 0, expected 1 or more"),
+        (["--model", "x", "--ratio", "0"], "--ratio: got 0.0, expected a share"),
         (["--model", ""], "--model: got an empty value"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -51,6 +52,27 @@ def test_faults_are_one_line(example, capsys, words, expected):
     assert expected in told
     assert told.splitlines()[-1].startswith("generate.py: error: ")
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("model.safetensors", b"torn", "--model: {model} cannot be loaded: "),
+        ("tokenizer_config.json", b"{}", "--model: the tokenizer of {model} cannot be loaded: "),
+    ],
+)
+def test_a_broken_model_is_one_line(example, capsys, tmp_path, file, content, expected):
+    config = transformers.LlamaConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    capsys.readouterr()
+    assert example("--model", str(tmp_path)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("generate.py: error: " + expected.format(model=tmp_path))
+    assert told.count("\n") == 1
 
 
 def test_an_interruption_is_one_line(example, capsys, monkeypatch):
