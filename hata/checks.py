@@ -431,7 +431,12 @@ def _heads(name: str, heads: int, kv_heads: int) -> None:
         raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
 
 
-def _reads_values() -> bool:
+def reads_values() -> bool:
+    """Whether `HATA_CHECK` asks to read values.
+
+    Raises:
+        HataError: it says neither yes nor no.
+    """
     word = os.environ.get("HATA_CHECK")
     if not word:
         return False
@@ -452,7 +457,7 @@ def values(device: str, slots: int, lengths: Any, starts: Any, indices: Any = No
         HataShapeError: a length or start outside [0, S], an index >= S; the message names the row.
         HataError: `HATA_CHECK` says neither yes nor no.
     """
-    if not _reads_values() or device == "meta":
+    if not reads_values() or device == "meta":
         return
     for name, x in (("lengths", lengths), ("starts", starts)):
         if x is None:

@@ -224,6 +224,8 @@ def _info(options: argparse.Namespace) -> int:
             for name, value in facts["environment"].items()
         ]
     )
+    for fault in facts["errors"]:
+        print(f"  error: {fault}")
     return 0
 
 
@@ -239,6 +241,7 @@ def _facts() -> dict[str, Any]:
         "backends": [one._asdict() for one in registry.list_backends()],
         "backend": registry.get_backend(),
         "environment": {name: os.environ.get(name) for name in names},
+        "errors": registry.environment_faults(),
     }
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hata.arrays import Framework
 from hata.backend import Backend, Config
+from hata.checks import reads_values
 from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBackend
 from hata.meta import Meta
 from hata.problem import Problem
@@ -225,6 +226,24 @@ def use_backend(name: str) -> Iterator[None]:
 def get_backend() -> str:
     """Name of the backend in force here, `"auto"` unless one was chosen."""
     return _local.get() or _state.default
+
+
+def environment_faults() -> list[str]:
+    """What `HATA_BACKEND` and `HATA_CHECK` say that cannot be followed, in words.
+
+    The ops say the same, as an error, at their first call.
+    """
+    found = []
+    try:
+        if _state.by_environment and _state.default != "auto":
+            load(_state.default)
+    except (UnknownBackend, BackendUnavailable) as error:
+        found.append(f"HATA_BACKEND: {error}")
+    try:
+        reads_values()
+    except HataError as error:
+        found.append(str(error))
+    return found
 
 
 def list_backends() -> list[BackendInfo]:

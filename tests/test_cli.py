@@ -97,6 +97,21 @@ def test_info_names_the_profile_in_force_and_where_it_came_from(capsys, monkeypa
     assert (status, "profile: error: HATA_PROFILE: " in text) == (0, True)
 
 
+def test_info_says_what_in_the_environment_cannot_be_followed(capsys, monkeypatch):
+    assert json.loads(run(capsys, "info", "--json")[1])["errors"] == []
+    monkeypatch.setenv("HATA_BACKEND", "bogus")
+    monkeypatch.setenv("HATA_CHECK", "maybe")
+    registry.reset()
+    try:
+        status, text, _ = run(capsys, "info")
+    finally:
+        monkeypatch.undo()
+        registry.reset()
+    assert status == 0
+    assert "  error: HATA_BACKEND: backend: got 'bogus', expected one of 'auto'" in text
+    assert "  error: HATA_CHECK: got 'maybe', expected one of 1, true" in text
+
+
 def test_show_prints_tables(capsys, file):
     status, text, _ = run(capsys, "profile", "show", file)
     assert status == 0

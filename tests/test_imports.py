@@ -28,6 +28,18 @@ def test_import_hata_loads_no_framework(repo_root):
     assert not (FRAMEWORKS | TEST_TOOLS) & set(loaded)
 
 
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_the_adapter_says_what_to_install(name, repo_root):
+    code = (
+        f"import json, sys; sys.modules[{name!r}] = None\n"
+        "try: import hata.hf\n"
+        "except ModuleNotFoundError as error: print(json.dumps([error.name, str(error)]))"
+    )
+    found, message = python(code, repo_root)
+    assert found == name
+    assert message.endswith("not installed; pip install 'hata-attention[hf]'")
+
+
 def test_import_hata_loads_no_backend_and_no_tuner(repo_root):
     loaded = python("import hata, json, sys; print(json.dumps(list(sys.modules)))", repo_root)
     assert not [name for name in loaded if name.split(".")[0] == "tune"]

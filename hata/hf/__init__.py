@@ -8,7 +8,15 @@ Needs transformers 5.17 to 5.23 (`pip install hata-attention[hf]`). Prefill, and
 more than one token, runs the model's own attention. See `attach` for what can be chosen.
 """
 
-from hata.hf.attachment import Handle, attach, detach
-from hata.hf.policy import DEFAULT_SELECTION
+try:
+    from hata.hf.attachment import Handle, attach, detach
+    from hata.hf.policy import DEFAULT_SELECTION
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "transformers"):
+        raise
+    raise ModuleNotFoundError(
+        f"hata.hf needs {error.name}, which is not installed; pip install 'hata-attention[hf]'",
+        name=error.name,
+    ) from error
 
 __all__ = ["DEFAULT_SELECTION", "Handle", "attach", "detach"]

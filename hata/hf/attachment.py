@@ -242,11 +242,17 @@ class Handle:
         dense = [str(i) for i, chosen in enumerate(self.selections) if chosen is None]
         left = f" (dense: {', '.join(dense)})" if hashed and dense else ""
         state = "attached" if self._attached else "detached"
-        kinds = ", ".join(dict.fromkeys(map(str, hashed))) or "none"
         return (
             f"<hata.hf.Handle {state} {self._name}: {len(hashed)} of {len(self.selections)} layers "
-            f"hashed{left}, {self.encoder!r}, selections ({self.source}): {kinds}>"
+            f"hashed{left}, {self.encoder!r}, selections ({self.source})>"
         )
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        for chosen in dict.fromkeys(self.selections):
+            layers = [i for i, other in enumerate(self.selections) if other == chosen]
+            lines.append(f"  layers {_ranges(layers)}: {'dense' if chosen is None else chosen}")
+        return "\n".join(lines)
 
     def _before(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -294,6 +300,17 @@ class Handle:
                 layers[i] = HashDynamicLayer(plan, layer)
             elif kind is StaticLayer or (kind is HashStaticLayer and layer.plan is not plan):
                 layers[i] = HashStaticLayer(plan, layer)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, those in a row as one: `0, 2-31`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _check_version() -> None:

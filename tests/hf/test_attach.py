@@ -354,6 +354,15 @@ def test_selection_per_layer(tiny, prompts, answer, calls):
             hata.hf.attach(model, selection=wrong)
 
 
+def test_a_handle_says_which_layers_hash_with_what(fresh):
+    model = fresh("llama", num_hidden_layers=6)
+    few, more = hata.Selection(bits=32, k=4), hata.Selection(bits=64, k=9)
+    with hata.hf.attach(model, selection=[None, few, few, more, few, more]) as handle:
+        head, *lines = str(handle).splitlines()
+    assert head.startswith("<hata.hf.Handle attached LlamaForCausalLM: 5 of 6 layers hashed")
+    assert lines == ["  layers 0: dense", f"  layers 1-2, 4: {few}", f"  layers 3, 5: {more}"]
+
+
 def test_default_selection_and_encoder(tiny, monkeypatch):
     with hata.hf.attach(tiny("llama")) as handle:
         assert handle.selections == (None, None, hata.hf.DEFAULT_SELECTION)
