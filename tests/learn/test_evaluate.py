@@ -1,5 +1,7 @@
 """`hata eval`: every way of choosing keys against its definition, tasks, and the command."""
 
+import errno
+import os
 import sys
 import types
 
@@ -349,6 +351,20 @@ def test_what_was_measured_is_told_before_anything_fails(tiny, text, tmp_path, c
     assert "planted failure" in told.err
     assert "Mass kept" in told.out
     assert (tmp_path / "report.md").read_text() == told.out
+
+
+def test_a_full_disk_leaves_the_old_report(tiny, text, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    file = tmp_path / "report.md"
+    file.write_text("old")
+    words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--at", "256"]
+    assert cli.main([*words, "--sequences", "1", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told == f"hata eval: error: [Errno 28] No space left on device: '{file}'\n"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(
