@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +27,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import hata
 from benchmarks import check, contenders, report, timing
 from benchmarks.contenders import Case, Contender
+from benchmarks.options import shape_option, unwritable
 from benchmarks.report import Row
-from benchmarks.shapes import ITEMSIZE, SUITES, Shape, parse
+from benchmarks.shapes import ITEMSIZE, SUITES, Shape
 from hata import registry
 from hata.backend import Backend, Config
 from hata.commandline import Parser
@@ -164,30 +164,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--json: {args.json} cannot be written ({why}); name another file")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
     return args
-
-
-def unwritable(file: Path) -> str:
-    """Why a file cannot be written, if so. Makes its folder, and leaves no file."""
-    try:
-        if file.is_dir():
-            return "it is a folder"
-        if file.exists() and not file.is_file():
-            # Such as /dev/stdout.
-            return ""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
-            pass
-    except OSError as error:
-        return error.strerror or str(error)
-    return "" if not file.exists() or os.access(file, os.W_OK) else "it is read-only"
-
-
-def shape_option(text: str) -> Shape:
-    """A shape of the command line, for `argparse`."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _knob(text: str) -> tuple[str, bool | int | str]:

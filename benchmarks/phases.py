@@ -33,7 +33,7 @@ import hata
 from benchmarks import contenders, report
 from benchmarks.check import WrongResult
 from benchmarks.contenders import Case, Contender
-from benchmarks.ops import shape_option, unwritable
+from benchmarks.options import shape_option, unwritable
 from benchmarks.shapes import SUITES, Shape, parse
 from hata.commandline import Parser
 from hata.profile.store import write_whole
