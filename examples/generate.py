@@ -48,7 +48,8 @@ def main() -> int:
     try:
         compare(args)
     except (hata.HataError, OSError, ValueError) as error:
-        print(f"generate.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"generate.py: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -82,43 +82,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hata {hata.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    info = _command(
-        commands,
+    info = commands.add_parser(
         "info",
-        "what is installed, what can run, what is in force",
-        "Print versions, devices, every backend and why it can or cannot run, the profile in force "
-        "and the variables of the environment.",
+        help="what is installed, what can run, what is in force",
+        description="Print versions, devices, every backend and why it can or cannot run, the "
+        "profile in force and the variables of the environment.",
     )
     info.add_argument("--json", action="store_true", help="for machines")
     info.set_defaults(run=_info)
 
     commands.add_parser("tune", help="tune for this machine and write a profile", add_help=False)
 
-    learn = _command(
-        commands,
+    learn = commands.add_parser(
         "learn",
-        "train an encoder on a model and some text",
-        "Train an encoder, layer by layer, on what a model attends with while it reads text.",
+        help="train an encoder on a model and some text",
+        description="Train an encoder, layer by layer, on what a model attends with while it reads "
+        "text.",
     )
     learn_command.add_arguments(learn)
     learn.set_defaults(run=_learn)
 
-    judge = _command(
-        commands,
+    judge = commands.add_parser(
         "eval",
-        "what an encoder keeps of a model's attention",
-        "Measure the attention mass that encoders, and other ways of choosing keys, keep of a "
-        "model's attention; and, where asked for, tasks and perplexity.",
+        help="what an encoder keeps of a model's attention",
+        description="Measure the attention mass that encoders, and other ways of choosing keys, "
+        "keep of a model's attention; and, where asked for, tasks and perplexity.",
     )
     eval_command.add_arguments(judge)
     judge.set_defaults(run=_eval)
 
-    convert = _command(
-        commands,
+    convert = commands.add_parser(
         "convert",
-        "make an encoder file of weights that HATA or HashAttention published",
-        "Make an encoder file of weights that HATA or HashAttention published. Nothing in them is "
-        "executed.",
+        help="make an encoder file of weights that HATA or HashAttention published",
+        description="Make an encoder file of weights that HATA or HashAttention published. Nothing "
+        "in them is executed.",
     )
     convert.add_argument(
         "source",
@@ -129,11 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", required=True, help="encoder to write, *.safetensors")
     convert.set_defaults(run=_convert)
 
-    profile = _command(
-        commands,
+    profile = commands.add_parser(
         "profile",
-        "show, validate or compare profiles",
-        "Show, validate or compare profiles: the files that the tuner writes.",
+        help="show, validate or compare profiles",
+        description="Show, validate or compare profiles: the files that the tuner writes.",
     )
     verbs = profile.add_subparsers(metavar="VERB", required=True)
     show = verbs.add_parser("show", help="print a profile as tables")
@@ -147,10 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="path or name")
     diff.set_defaults(run=_diff)
     return parser
-
-
-def _command(commands: Any, name: str, short: str, description: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=short, description=description)
 
 
 def _tune(arguments: list[str]) -> int:

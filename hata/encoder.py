@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hata import encoder_file
-from hata.encoder_file import FORMAT, FORMAT_2, assembled, clipped, flattened
+from hata.encoder_file import FORMAT, FORMAT_2, assembled, flattened
 from hata.encoder_layer import (
     Hidden,
     QueryHash,
@@ -49,6 +49,7 @@ from hata.encoder_layer import (
     query_heads,
 )
 from hata.errors import EncoderError
+from hata.words import clipped
 
 _Part = TypeVar("_Part")
 _MOST_TEXT = 100

@@ -18,11 +18,11 @@ import numpy as np
 
 from hata.encoder_layer import Hidden, QueryHash
 from hata.errors import EncoderError
+from hata.words import clipped
 
 FORMAT = "hata.encoder/1"
 FORMAT_2 = "hata.encoder/2"
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
-_MOST_SHOWN = 100
 # More hidden layers than anybody trains, and few enough that a hostile file costs nothing.
 _MOST_HIDDEN = 16
 _NAME = re.compile(
@@ -37,11 +37,6 @@ Layers = tuple[
     tuple[QueryHash | None, ...],
     tuple[tuple[Hidden, ...], ...],
 ]
-
-
-def clipped(text: str) -> str:
-    """What an error shows of a text that may be of any length."""
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def user_path(given: Any) -> Path:

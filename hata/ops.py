@@ -21,9 +21,9 @@ and give tensors there.
 
 What a call writes into (`out`, `norms`, codes and norms of fresh keys) may share memory with no
 other argument. Where one is dense, or both begin alike, that is a `HataShapeError`; of arrays that
-lie between one another's rows it is not known. Under `torch.compile`, where
-code may work on copies, it is not known at all; and torch refuses to compile a call that writes
-into part of a buffer whose other parts are arguments of another dtype.
+lie between one another's rows it is not known. Under `torch.compile`, where code may work on
+copies, it is not known at all; and torch refuses to compile a call that writes into part of a
+buffer whose other parts are arguments of another dtype.
 
 Visible keys: query t of row b sees the positions `[starts[b], lengths[b] - (T - 1 - t))`, so the
 last query sees all keys of its row; n_t is their number. `lengths` and `starts` are int32 or int64,

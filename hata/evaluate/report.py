@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hata.evaluate.retained import Kept
+from hata.words import ranges
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -26,9 +27,9 @@ def retained_tables(found: Sequence[Kept]) -> str:
     head = ["keys chosen by", "bits", *(f"{k} of {tokens:,}" for tokens, k in places)]
     layers = shared_layers(found)
     every = sorted({layer for one in found for layer in one.kept})
-    over = f"mean over layers {_ranges(layers)}"
+    over = f"mean over layers {ranges(layers)}"
     if layers != every:
-        over += f", those of {_ranges(every)} that all rows have"
+        over += f", those of {ranges(every)} that all rows have"
     parts = []
     if not layers:
         parts.append("No layer is in all rows, so there are no means to compare.")
@@ -79,17 +80,6 @@ def mean(values: Mapping[int, float], layers: Sequence[int]) -> float:
 
 def _mean(one: Kept | None, value: str, layers: Sequence[int]) -> str:
     return "-" if one is None else f"{mean(getattr(one, value), layers):.4f}"
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """`[0, 2, 3, 4]` -> `"0, 2-4"`."""
-    words = []
-    for first in (layer for layer in layers if layer - 1 not in layers):
-        last = first
-        while last + 1 in layers:
-            last += 1
-        words.append(str(first) if first == last else f"{first}-{last}")
-    return ", ".join(words)
 
 
 def plot(path: Path, found: Sequence[Kept]) -> bool:

@@ -37,6 +37,7 @@ from hata.hf.plan import LayerPlan
 from hata.hf.policy import resolve
 from hata.profile import Profile
 from hata.selection import Selection
+from hata.words import ranges
 
 TESTED = ((5, 17), (5, 23))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -251,7 +252,7 @@ class Handle:
         lines = [repr(self)]
         for chosen in dict.fromkeys(self.selections):
             layers = [i for i, other in enumerate(self.selections) if other == chosen]
-            lines.append(f"  layers {_ranges(layers)}: {'dense' if chosen is None else chosen}")
+            lines.append(f"  layers {ranges(layers)}: {'dense' if chosen is None else chosen}")
         return "\n".join(lines)
 
     def _before(
@@ -300,17 +301,6 @@ class Handle:
                 layers[i] = HashDynamicLayer(plan, layer)
             elif kind is StaticLayer or (kind is HashStaticLayer and layer.plan is not plan):
                 layers[i] = HashStaticLayer(plan, layer)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers, those in a row as one: `0, 2-31`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _check_version() -> None:
