@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from hata.arrays import Framework
+from hata.backend import Config
 from hata.problem import Problem, pow2
 
 from .launch import Bound, bind
-from .pieces import wait_for_previous
+from .pieces import defer, wait_for_previous
 from .plan import POINTERS, in_fp32
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -56,6 +57,74 @@ def _add_logits(logits, query, key, IEEE: tl.constexpr):
 
 
 @triton.jit
+def _attend_tile(
+    acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin, slots, scale,
+    softcap, members, keys_s, values_s, column,
+    D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    CHECKED: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over `positions[at:at + N]`; `FIRST`: nothing came before.
+
+    Returns:
+        `acc`, `most` and `total` as `attend_positions` does, and which positions are slots [N].
+    """
+    member = tl.arange(0, M)
+    lanes = tl.arange(0, BLOCK_V) + column
+    depth = tl.arange(0, BLOCK_D)
+    rank = at + tl.arange(0, N)
+    inside = rank < end
+    position = tl.load(positions + rank, mask=inside & (contiguous == 0), other=-1)
+    position = tl.where(inside & (contiguous != 0), origin + rank, position)
+    if CHECKED:
+        inside = (position >= 0) & (position < slots)
+    position = position.to(tl.int64)
+    logits = tl.zeros([M, N], tl.float32)
+    key_rows = keys + position[:, None] * (keys_s * VECTOR) + depth[None, :]
+    value_rows = values + position[:, None] * (values_s * VECTOR) + lanes[None, :]
+    value_mask = inside[:, None]
+    if DV % BLOCK_V != 0:
+        value_mask = value_mask & (lanes < DV)[None, :]
+    if BLOCK_D >= D:
+        # Both rows of a position are on their way before either is used.
+        key_mask = inside[:, None]
+        if BLOCK_D > D:
+            key_mask = key_mask & (depth < D)[None, :]
+        key = tl.load(key_rows, mask=key_mask, other=0.0)
+        value = tl.load(value_rows, mask=value_mask, other=0.0)
+        if STAGES < 2:
+            key = defer(key)
+        logits = _add_logits(logits, query, key, IEEE)
+    else:
+        for i in tl.static_range(0, D, BLOCK_D):
+            mask = (i + depth < D)[None, :]
+            query = tl.load(q + i, mask=(member < members)[:, None] & mask, other=0.0)
+            key = tl.load(key_rows + i, mask=inside[:, None] & mask, other=0.0)
+            logits = _add_logits(logits, query, key, IEEE)
+        value = tl.load(value_rows, mask=value_mask, other=0.0)
+    logits = tl.where(inside[None, :], _capped(logits, scale, softcap), float("-inf"))
+    grown = tl.max(logits, axis=1)
+    if not FIRST:
+        grown = tl.maximum(most, grown)
+    # All logits -inf so far: any finite reference gives weights of zero, not NaN.
+    reference = tl.where(grown == float("-inf"), 0.0, grown)
+    weights = tl.exp2(logits - reference[:, None])
+    if FIRST:
+        total = tl.sum(weights, axis=1)
+    else:
+        shrink = tl.exp2(most - reference)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc *= shrink[:, None]
+    if STAGES < 2:
+        value = defer(value)
+    if IEEE:
+        acc = tl.dot(weights, value.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(weights.to(value.dtype), value, acc)
+    return acc, grown, total, inside
+
+
+@triton.jit
 def attend_positions(
     q, keys, values, positions, first, end, contiguous, origin, slots, scale, softcap, members,
     q_h, keys_s, values_s, column,
@@ -66,66 +135,40 @@ def attend_positions(
     """Online softmax of up to M heads at `q` over `positions[first:end]`, or origin + rank.
 
     Where launches overlap, it waits for the positions, with the queries on their way. `CHECKED`:
-    positions may be negative, or otherwise no slots, and are then skipped.
+    positions may be negative, or otherwise no slots, and are then skipped. `STAGES` 0: there are no
+    more than `N` of them, and no loop.
 
     Returns:
         `acc` [M, BLOCK_V] unnormalised, `most` [M] (largest logit in units of log 2), `total` [M],
         and whether there was any key.
     """
     member = tl.arange(0, M)
-    lanes = tl.arange(0, BLOCK_V) + column
     depth = tl.arange(0, BLOCK_D)
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_V], tl.float32)
     found = tl.zeros([N], tl.int32)
     q += member[:, None] * (q_h * VECTOR) + depth[None, :]
+    query = 0.0
     if BLOCK_D >= D:
         query = tl.load(q, mask=(member < members)[:, None] & (depth < D)[None, :], other=0.0)
     wait_for_previous(OVERLAPPED)
-    for at in tl.range(first, end, N, num_stages=STAGES):
-        rank = at + tl.arange(0, N)
-        inside = rank < end
-        position = tl.load(positions + rank, mask=inside & (contiguous == 0), other=-1)
-        position = tl.where(inside & (contiguous != 0), origin + rank, position)
-        if CHECKED:
-            inside = (position >= 0) & (position < slots)
-            found |= inside.to(tl.int32)
-        position = position.to(tl.int64)
-        logits = tl.zeros([M, N], tl.float32)
-        key_rows = keys + position[:, None] * (keys_s * VECTOR) + depth[None, :]
-        value_rows = values + position[:, None] * (values_s * VECTOR) + lanes[None, :]
-        value_mask = inside[:, None]
-        if DV % BLOCK_V != 0:
-            value_mask = value_mask & (lanes < DV)[None, :]
-        if BLOCK_D >= D:
-            # Both rows of a position are on their way before either is used.
-            key_mask = inside[:, None]
-            if BLOCK_D > D:
-                key_mask = key_mask & (depth < D)[None, :]
-            key = tl.load(key_rows, mask=key_mask, other=0.0)
-            value = tl.load(value_rows, mask=value_mask, other=0.0)
-            logits = _add_logits(logits, query, key, IEEE)
-        else:
-            for i in tl.static_range(0, D, BLOCK_D):
-                mask = (i + depth < D)[None, :]
-                query = tl.load(q + i, mask=(member < members)[:, None] & mask, other=0.0)
-                key = tl.load(key_rows + i, mask=inside[:, None] & mask, other=0.0)
-                logits = _add_logits(logits, query, key, IEEE)
-            value = tl.load(value_rows, mask=value_mask, other=0.0)
-        logits = tl.where(inside[None, :], _capped(logits, scale, softcap), float("-inf"))
-        grown = tl.maximum(most, tl.max(logits, axis=1))
-        # All logits -inf so far: any finite reference gives weights of zero, not NaN.
-        reference = tl.where(grown == float("-inf"), 0.0, grown)
-        weights = tl.exp2(logits - reference[:, None])
-        shrink = tl.exp2(most - reference)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc *= shrink[:, None]
-        if IEEE:
-            acc = tl.dot(weights, value.to(tl.float32), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(weights.to(value.dtype), value, acc)
-        most = grown
+    if STAGES == 0:
+        acc, most, total, inside = _attend_tile(
+            acc, most, total, query, q, keys, values, positions, first, end, contiguous, origin,
+            slots, scale, softcap, members, keys_s, values_s, column,
+            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, 0, CHECKED, True,
+        )  # fmt: skip
+        found = inside.to(tl.int32)
+    else:
+        for at in tl.range(first, end, N, num_stages=STAGES):
+            acc, most, total, inside = _attend_tile(
+                acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin,
+                slots, scale, softcap, members, keys_s, values_s, column,
+                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, False,
+            )  # fmt: skip
+            if CHECKED:
+                found |= inside.to(tl.int32)
     any_key = (first < end).to(tl.int32)
     if CHECKED:
         any_key = tl.max(found)
@@ -247,6 +290,13 @@ def tiling(
         "BLOCK_V": block_v,
         "IEEE": ieee,
     }
+
+
+def shares_of(config: Config, keys: int) -> tuple[int, int]:
+    """Shares of up to so many selected keys, and the stages of the loop over one (0: no loop)."""
+    shares = min(config["splits"], pow2(max(-(-keys // config["keys"]), 1)))
+    stages = config["stages"]
+    return shares, max(stages, 1) if keys > shares * config["keys"] else stages
 
 
 def result_types(dtype: str) -> tuple[str, ...]:

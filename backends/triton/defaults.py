@@ -16,7 +16,9 @@ Knobs, in the order in which a decode step meets them:
     histogram             counters: by warp ballots, or by atomics in shared memory
     select_tile, select_warps  stored keys a step of the search for positions
     splits, keys          shares of the selected keys, and keys a step of the attention
-    warps, stages         of the attention
+    warps                 of the attention
+    stages                tiles of keys and values that it has on their way; 1: in registers, both
+                          before either is used; 0: the same without a loop, where a share is a tile
     early                 which launches start as soon as the one before them has started, to wait.
                           With overlap the scan always does; beside it all others do, the merge of
                           shares alone, or none
@@ -50,7 +52,7 @@ ATTEND = {
     "keys": (16, 32, 64, 128),
     "splits": (1, 2, 4, 8, 16, 32, 64),
     "warps": (1, 2, 4, 8),
-    "stages": (1, 2, 3, 4),
+    "stages": (0, 1, 2, 3, 4),
 }
 STEP = {"columns": (32, 64, 128), "encode_warps": (4, 8)}
 
@@ -105,16 +107,23 @@ def of(problem: Problem) -> Config:
     short = few and problem.k <= 2048
     keys = 32 if heavy else 64 if rows <= 32 else 128
     splits = min(max(share(512 // rows, 64), 4), 64)
-    attending = rows * min(splits, pow2(-(-problem.k // keys)))
+    tiles = pow2(-(-problem.k // keys))
+    if not few and rows * tiles <= 1024:
+        splits = tiles
+    attending = rows * min(splits, tiles)
+    # Buffers for a second tile are in the way of programs that all run at once.
+    stages = 0 if tiles <= splits else 1 if attending <= 256 else 2
     attend = {
         "keys": keys,
         "splits": splits,
         "warps": 8 if short and not heavy else 4,
-        # Buffers for a second tile are in the way of programs that all run at once.
-        "stages": 1 if short or attending <= 256 else 2,
+        "stages": stages,
         "overlap": True,
     }
     if problem.op == "sparse_attend":
         return attend
-    early = "all" if short else "none" if few else "merge"
-    return {"columns": 32, "encode_warps": 8, **scan, **attend, "early": early}
+    step = {"columns": 32, "encode_warps": 8, **scan, **attend}
+    if short:
+        # Without the loop, too many programs that wait would find room on one multiprocessor.
+        return {**step, "stages": 1, "early": "all"}
+    return {**step, "early": "none" if few else "merge"}

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Budget, Config
-from hata.problem import Problem, pow2
+from hata.problem import Problem
 
 from .attend import (
     attend_positions,
@@ -36,6 +36,7 @@ from .attend import (
     finish_split,
     nothing,
     result_types,
+    shares_of,
     tiling,
 )
 from .counting import budget_scalars, counting, lay_out, parts_of
@@ -150,7 +151,7 @@ def write_hash_attend(
     sizes = tiling(dtype, depth, lanes, members, config["keys"])
     parts = parts_of(config, slots)
     most = min(max(budget.k, dense_below), max(slots, 1))
-    splits = min(config["splits"], pow2(-(-most // config["keys"])))
+    splits, stages = shares_of(config, most)
     single = tokens == 1
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
@@ -197,10 +198,10 @@ def write_hash_attend(
             row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": config["stages"], "SINGLE": single, "EARLY": early != "none",
+         "STAGES": stages, "SINGLE": single, "EARLY": early != "none",
          "OVERLAPPED": overlapped},
         config["warps"],
-        config["stages"],
+        max(stages, 1),
         overlapped,
     )  # fmt: skip
     narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, dtype)

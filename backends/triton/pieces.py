@@ -36,6 +36,20 @@ def popcount(x):
 
 
 @triton.jit
+def defer(x):
+    """`x`, as loaded; it is not waited for before this.
+
+    What goes to shared memory for a product is copied there right after it is loaded, and so waited
+    for, before whatever is loaded next. This is an operation in between, of no instruction.
+    """
+    if NATIVE:
+        if x.dtype.primitive_bitwidth == 16:
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 1)
+    return x
+
+
+@triton.jit
 def full_adder(a, b, c):
     """Sum and carry of three bits at every place of 32-bit words."""
     if NATIVE:

@@ -16,9 +16,17 @@ import triton.language as tl
 
 from hata.arrays import Framework
 from hata.backend import Config
-from hata.problem import Problem, pow2
+from hata.problem import Problem
 
-from .attend import attend_positions, bind_merge, finish_split, nothing, result_types, tiling
+from .attend import (
+    attend_positions,
+    bind_merge,
+    finish_split,
+    nothing,
+    result_types,
+    shares_of,
+    tiling,
+)
 from .launch import bind, overlaps
 from .pieces import let_next_start, place_of
 from .plan import Plan, Scratch, data_pointer, planned, row_step_type, steps, vector
@@ -86,7 +94,7 @@ def write_sparse_attend(
     members = heads // index_heads
     wide = vector(fw, q, keys, values)
     sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
-    splits = min(config["splits"], pow2(max(-(-k // config["keys"]), 1)))
+    splits, stages = shares_of(config, k)
     overlapped = overlaps(bool(config["overlap"]), q)
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
@@ -106,9 +114,9 @@ def write_sparse_attend(
             *["i64"] * 3,
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": config["stages"], "SINGLE": tokens == 1, "OVERLAPPED": overlapped},
+         "STAGES": stages, "SINGLE": tokens == 1, "OVERLAPPED": overlapped},
         config["warps"],
-        config["stages"],
+        max(stages, 1),
     )  # fmt: skip
     narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, problem.dtype)
     results = (
