@@ -62,9 +62,9 @@ def _attend_tile(
     softcap, members, keys_s, values_s, column,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    CHECKED: tl.constexpr, FIRST: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over `positions[at:at + N]`; `FIRST`: nothing came before.
+    """One step of the online softmax, over `positions[at:at + N]`.
 
     Returns:
         `acc`, `most` and `total` as `attend_positions` does, and which positions are slots [N].
@@ -104,12 +104,13 @@ def _attend_tile(
         value = tl.load(value_rows, mask=value_mask, other=0.0)
     logits = tl.where(inside[None, :], _capped(logits, scale, softcap), float("-inf"))
     grown = tl.max(logits, axis=1)
-    if not FIRST:
+    if STAGES > 0:
         grown = tl.maximum(most, grown)
     # All logits -inf so far: any finite reference gives weights of zero, not NaN.
     reference = tl.where(grown == float("-inf"), 0.0, grown)
     weights = tl.exp2(logits - reference[:, None])
-    if FIRST:
+    if STAGES == 0:
+        # Nothing came before.
         total = tl.sum(weights, axis=1)
     else:
         shrink = tl.exp2(most - reference)
@@ -157,7 +158,7 @@ def attend_positions(
         acc, most, total, inside = _attend_tile(
             acc, most, total, query, q, keys, values, positions, first, end, contiguous, origin,
             slots, scale, softcap, members, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, 0, CHECKED, True,
+            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED,
         )  # fmt: skip
         found = inside.to(tl.int32)
     else:
@@ -165,7 +166,7 @@ def attend_positions(
             acc, most, total, inside = _attend_tile(
                 acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin,
                 slots, scale, softcap, members, keys_s, values_s, column,
-                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, False,
+                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED,
             )  # fmt: skip
             if CHECKED:
                 found |= inside.to(tl.int32)

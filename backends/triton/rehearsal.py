@@ -3,8 +3,9 @@
 `of_call` takes the arrays of a real call: what `hata.prepare` loads. `kernels` has a problem and a
 compute capability alone, and lends the launchers torch's meta tensors, whose shapes and alignment
 follow from the problem: what can be compiled ahead, without a GPU. Whatever a call may add without
-changing the problem (a bias, sinks, ragged lengths) is an argument of the same kernels; given query
-codes add one kernel, here for as many heads as q has.
+changing the problem (a bias, sinks, ragged lengths) is an argument of the same kernels, but for
+`dense_below` beyond the budget, of which the attention takes longer shares; given query codes add
+one kernel, here for as many heads as q has.
 """
 
 from __future__ import annotations
