@@ -1,6 +1,7 @@
 """Every kernel compiles for every architecture, without a GPU; what it takes is recorded."""
 
 import importlib
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
 TritonBackend = importlib.import_module("hata.backends.triton").TritonBackend
+shares_of = importlib.import_module("hata.backends.triton.attend").shares_of
 
 LLAMA = {
     "device": "cuda", "heads": 32, "kv_heads": 8, "head_dim": 128, "bits": 128, "k": 2048,
@@ -116,6 +118,33 @@ def test_kernels_compile(case, record_property, tmp_path):
         assert ("b1.b1" in ptx) == (config["binary"] and architecture <= 90)
     waiting = [name for name, found in texts.items() if any("griddepcontrol" in x for x in found)]
     assert bool(waiting) == (config.get("overlap", False) and architecture >= 90)
+
+
+# Of a share that is one tile, and of a loop over tiles.
+@pytest.mark.parametrize("stages", [0, 1])
+def test_keys_and_values_are_asked_for_together(stages):
+    """No row of a position is waited for before the other is on its way."""
+    backend = TritonBackend()
+    with use_config("triton", DECODE.op, {**backend.default(DECODE), "stages": stages}):
+        kernels = rehearsal.kernels(backend, DECODE, 90)
+    (attend,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_hash_attend_kernel"}
+    assert attend.constants["STAGES"] == stages
+    ptx = attend.compile_for(GPUTarget("cuda", 90, 32)).asm["ptx"]
+    after = ptx.split("griddepcontrol.wait")[1]
+    steps = re.findall(r"ld\.global\.v4|st\.shared\.v4|mma\.sync", after)
+    runs = [name for name, _ in itertools.groupby(steps)]
+    assert runs.count("ld.global.v4") == 1
+    # Values go to shared memory when the product with the keys has been taken, not before.
+    assert runs.count("mma.sync") == 2
+
+
+def test_a_share_of_several_tiles_has_a_loop():
+    config = {"splits": 4, "keys": 64, "stages": 0}
+    assert shares_of(config, 1) == (1, 0)
+    assert shares_of(config, 129) == shares_of(config, 256) == (4, 0)
+    # `dense_below` beyond the budget: all keys of a row, in as many shares.
+    assert shares_of(config, 257) == shares_of(config, 4096) == (4, 1)
+    assert shares_of({**config, "stages": 2}, 256) == (4, 2)
 
 
 def test_rehearsals_agree():
