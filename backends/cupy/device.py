@@ -114,6 +114,16 @@ class Device(Described):
         finally:
             self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
+    @contextmanager
+    def _beside_captures(self) -> Iterator[None]:
+        """What this thread does meanwhile is no part of a CUDA graph that it captures."""
+        mode = ctypes.c_int(driver.RELAXED)
+        self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
     def load(self, kernel: Kernel, stream: int = 0) -> ctypes.c_void_p:
         """Compile and load a kernel, once."""
         found = self._functions.get(kernel)
@@ -167,7 +177,8 @@ class Device(Described):
         return found
 
     def _ask(self, size: int, resident: int) -> int:
-        function = self.load(Kernel("probe", (), 128, size))
+        with self._beside_captures():
+            function = self.load(Kernel("probe", (), 128, size))
         attribute = (driver.Attribute * 1)()
         attribute[0].id = driver.CLUSTER
         attribute[0].value.dims[:] = (size, 1, 1)

@@ -17,27 +17,32 @@
 // Words of a code.
 #define W (R / 32)
 
+// In the order in which a block asks for it: arguments come by lines of 64 bytes, and who asks for one
+// that is not there yet waits as long as for any other load.
 struct Params {
-    const char *q_codes, *codes;
-    const u16* norms;
-    const char *q, *keys, *values, *sinks;
-    const char *query_projection, *query_bias, *projection, *bias;
-    char* out;
-    float* lse;
+    const int *lengths, *starts;
+    const char *query_projection, *projection, *q, *keys, *codes, *values, *query_bias, *bias;
+    char* exchange;
+    u32* arrivals;
     // Positions [row, k], ascending: what hamming_topk returns, or what is attended to.
     int* positions;
-    const int *lengths, *starts;
-    char *exchange, *scores;
-    u32* arrivals;
-    i64 q_codes_b, q_codes_h, q_codes_t, codes_b, codes_h, codes_s, norms_b, norms_h, norms_s;
-    i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s;
-    i64 positions_b, positions_h, positions_t, ratio;
-    i64 query_projection_h, query_projection_d, query_bias_h, projection_h, projection_d, bias_h;
+    const char* q_codes;
+    const u16* norms;
+    char* scores;
+    const char* sinks;
+    char* out;
+    float* lse;
     // Rows of a batch row and token; of those, rows of a KV head.
     int heads, share, tokens, slots, length_step, start_step;
     int k, least, sink, recent, dense_below, capacity, sinks_kind;
     int query_bias_kind, bias_kind;
-    float scale, softcap;
+    float scale;
+    i64 ratio, query_projection_h, query_projection_d, projection_h, projection_d;
+    i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, codes_b, codes_h, codes_s;
+    i64 values_b, values_h, values_s, query_bias_h, bias_h;
+    i64 q_codes_b, q_codes_h, q_codes_t, norms_b, norms_h, norms_s;
+    i64 positions_b, positions_h, positions_t;
+    float softcap;
 };
 
 // Its parts begin at whole lines: asynchronous copies that straddle lines are slower.

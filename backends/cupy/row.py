@@ -22,23 +22,15 @@ LINE = 128
 MOST_MASKS = 5
 # Bytes of positions that a block keeps at most.
 MOST_LISTED = 16 * 1024
-_CODES = ("q_codes", "codes", "norms", "q", "keys", "values")
 # `struct Params` of row.cu.
 LAYOUT = {
     **dict.fromkeys(
         (
-            *_CODES, "sinks", "query_projection", "query_bias", "projection", "bias", "out", "lse",
-            "positions", "lengths", "starts", "exchange", "scores", "arrivals",
+            "lengths", "starts", "query_projection", "projection", "q", "keys", "codes", "values",
+            "query_bias", "bias", "exchange", "arrivals", "positions", "q_codes", "norms", "scores",
+            "sinks", "out", "lse",
         ),
         "P",
-    ),
-    **{f"{name}_{axis}": "q" for name in _CODES for axis in (0, 1, 2)},
-    **dict.fromkeys(
-        (
-            "positions_0", "positions_1", "positions_2", "ratio", "query_projection_0",
-            "query_projection_1", "query_bias_0", "projection_0", "projection_1", "bias_0",
-        ),
-        "q",
     ),
     **dict.fromkeys(
         (
@@ -48,6 +40,12 @@ LAYOUT = {
         "i",
     ),
     "scale": "f",
+    "ratio": "q",
+    **{f"{name}_{axis}": "q" for name in ("query_projection", "projection") for axis in (0, 1)},
+    **{f"{name}_{axis}": "q" for name in ("q", "keys", "codes", "values") for axis in (0, 1, 2)},
+    "query_bias_0": "q",
+    "bias_0": "q",
+    **{f"{name}_{axis}": "q" for name in ("q_codes", "norms", "positions") for axis in (0, 1, 2)},
     "softcap": "f",
 }  # fmt: skip
 

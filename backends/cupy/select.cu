@@ -22,23 +22,16 @@ INLINE const count_t* sums(const char* exchange, int round) {
     return reinterpret_cast<const count_t*>(exchange) + round * SUMS;
 }
 
-// Two sums of a part. JOINED 2: whether they have come; they are larger by 1.
-INLINE bool peer_sums(const count_t* p, u32 (&found)[2]) {
+// Two sums of a part, as they are read. JOINED 2: they are larger by 1, and zero until they come.
 #if NARROW
-    const u32 v = peer(reinterpret_cast<const u32*>(p));
-    found[0] = v & 0xffff, found[1] = v >> 16;
+typedef u32 pair_t;
+INLINE bool has_come(pair_t v) { return (v & 0xffff) && v >> 16; }
+INLINE u32 sum_of(pair_t v, int i) { return (i ? v >> 16 : v & 0xffff) - (JOINED == 2); }
 #else
-    const uint2 v = peer(reinterpret_cast<const uint2*>(p));
-    found[0] = v.x, found[1] = v.y;
+typedef uint2 pair_t;
+INLINE bool has_come(pair_t v) { return v.x && v.y; }
+INLINE u32 sum_of(pair_t v, int i) { return (i ? v.y : v.x) - (JOINED == 2); }
 #endif
-#if JOINED == 2
-    const bool come = found[0] && found[1];
-    --found[0], --found[1];
-    return come;
-#else
-    return true;
-#endif
-}
 
 // Leave the sums of this part for all, and in this block's shared memory.
 INLINE void leave_sums(const Params& p, const Row& row, int round) {
@@ -98,24 +91,29 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
 #pragma unroll 1
         for (int first = threadIdx.x / 32 * 62; first < BINS; first += THREADS / 32 * 62) {
             const int bin = min(first + 2 * lane, BINS);
-            u32 total[3], before[3], most[3];
+            pair_t pairs[PARTS];
+            // All at once: what takes time is the way there and back. And nothing but looks whether
+            // they have come, else the compiler asks for the last when the first have.
             for (u32 tries = 0;; look_again(tries)) {
+#pragma unroll
+                for (int i = 0; i < PARTS; ++i)
+                    pairs[i] = peer(reinterpret_cast<const pair_t*>(
+                        sums(exchange_of(p, row, i), round) + bin));
                 bool come = true;
-                for (int c = 0; c < 2; ++c) total[c] = before[c] = most[c] = 0;
-// All at once: what takes time is the way there and back.
 #pragma unroll
-                for (int i = 0; i < PARTS; ++i) {
-                    u32 theirs[2];
-                    come &= peer_sums(sums(exchange_of(p, row, i), round) + bin, theirs);
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        total[c] += theirs[c];
-                        if (i < row.part) before[c] += theirs[c];
-                        most[c] = max(most[c], theirs[c]);
-                    }
-                }
+                for (int i = 0; i < PARTS; ++i) come &= has_come(pairs[i]);
                 if (JOINED < 2 || !ballot(!come)) break;
             }
+            u32 total[3] = {}, before[3] = {}, most[3] = {};
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const u32 theirs = sum_of(pairs[i], c);
+                    total[c] += theirs;
+                    if (i < row.part) before[c] += theirs;
+                    most[c] = max(most[c], theirs);
+                }
             total[2] = from_lane(total[0], lane + 1);
             before[2] = from_lane(before[0], lane + 1);
             most[2] = from_lane(most[0], lane + 1);

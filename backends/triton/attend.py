@@ -20,7 +20,7 @@ from hata.problem import Problem, pow2
 
 from .launch import Bound, bind
 from .pieces import defer, wait_for_previous
-from .plan import POINTERS, in_fp32
+from .plan import POINTERS, Scratch, in_fp32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -197,22 +197,22 @@ def _join_sinks(most, total, sink):
 
 @triton.jit
 def finish_split(
-    out, lse, sinks_x, sinks_f, partial, stats, row, head, members, step,
-    acc, most, total, found, split, splits, lines, column, has_sinks, has_lse,
-    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr,
+    out, lse, sinks_x, sinks_f, partial, peaks, sums, row, head, members, step,
+    acc, most, total, found, split, splits, column, has_sinks, has_lse,
+    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Store a split's share of a group whose first head is `head`, at `row`, others `step` on.
 
-    Of `lines` (row, split) pairs, `stats` holds first the maxima, then the sums, which are -1 where
-    a share has no key. The only split there is leaves the result: zeros and -inf without a key,
-    whatever the sinks are.
+    Of several splits, each leaves its output, its maximum and its sum, which is -1 where it has no
+    key. A split that is `ALONE` leaves the result: zeros and -inf without a key, whatever the sinks
+    are.
     """
     member = tl.arange(0, M)
     mask = member < members
     rows = (row + member * step).to(tl.int64)
     lanes = column + tl.arange(0, BLOCK_V)
     wide_mask = mask[:, None] & (lanes < DV)[None, :]
-    if splits == 1:
+    if ALONE:
         sink = _load_sinks(sinks_x, sinks_f, head + member, mask, has_sinks)
         factor, log = _join_sinks(most, total, sink)
         scaled = tl.where(found != 0, acc * factor[:, None], 0.0)
@@ -222,56 +222,42 @@ def finish_split(
     else:
         line = rows * splits + split
         tl.store(partial + line[:, None] * DV + lanes[None, :], acc, mask=wide_mask & (found != 0))
-        tl.store(stats + line, most, mask=mask)
-        tl.store(stats + lines + line, tl.where(found != 0, total, -1.0), mask=mask)
+        tl.store(peaks + line, most, mask=mask)
+        tl.store(sums + line, tl.where(found != 0, total, -1.0), mask=mask)
 
 
 @triton.jit
 def _merge_kernel(
-    out, lse, sinks_x, sinks_f, partial, stats, heads, tokens, splits, lines, has_sinks, has_lse,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+    out, lse, sinks_x, sinks_f, partial, peaks, sums, heads, tokens, has_sinks, has_lse,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one head of one query, in their order."""
     row = tl.program_id(0) // COLUMNS
     lanes = tl.program_id(0) % COLUMNS * BLOCK_V + tl.arange(0, BLOCK_V)
     sink = _load_sinks(sinks_x, sinks_f, row // tokens % heads, True, has_sinks)
-    nothing = float("-inf")
-    first = row.to(tl.int64) * splits
-    partial += first * DV
-    stats += first
-    most = tl.full([], nothing, tl.float32)
-    total = tl.zeros([], tl.float32)
-    found = tl.zeros([], tl.int32)
-    acc = tl.zeros([BLOCK_V], tl.float32)
+    split = tl.arange(0, SPLITS)
+    first = row.to(tl.int64) * SPLITS
+    pieces = partial + first * DV + (split * DV)[:, None] + lanes[None, :]
     wait_for_previous(OVERLAPPED)
-    for at in range(0, splits, BLOCK_S):
-        split = at + tl.arange(0, BLOCK_S)
-        inside = split < splits
-        pieces = tl.load(
-            partial + (split * DV)[:, None] + lanes[None, :],
-            mask=inside[:, None] & (lanes < DV)[None, :],
-            other=0.0,
-        )
-        peaks = tl.load(stats + split, mask=inside, other=nothing)
-        sums = tl.load(stats + lines + split, mask=inside, other=-1.0)
-        # What a share without keys left is undefined.
-        empty = sums < 0
-        grown = tl.maximum(most, tl.max(peaks))
-        # All logits -inf so far: any finite reference gives weights of zero, not NaN.
-        reference = tl.where(grown == nothing, 0.0, grown)
-        weights = tl.where(empty, 0.0, tl.exp2(peaks - reference))
-        shrink = tl.exp2(most - reference)
-        total = total * shrink + tl.sum(tl.where(empty, 0.0, weights * sums))
-        pieces = tl.where(empty[:, None], 0.0, pieces)
-        acc = acc * shrink + tl.sum(weights[:, None] * pieces, axis=0)
-        found = tl.maximum(found, tl.max((empty == 0).to(tl.int32)))
-        most = grown
-    factor, log = _join_sinks(most, total, sink)
+    if DV % BLOCK_V == 0:
+        pieces = tl.load(pieces)
+    else:
+        pieces = tl.load(pieces, mask=(lanes < DV)[None, :], other=0.0)
+    peak, total = tl.load(peaks + first + split), tl.load(sums + first + split)
+    # What a share without keys left is undefined.
+    empty = total < 0
+    most = tl.max(peak)
+    # All logits -inf: any finite reference gives weights of zero, not NaN.
+    reference = tl.where(most == float("-inf"), 0.0, most)
+    weights = tl.where(empty, 0.0, tl.exp2(peak - reference))
+    acc = tl.sum(weights[:, None] * tl.where(empty[:, None], 0.0, pieces), axis=0)
+    found = tl.max((empty == 0).to(tl.int32))
+    factor, log = _join_sinks(most, tl.sum(tl.where(empty, 0.0, weights * total)), sink)
     scaled = tl.where(found != 0, acc * factor, 0.0)
     tl.store(out + row.to(tl.int64) * DV + lanes, scaled.to(out.dtype.element_ty), mask=lanes < DV)
     first_column = tl.program_id(0) % COLUMNS == 0
-    log = tl.where(found != 0, log, nothing)
+    log = tl.where(found != 0, log, float("-inf"))
     tl.store(lse + row, log, mask=(has_lse != 0) & first_column)
 
 
@@ -301,24 +287,25 @@ def shares_of(config: Config, keys: int) -> tuple[int, int]:
 
 
 def result_types(dtype: str) -> tuple[str, ...]:
-    """Types of `out`, `lse`, sinks (twice), partial outputs and statistics."""
-    return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", "*fp32:16", "*fp32"
+    """Types of `out`, `lse`, sinks (twice), and what splits leave: outputs, maxima and sums."""
+    return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", *["*fp32:16"] * 3
 
 
-def merge_tile(lanes: int, splits: int) -> tuple[int, int]:
-    """Elements of a head and splits that one warp merges at once: as much as it holds well."""
-    block_v = min(max(1024 // splits, 16), pow2(lanes))
-    return block_v, min(1024 // block_v, splits)
+def room_for_splits(scratch: Scratch, queries: int, splits: int, lanes: int) -> tuple[int, ...]:
+    """Offsets of what the splits of so many queries and heads leave: outputs, maxima and sums."""
+    lines = queries * splits if splits > 1 else 0
+    return scratch.piece(lines * lanes), scratch.piece(lines), scratch.piece(lines)
 
 
 def bind_merge(dtype: str, lanes: int, splits: int, overlapped: bool) -> tuple[Bound, int]:
     """The launch that merges splits, and its programs a head of a query."""
-    block_v, block_s = merge_tile(lanes, splits)
+    # As much as one warp holds well.
+    block_v = min(max(1024 // splits, 16), pow2(lanes))
     columns = -(-lanes // block_v)
     kernel = bind(
         _merge_kernel,
-        (*result_types(dtype), *["i32"] * 3, "i64", "i32", "i32"),
-        {"DV": lanes, "BLOCK_V": block_v, "BLOCK_S": block_s, "COLUMNS": columns,
+        (*result_types(dtype), *["i32"] * 4),
+        {"DV": lanes, "SPLITS": splits, "BLOCK_V": block_v, "COLUMNS": columns,
          "OVERLAPPED": overlapped},
         1,
         overlapped=overlapped,

@@ -25,76 +25,32 @@ from .plan import POINTERS, Plan, code_pointer, data_pointer, norm_steps, steps,
 
 @triton.jit
 def _step_kernel(
-    q, keys, query_projection, projection, query_bias_x, query_bias_f, bias_x, bias_f,
-    codes, norms, planes, counters, lengths, starts,
-    rows, tokens, slots, kv_heads, fresh, query_tiles, jobs, shares, length_step, start_step,
+    lengths, starts, projection, keys, query_projection, q,
+    codes, planes, counters, norms, query_bias_x, query_bias_f, bias_x, bias_f,
+    length_step, start_step, rows, tokens, slots, fresh, query_tiles, jobs, shares,
     query_has_bias, has_bias, counters_row,
-    q_b, q_h, q_t, keys_b, keys_h, keys_s, query_projection_h, query_projection_d,
-    projection_h, projection_d, query_bias_h, bias_h,
-    codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
-    D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr, IEEE: tl.constexpr,
-    NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr, SINGLE: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    projection_h, projection_d, keys_b, keys_h, keys_s,
+    query_projection_h, query_projection_d, q_b, q_h, q_t,
+    codes_b, codes_h, codes_s, norms_b, norms_h, norms_s, query_bias_h, bias_h,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr,
+    IEEE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """`N` bits of one head: of the queries of some groups, or of some fresh keys.
 
-    Vectors of many batch rows share a tile, so a projection is read once for all of them.
+    Vectors of many batch rows share a tile, so a projection is read once for all of them. Arguments
+    come by lines of 64 bytes, so those stand together that are asked for together.
     """
     let_next_start(OVERLAPPED)
     block = tl.program_id(0) % (R // N)
     rest = tl.program_id(0) // (R // N)
-    job = rest // kv_heads
-    head = rest - job * kv_heads
+    job = rest // KV_HEADS
+    head = rest - job * KV_HEADS
     word = block * (N // 32) + tl.arange(0, N // 32)
-    if job < query_tiles:
-        GROUPS: tl.constexpr = M // MEMBERS
-        # A group is a batch row and a token; its members are the heads that share `head`.
-        of_row = job * GROUPS + tl.arange(0, M) // MEMBERS
-        member = tl.arange(0, M) % MEMBERS
-        mask = (of_row < rows) & (member < GROUP)
-        offset = member * q_h
-        if SINGLE:
-            offset += of_row * q_b
-        else:
-            offset += (of_row // tokens) * q_b + (of_row % tokens) * q_t
-        values, _ = project(
-            q + head * GROUP * q_h * VECTOR,
-            offset * VECTOR,
-            mask,
-            query_projection + head * query_projection_h * VECTOR,
-            query_projection_d * VECTOR,
-            query_bias_x + head * query_bias_h,
-            query_bias_f + head * query_bias_h,
-            query_has_bias,
-            block * N,
-            D, M, N, QUERY_BLOCK_D, QUERY_IEEE, False,
-        )  # fmt: skip
-        words = tl.reshape(pack(values > 0, M, N), [GROUPS, MEMBERS, N // 32])
-        words = tl.reshape(tl.permute(words, (0, 2, 1)), [GROUPS * (N // 32), MEMBERS])
-        words = columns_of(words, GROUPS * (N // 32), MEMBERS)
-        of_group = job * GROUPS + tl.arange(0, GROUPS)
-        inside = of_group < rows
-        if SINGLE:
-            target = of_group * kv_heads + head
-        else:
-            target = ((of_group // tokens) * kv_heads + head) * tokens + of_group % tokens
-        at = planes + (target.to(tl.int64) * (PLANES * R // 32))[:, None] + word[None, :]
-        store_planes(
-            tl.reshape(at, [GROUPS * (N // 32)]),
-            words[:GROUP],
-            tl.reshape(inside[:, None] & (word >= 0)[None, :], [GROUPS * (N // 32)]),
-            R // 32,
-        )
-    elif job == jobs:
-        # One program a head and block beyond the tiles zeroes a share of all counters.
-        size = (tl.zeros([], tl.int64) + counters_row) * rows * kv_heads
-        share = (head * (R // N) + block).to(tl.int64)
-        for first in range(share * COUNTERS, size, kv_heads * (R // N) * COUNTERS):
-            at = first + tl.arange(0, COUNTERS)
-            tl.store(counters + at, tl.zeros([COUNTERS], tl.int32), mask=at < size)
-    else:
+    # First what takes longest: lengths come before the keys that they say the place of.
+    if (job >= query_tiles) & (job < jobs):
         # A tile holds the one fresh key of many batch rows, or many fresh keys of one batch row.
         tile = job - query_tiles
         if fresh == 1:
@@ -133,6 +89,52 @@ def _step_kernel(
         if NORMS:
             norm = norms + batch * norms_b + head * norms_h + position * norms_s
             tl.store(norm, norm_of(squares), mask=mask & (block == 0))
+    elif job == jobs:
+        # One program a head and block beyond the tiles zeroes a share of all counters.
+        size = (tl.zeros([], tl.int64) + counters_row) * rows * KV_HEADS
+        share = (head * (R // N) + block).to(tl.int64)
+        for first in range(share * COUNTERS, size, KV_HEADS * (R // N) * COUNTERS):
+            at = first + tl.arange(0, COUNTERS)
+            tl.store(counters + at, tl.zeros([COUNTERS], tl.int32), mask=at < size)
+    else:
+        GROUPS: tl.constexpr = M // MEMBERS
+        # A group is a batch row and a token; its members are the heads that share `head`.
+        of_row = job * GROUPS + tl.arange(0, M) // MEMBERS
+        member = tl.arange(0, M) % MEMBERS
+        mask = (of_row < rows) & (member < GROUP)
+        offset = member * q_h
+        if SINGLE:
+            offset += of_row * q_b
+        else:
+            offset += (of_row // tokens) * q_b + (of_row % tokens) * q_t
+        values, _ = project(
+            q + head * GROUP * q_h * VECTOR,
+            offset * VECTOR,
+            mask,
+            query_projection + head * query_projection_h * VECTOR,
+            query_projection_d * VECTOR,
+            query_bias_x + head * query_bias_h,
+            query_bias_f + head * query_bias_h,
+            query_has_bias,
+            block * N,
+            D, M, N, QUERY_BLOCK_D, QUERY_IEEE, False,
+        )  # fmt: skip
+        words = tl.reshape(pack(values > 0, M, N), [GROUPS, MEMBERS, N // 32])
+        words = tl.reshape(tl.permute(words, (0, 2, 1)), [GROUPS * (N // 32), MEMBERS])
+        words = columns_of(words, GROUPS * (N // 32), MEMBERS)
+        of_group = job * GROUPS + tl.arange(0, GROUPS)
+        inside = of_group < rows
+        if SINGLE:
+            target = of_group * KV_HEADS + head
+        else:
+            target = ((of_group // tokens) * KV_HEADS + head) * tokens + of_group % tokens
+        at = planes + (target.to(tl.int64) * (PLANES * R // 32))[:, None] + word[None, :]
+        store_planes(
+            tl.reshape(at, [GROUPS * (N // 32)]),
+            words[:GROUP],
+            tl.reshape(inside[:, None] & (word >= 0)[None, :], [GROUPS * (N // 32)]),
+            R // 32,
+        )
 
 
 def write_step(
@@ -178,12 +180,12 @@ def write_step(
     kernel = bind(
         _step_kernel,
         (
-            data, data, query_weights, weights, POINTERS[dtype], "*fp32", POINTERS[dtype], "*fp32",
-            code_pointer(unit, together), "*fp16", "*i32", "*i32", "*i32", "*i32",
-            *["i32"] * 13, *["i64"] * 18,
+            "*i32", "*i32", weights, data, query_weights, data,
+            code_pointer(unit, together), "*i32", "*i32", "*fp16", *[POINTERS[dtype], "*fp32"] * 2,
+            *["i32"] * 12, *["i64"] * 18,
         ),
-        {"R": bits, "M": rows, "N": block, "GROUP": heads // kv_heads, "MEMBERS": members,
-         "PLANES": plane_count, "COUNTERS": 1024,
+        {"KV_HEADS": kv_heads, "R": bits, "M": rows, "N": block, "GROUP": heads // kv_heads,
+         "MEMBERS": members, "PLANES": plane_count, "COUNTERS": 1024,
          "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
          "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
          "OVERLAPPED": overlapped, **constants},
@@ -200,16 +202,14 @@ def write_step(
         kernel,
         # Whoever makes the planes zeroes the counters.
         kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block),
-        plan.address(q, data), plan.address(keys, data),
-        plan.address(query_projection, query_weights), plan.address(projection, weights),
-        narrow_query, wide_query, narrow_bias, wide_bias,
-        plan.address(codes, code_pointer(unit, together)), plan.address(norms, "*fp16"),
-        planes, counters, *spans[:2],
-        groups, tokens, slots, kv_heads, fresh, query_tiles,
-        query_tiles + key_tiles, max(shares, 1),
-        *spans[2:], query_has_bias, has_bias, counters_row,
-        *steps(fw, q, wide), *steps(fw, keys, wide),
-        *steps(fw, query_projection, wide), *steps(fw, projection, wide),
-        *(steps(fw, query_bias) or (0,)), *(steps(fw, bias) or (0,)),
+        *spans[:2], plan.address(projection, weights), plan.address(keys, data),
+        plan.address(query_projection, query_weights), plan.address(q, data),
+        plan.address(codes, code_pointer(unit, together)), planes, counters,
+        plan.address(norms, "*fp16"), narrow_query, wide_query, narrow_bias, wide_bias,
+        *spans[2:], groups, tokens, slots, fresh, query_tiles, query_tiles + key_tiles,
+        max(shares, 1), query_has_bias, has_bias, counters_row,
+        *steps(fw, projection, wide), *steps(fw, keys, wide),
+        *steps(fw, query_projection, wide), *steps(fw, q, wide),
         *steps(fw, codes, unit), *norm_steps(fw, norms),
+        *(steps(fw, query_bias) or (0,)), *(steps(fw, bias) or (0,)),
     )  # fmt: skip

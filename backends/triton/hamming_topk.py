@@ -119,8 +119,9 @@ def write_hamming_topk(
     single = tokens == 1
     code_strides = steps(fw, k_codes, code_steps(unit, together))
     scan, rounds = bind_scan(
-        config, how, bits, group, key_norms is not None, parts, single, unit, together,
-        per_vector, code_strides[2], multiplies_bits(config["binary"], q_codes), False,
+        config, how, bits, group, heads, heads // kv_heads, key_norms is not None, parts, single,
+        unit, together, per_vector, code_strides[2],
+        multiplies_bits(config["binary"], q_codes), False,
     )  # fmt: skip
     plan.launch(
         bind_planes(how, bits, group, q_unit, q_together),
@@ -133,7 +134,7 @@ def write_hamming_topk(
         rows * parts,
         plan.address(k_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        heads, heads // kv_heads, tokens, slots, 0, *span_steps, *limits, 0, *sizes,
+        tokens, slots, 0, *span_steps, *limits, 0, *sizes,
         *code_strides, *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
@@ -144,10 +145,11 @@ def write_hamming_topk(
             heads, tokens, slots, *span_steps, *limits, 0, *sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, parts, single, True, False),
+        bind_select(config, how, heads, parts, single, True, False),
         rows * parts,
         plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters,
-        cumulated, state, below, *spans, heads, tokens, slots, *span_steps, *limits, 0, *sizes,
+        cumulated, state, below, *spans, tokens, slots, *span_steps, limits[0], at.scores_row,
+        *limits[1:], 0,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from .attend import (
     finish_split,
     nothing,
     result_types,
+    room_for_splits,
     shares_of,
     tiling,
 )
@@ -65,14 +66,14 @@ from .select import bind_select
 
 @triton.jit
 def _hash_attend_kernel(
-    q, keys, values, out, lse, sinks_x, sinks_f, partial, stats, positions, lengths, starts,
+    q, keys, values, out, lse, sinks_x, sinks_f, partial, peaks, sums, positions, lengths, starts,
     kv_heads, members, tokens, slots, log_splits, length_step, start_step,
-    k, ratio, least, dense_below, lines, scale, softcap, has_sinks, has_lse,
+    k, ratio, least, dense_below, scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, SINGLE: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAPPED & EARLY)
     splits = 1 << log_splits
@@ -101,10 +102,10 @@ def _hash_attend_kernel(
     )  # fmt: skip
     let_next_start(OVERLAPPED & (not EARLY))
     finish_split(
-        out, lse, sinks_x, sinks_f, partial, stats,
+        out, lse, sinks_x, sinks_f, partial, peaks, sums,
         (batch * kv_heads * members + head) * tokens + token, head,
         tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-        split, splits, lines, column, has_sinks, has_lse, DV, M, BLOCK_V,
+        split, splits, column, has_sinks, has_lse, DV, M, BLOCK_V, ALONE,
     )  # fmt: skip
 
 
@@ -157,9 +158,7 @@ def write_hash_attend(
     scratch = Scratch()
     at = lay_out(scratch, how, rows, slots, bits, parts)
     positions_at = scratch.piece(rows * budget.k)
-    partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
-    lines = batch * heads * tokens * splits
-    stats_at = scratch.piece(2 * lines)
+    left_at = room_for_splits(scratch, batch * heads * tokens, splits, lanes)
     memory = plan.output((scratch.size,), "uint8")
 
     wide = vector(fw, q, keys, values)
@@ -177,6 +176,8 @@ def write_hash_attend(
         how,
         bits,
         group,
+        kv_heads,
+        1,
         key_norms is not None,
         parts,
         single,
@@ -194,11 +195,11 @@ def write_hash_attend(
         _hash_attend_kernel,
         (
             data, data, data, *result, "*i32", "*i32", "*i32",
-            *["i32"] * 8, "i64", "i32", "i32", "i64", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
+            *["i32"] * 8, "i64", "i32", "i32", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
             row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": stages, "SINGLE": single, "EARLY": early != "none",
+         "STAGES": stages, "ALONE": splits == 1, "SINGLE": single, "EARLY": early != "none",
          "OVERLAPPED": overlapped},
         config["warps"],
         max(stages, 1),
@@ -207,7 +208,7 @@ def write_hash_attend(
     narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, dtype)
     results = (
         plan.address(out, result[0]), plan.address(lse, "*fp32"), narrow_sinks, wide_sinks,
-        plan.address(memory, "*fp32", partial_at), plan.address(memory, "*fp32", stats_at),
+        *(plan.address(memory, "*fp32", offset) for offset in left_at),
     )  # fmt: skip
     if q_codes is not None:
         q_unit, q_together = words(fw, q_codes)
@@ -228,7 +229,7 @@ def write_hash_attend(
         rows * parts,
         plan.address(key_codes, code_pointer(unit, together)), planes,
         plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        kv_heads, 1, tokens, slots, fresh, *span_steps, *limits, dense_below, *row_sizes,
+        tokens, slots, fresh, *span_steps, *limits, dense_below, *row_sizes,
         *code_strides, *norm_steps(fw, key_norms),
     )  # fmt: skip
     for refine in rounds:
@@ -239,10 +240,10 @@ def write_hash_attend(
             kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, parts, single, False, overlapped, early == "all"),
+        bind_select(config, how, kv_heads, parts, single, False, overlapped, early == "all"),
         rows * parts,
         positions, words_of_scores, counters, cumulated, state, below, *spans,
-        kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
+        tokens, slots, *span_steps, limits[0], at.scores_row, *limits[1:], dense_below,
     )  # fmt: skip
     plan.launch(
         attend,
@@ -250,7 +251,7 @@ def write_hash_attend(
         plan.address(q, data), plan.address(keys, data), plan.address(values, data), *results,
         positions, *spans,
         kv_heads, members, tokens, slots, splits.bit_length() - 1, *span_steps,
-        *limits[:3], dense_below, lines, scale, softcap or 0.0, has_sinks,
+        *limits[:3], dense_below, scale, softcap or 0.0, has_sinks,
         int(return_lse),
         *steps(fw, q, wide), *key_strides, *value_strides,
     )  # fmt: skip
@@ -259,7 +260,7 @@ def write_hash_attend(
         plan.launch(
             merge,
             batch * heads * tokens * merge_columns,
-            *results, heads, tokens, splits, lines, has_sinks, int(return_lse),
+            *results, heads, tokens, has_sinks, int(return_lse),
         )  # fmt: skip
 
 

@@ -50,6 +50,17 @@ def defer(x):
 
 
 @triton.jit
+def keep_order():
+    """What is loaded before this is asked for before what follows, which may have to wait.
+
+    A barrier of a warp costs nothing, but loads are not moved over it.
+    """
+    if NATIVE:
+        sync: tl.constexpr = "bar.warp.sync 0xffffffff; mov.b32 $0, $1;"
+        tl.inline_asm_elementwise(sync, "=r,r", [0], tl.int32, False, 1)
+
+
+@triton.jit
 def full_adder(a, b, c):
     """Sum and carry of three bits at every place of 32-bit words."""
     if NATIVE:
@@ -139,13 +150,17 @@ def zero_counters(counters, row, size, share, shares, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_words(pointers, mask, UNIT: tl.constexpr):
-    """Words at `pointers` (to int32, or to the first byte of each word), as uint32."""
+    """Words at `pointers` (to int32, or to the first byte of each word), as uint32.
+
+    `mask`: which of them; the others are 0. `None`: all.
+    """
+    other: tl.constexpr = None if mask is None else 0
     if UNIT == 4:
-        words = tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        words = tl.load(pointers, mask=mask, other=other).to(tl.uint32, bitcast=True)
     else:
-        words = tl.load(pointers, mask=mask, other=0).to(tl.uint32)
+        words = tl.load(pointers, mask=mask, other=other).to(tl.uint32)
         for i in tl.static_range(1, 4):
-            words |= tl.load(pointers + i, mask=mask, other=0).to(tl.uint32) << (8 * i)
+            words |= tl.load(pointers + i, mask=mask, other=other).to(tl.uint32) << (8 * i)
     return words
 
 

@@ -209,7 +209,7 @@ def _view(x: Any, pointer: str, offset: int) -> torch.Tensor:
     dtype = _TORCH[pointer.partition(":")[0]]
     if x is None or x.numel() == 0:
         return torch.zeros(1, dtype=dtype)
-    x = x[offset:] if offset else x
+    x = x[offset:] if offset else x if x.ndim else x.reshape(1)
     return x if x.dtype == dtype else x.view(dtype)
 
 

@@ -41,34 +41,43 @@ from .plan import code_pointer, row_step_type
 @triton.jit
 def _load_codes(
     base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, PER_VECTOR: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
     """`CHUNK` words of each key in [first, first + TILE), from the one that `base` points to.
 
     Where codes are short and lie one after the other, a row holds `PER_VECTOR` of them: one vector.
+    What is beyond `high` is undefined. `CLAMPED`: it is the last row again, and nothing is masked.
     """
+    if CLAMPED:
+        first = tl.minimum(first, high - 1)
     if PER_VECTOR > 1:
         # It is a multiple already; said like this, the compiler sees whole vectors.
         first = first // ALIGN * ALIGN
-    place = tl.arange(0, TILE // PER_VECTOR) * PER_VECTOR
+    hop = codes_s * PER_VECTOR
+    row = tl.arange(0, TILE // PER_VECTOR)
     word = tl.arange(0, PER_VECTOR * CHUNK) * (4 // UNIT)
     base += (tl.zeros([], tl.int64) + first) * codes_s
-    return load_words(
-        base + (place * codes_s)[:, None] + word[None, :], (place < high - first)[:, None], UNIT
-    )
+    if CLAMPED:
+        mask = None
+        row = tl.minimum(row * hop, tl.minimum((high - 1 - first) // PER_VECTOR, TILE) * hop)
+    else:
+        mask = (row * PER_VECTOR < high - first)[:, None]
+        row *= hop
+    return load_words(base + row[:, None] + word[None, :], mask, UNIT)
 
 
 @triton.jit
 def _load_tile(
     base, first, high, codes_s, TILE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    PER_VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    PER_VECTOR: tl.constexpr, UNIT: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
     """All words of the keys of a tile, chunk by chunk."""
     chunks = ()
     for c in tl.static_range(CHUNKS):
         one = _load_codes(
-            base + c * CHUNK * (4 // UNIT), first, high, codes_s, TILE, CHUNK, PER_VECTOR, UNIT
-        )
+            base + c * CHUNK * (4 // UNIT), first, high, codes_s, TILE, CHUNK, PER_VECTOR, UNIT,
+            CLAMPED,
+        )  # fmt: skip
         chunks = chunks + (one,)
     return chunks
 
@@ -76,35 +85,37 @@ def _load_tile(
 @triton.jit
 def _scan_kernel(
     codes, planes, norms, scores, counters, cumulated, lengths, starts,
-    heads, share, tokens, slots, fresh, length_step, start_step,
+    tokens, slots, fresh, length_step, start_step,
     k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
     codes_b, codes_h, codes_s, norms_b, norms_h, norms_s,
-    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WEIGHTS: tl.constexpr,
-    CHUNK: tl.constexpr, PER_VECTOR: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
-    BINS: tl.constexpr, DROP: tl.constexpr, HALVE: tl.constexpr, NORMS: tl.constexpr,
-    VECTOR: tl.constexpr, UNIT: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr,
-    ADDERS: tl.constexpr, BINARY: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    HEADS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    PLANES: tl.constexpr, WEIGHTS: tl.constexpr, CHUNK: tl.constexpr, PER_VECTOR: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, DROP: tl.constexpr,
+    HALVE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    SHARED: tl.constexpr, AHEAD: tl.constexpr, ADDERS: tl.constexpr, BINARY: tl.constexpr,
+    SINGLE: tl.constexpr, EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAPPED & EARLY)
     WORDS: tl.constexpr = R // 32
     CHUNKS: tl.constexpr = WORDS // CHUNK
+    # Single heads take so few instructions a key that those of masks count.
+    CLAMPED: tl.constexpr = GROUP == 1
     part = tl.program_id(0) % PARTS
     row = tl.program_id(0) // PARTS
-    batch, head, token = place_of(row, heads, tokens, SINGLE)
+    batch, head, token = place_of(row, HEADS, tokens, SINGLE)
     row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     low, high = part_of(start, stop, part, PARTS, TILE)
     seen = stop - start
     if (low < high) & (seen > tl.maximum(budget_of(seen, k, ratio, least), dense_below)):
-        base = codes + batch * codes_b * VECTOR + (head // share) * codes_h * VECTOR
+        base = codes + batch * codes_b * VECTOR + (head // SHARE) * codes_h * VECTOR
         # Codes that share a vector follow one another.
         step = codes_s * VECTOR if PER_VECTOR == 1 else CHUNK
         # The first tiles are on their way while the launch before still makes the planes.
         queue = ()
         for i in tl.static_range(AHEAD):
             queue = queue + _load_tile(
-                base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
+                base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT, CLAMPED
             )
         wait_for_previous(OVERLAPPED)
         if OVERLAPPED:
@@ -115,8 +126,9 @@ def _scan_kernel(
                 tile = queue[i * CHUNKS : (i + 1) * CHUNKS]
                 if low + (i + 1) * TILE > fresh_from:
                     tile = _load_tile(
-                        base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
-                    )
+                        base, low + i * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT,
+                        CLAMPED,
+                    )  # fmt: skip
                 renewed = renewed + tile
             queue = renewed
         weighted = ()
@@ -139,8 +151,9 @@ def _scan_kernel(
         countable = countable.to(tl.uint32, bitcast=True)
         for first in range(low, high, TILE):
             queue = queue + _load_tile(
-                base, first + AHEAD * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT
-            )
+                base, first + AHEAD * TILE, high, step, TILE, CHUNK, CHUNKS, PER_VECTOR, UNIT,
+                CLAMPED,
+            )  # fmt: skip
             chunks, queue = queue[:CHUNKS], queue[CHUNKS:]
             words = ()
             for c in tl.static_range(CHUNKS):
@@ -157,7 +170,7 @@ def _scan_kernel(
             place = tl.arange(0, TILE)
             if NORMS:
                 norm = tl.load(
-                    norms + batch * norms_b + (head // share) * norms_h
+                    norms + batch * norms_b + (head // SHARE) * norms_h
                     + (first + place).to(tl.int64) * norms_s,
                     mask=place < high - first,
                     other=0.0,
@@ -251,6 +264,8 @@ def bind_scan(
     how: Counting,
     bits: int,
     group: int,
+    heads: int,
+    share: int,
     norms: bool,
     parts: int,
     single: bool,
@@ -278,13 +293,14 @@ def bind_scan(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
-            "*i32", "*i32", *["i32"] * 8, "i64", *["i32"] * 6,
+            "*i32", "*i32", *["i32"] * 6, "i64", *["i32"] * 6,
             "i64", "i64", row_step_type(code_step), *["i64"] * 3,
         ),
-        {"R": bits, "GROUP": group, "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk,
-         "PER_VECTOR": per_vector, "DROP": how.drop, "HALVE": how.halve, "NORMS": norms,
-         "VECTOR": together, "UNIT": unit, "AHEAD": config["ahead"],
-         "ADDERS": bool(config["adders"]), "BINARY": binary, "EARLY": early, **constants},
+        {"HEADS": heads, "SHARE": share, "R": bits, "GROUP": group, "PLANES": how.planes,
+         "WEIGHTS": how.weights, "CHUNK": chunk, "PER_VECTOR": per_vector, "DROP": how.drop,
+         "HALVE": how.halve, "NORMS": norms, "VECTOR": together, "UNIT": unit,
+         "AHEAD": config["ahead"], "ADDERS": bool(config["adders"]), "BINARY": binary,
+         "EARLY": early, **constants},
         warps,
         overlapped=overlapped,
     )  # fmt: skip

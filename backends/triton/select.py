@@ -24,6 +24,7 @@ from .pieces import (
     ALIGN,
     budget_of,
     find_bin,
+    keep_order,
     let_next_start,
     part_of,
     place_of,
@@ -119,11 +120,10 @@ def _compare(words, threshold, TILE: tl.constexpr, ROUNDS: tl.constexpr):
 @triton.jit
 def _select_kernel(
     out, scores, counters, cumulated, state, below, lengths, starts,
-    heads, tokens, slots, length_step, start_step,
-    k, ratio, least, sink, recent, dense_below, scores_row, counters_row,
-    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, SINGLE: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
+    tokens, slots, length_step, start_step, k, scores_row, ratio, least, sink, recent, dense_below,
+    HEADS: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
+    PARTS: tl.constexpr, PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
+    SINGLE: tl.constexpr, EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Positions of one row, ascending, and with `PAD` then -1; one program a part.
 
@@ -132,7 +132,7 @@ def _select_kernel(
     let_next_start(OVERLAPPED & EARLY)
     part = tl.program_id(0) % PARTS
     row = tl.program_id(0) // PARTS
-    batch, _, token = place_of(row, heads, tokens, SINGLE)
+    batch, _, token = place_of(row, HEADS, tokens, SINGLE)
     row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     seen = stop - start
@@ -157,8 +157,9 @@ def _select_kernel(
         # on its way while the threshold is found.
         unit = low // ALIGN
         words = _load_keys(scores, unit, high, TILE, ROUNDS)
+        keep_order()
         threshold, ties, smaller_before, equal_before = _locate(
-            counters + row * counters_row, cumulated + row * PARTS * BINS, state + row * 6,
+            counters + row * (ROUNDS * BINS), cumulated + row * PARTS * BINS, state + row * 6,
             below + row * PARTS, start, stop, budget, sink, recent, part,
             ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
         )  # fmt: skip
@@ -200,6 +201,7 @@ def _select_kernel(
 def bind_select(
     config: Config,
     how: Counting,
+    heads: int,
     parts: int,
     single: bool,
     padded: bool,
@@ -209,8 +211,8 @@ def bind_select(
     """The launch that writes positions."""
     return bind(
         _select_kernel,
-        ("*i32", "*i32:16", *["*i32"] * 6, *["i32"] * 6, "i64", *["i32"] * 6),
-        {"ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
+        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, *["i32"] * 6, "i64", *["i32"] * 4),
+        {"HEADS": heads, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
          "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": padded,
          "EARLY": early, "SINGLE": single, "OVERLAPPED": overlapped},
         config["select_warps"],

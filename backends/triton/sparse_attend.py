@@ -24,6 +24,7 @@ from .attend import (
     finish_split,
     nothing,
     result_types,
+    room_for_splits,
     shares_of,
     tiling,
 )
@@ -34,14 +35,15 @@ from .plan import Plan, Scratch, data_pointer, planned, row_step_type, steps, ve
 
 @triton.jit
 def _attend_kernel(
-    q, keys, values, indices, out, lse, sinks_x, sinks_f, partial, stats,
-    index_heads, members, share, tokens, slots, k, log_splits, lines,
+    q, keys, values, indices, out, lse, sinks_x, sinks_f, partial, peaks, sums,
+    index_heads, members, share, tokens, slots, k, log_splits,
     scale, softcap, has_sinks, has_lse,
     q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
     indices_b, indices_h, indices_t,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, SINGLE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """A split of the positions of one row, for up to M of the heads that share them."""
     splits = 1 << log_splits
@@ -64,10 +66,10 @@ def _attend_kernel(
     )  # fmt: skip
     let_next_start(OVERLAPPED)
     finish_split(
-        out, lse, sinks_x, sinks_f, partial, stats,
+        out, lse, sinks_x, sinks_f, partial, peaks, sums,
         (batch * index_heads * members + head) * tokens + token, head,
         tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-        split, splits, lines, column, has_sinks, has_lse, DV, M, BLOCK_V,
+        split, splits, column, has_sinks, has_lse, DV, M, BLOCK_V, ALONE,
     )  # fmt: skip
 
 
@@ -98,9 +100,7 @@ def write_sparse_attend(
     overlapped = overlaps(bool(config["overlap"]), q)
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
     scratch = Scratch()
-    partial_at = scratch.piece(batch * heads * tokens * splits * lanes if splits > 1 else 0)
-    lines = batch * heads * tokens * splits
-    stats_at = scratch.piece(2 * lines)
+    left_at = room_for_splits(scratch, batch * heads * tokens, splits, lanes)
     memory = plan.output((scratch.size,), "uint8")
     data = data_pointer(problem.dtype, wide)
     result = result_types(problem.dtype)
@@ -109,19 +109,20 @@ def write_sparse_attend(
         _attend_kernel,
         (
             data, data, data, "*i32", *result,
-            *["i32"] * 7, "i64", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
+            *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 5,
             row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
             *["i64"] * 3,
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": stages, "SINGLE": tokens == 1, "OVERLAPPED": overlapped},
+         "STAGES": stages, "ALONE": splits == 1, "SINGLE": tokens == 1,
+         "OVERLAPPED": overlapped},
         config["warps"],
         max(stages, 1),
     )  # fmt: skip
     narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, problem.dtype)
     results = (
         plan.address(out, result[0]), plan.address(lse, "*fp32"), narrow_sinks, wide_sinks,
-        plan.address(memory, "*fp32", partial_at), plan.address(memory, "*fp32", stats_at),
+        *(plan.address(memory, "*fp32", offset) for offset in left_at),
     )  # fmt: skip
     given = has_sinks, int(return_lse)
     plan.launch(
@@ -130,7 +131,7 @@ def write_sparse_attend(
         plan.address(q, data), plan.address(keys, data), plan.address(values, data),
         plan.address(indices, "*i32"), *results,
         index_heads, members, index_heads // kv_heads, tokens, slots, k,
-        splits.bit_length() - 1, lines, scale, softcap or 0.0, *given,
+        splits.bit_length() - 1, scale, softcap or 0.0, *given,
         *steps(fw, q, wide), *key_strides, *value_strides, *steps(fw, indices),
     )  # fmt: skip
     if splits > 1:
@@ -138,7 +139,7 @@ def write_sparse_attend(
         plan.launch(
             merge,
             batch * heads * tokens * merge_columns,
-            *results, heads, tokens, splits, lines, *given,
+            *results, heads, tokens, *given,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class Library:
 
     def __init__(self):
         self.calls, self.contexts, self.capturing, self.failures = [], [], False, []
-        self.launched = []
+        self.launched, self.mode = [], 0
 
     def __getattr__(self, name):
         def call(*args):
@@ -41,9 +41,13 @@ class Library:
         self.contexts.pop()
         return 0
 
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+        return 0
+
     def cuModuleLoadData(self, module, code):
         assert self.contexts, "no context"
-        self.calls.append(code)
+        self.calls += [code, f"loaded in mode {self.mode}"]
         return 0
 
     def cuModuleGetFunction(self, function, module, name):
@@ -170,9 +174,29 @@ def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
 def test_the_driver_is_asked_once_how_many_clusters_fit(device, library):
     assert [device.at_once(9, 1) for _ in range(3)] == [9] * 3
     assert library.calls.count("asked") == 1
+    # The kernel that it is asked about is no part of a graph that the thread captures.
+    assert "loaded in mode 2" in library.calls
+    assert library.mode == 0
     # What is no cluster needs no asking.
     assert device.at_once(1, 2) == 264
     assert device.at_once(32, 1) == 4
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_in_a_capture():
+    """A call that meets a cluster size for the first time must get as far as its own error."""
+    torch = pytest.importorskip("torch")
+    fresh = device_module.Device(torch.cuda.current_device())
+    size = min(fresh.clusters, 4)
+    x = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += 1
+        found = fresh.at_once(size, 1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert x.item() == 1
+    assert found == device_module.Device(torch.cuda.current_device()).at_once(size, 1) > 0
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,29 @@ def test_a_share_of_several_tiles_has_a_loop():
     assert shares_of({**config, "stages": 2}, 256) == (4, 2)
 
 
+def steps_of(name, pattern):
+    """What a kernel of a decode step does after it has waited for the launch before, in PTX."""
+    kernels = rehearsal.kernels(TritonBackend(), DECODE, 90)
+    (kernel,) = {kernel for kernel in kernels if kernel.fn.__name__ == name}
+    ptx = kernel.compile_for(GPUTarget("cuda", 90, 32)).asm["ptx"]
+    return re.findall(pattern, ptx.split("griddepcontrol.wait")[1])
+
+
+def test_a_histogram_comes_in_vectors():
+    """And the first keys, which do not depend on the threshold, are asked for before it."""
+    steps = steps_of("_select_kernel", r"ld\.global\.\S+|bar\.warp\.sync")
+    keys, rest = steps[: steps.index("bar.warp.sync")], steps[steps.index("bar.warp.sync") + 1 :]
+    assert set(keys) == {"ld.global.v4.b32"}
+    assert rest[0].startswith("ld.global.v")
+
+
+def test_all_that_is_merged_is_asked_for_at_once():
+    steps = steps_of("_merge_kernel", r"@\S+ ld\.global|ld\.global|\bbra\b")
+    loads = [step for step in steps if step != "bra"]
+    assert steps[: len(loads)] == ["ld.global"] * len(loads)
+    assert len(loads) > 2
+
+
 def test_rehearsals_agree():
     """A rehearsal for a target lists the same kernels, each once, whenever it is held."""
     backend = TritonBackend()
