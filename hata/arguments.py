@@ -18,6 +18,8 @@ from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, Hata
 MAX_HEAD_DIM = 576
 # Sizes without an upper limit mean "all" from here on: no array has more slots.
 _ALL = 2**31 - 1
+# Bits of an int that an error can still write out.
+_MOST_BITS = 4096
 # Kernels take numbers as float32: those from here on round to infinity there, and a positive one
 # below the smallest normal number may count as 0.
 _INFINITE = 2.0**128 - 2.0**103
@@ -198,6 +200,11 @@ def whole(name: str, value: Any, least: int) -> int:
             raise HataDTypeError(
                 f"{name}: got {type(value).__name__}, expected an int; pass a whole number"
             ) from None
+    if value.bit_length() > _MOST_BITS:
+        # Too long to be written out.
+        raise HataShapeError(
+            f"{name}: got an int of {value.bit_length()} bits, at most {_MOST_BITS}"
+        )
     if value < least:
         raise HataShapeError(f"{name}: got {value}, {name} must be ≥ {least}")
     return value

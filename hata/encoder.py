@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -114,17 +115,19 @@ class ModelShape:
             return None
 
         heads = read("num_attention_heads", "n_head", "heads")
+        kv_heads = read("num_key_value_heads", "kv_heads")
         found = {
             "num_layers": read("num_hidden_layers", "n_layer", "num_layers"),
             "heads": heads,
-            "kv_heads": read("num_key_value_heads", "kv_heads") or heads,
+            "kv_heads": heads if kv_heads is None else kv_heads,
             # The key of a latent-attention model is longer than its `head_dim`.
             "head_dim": read("qk_head_dim", "head_dim"),
         }
         hidden = read("hidden_size", "n_embd")
         if found["head_dim"] is None and _whole(hidden) and _whole(heads) and heads:
             found["head_dim"] = hidden // heads
-        return cls(read("model_type") or "", **found)
+        model_type = read("model_type")
+        return cls("" if model_type is None else model_type, **found)
 
     def differences(self, other: ModelShape) -> list[str]:
         """`"name a against b"` for every field that differs; an unknown model type fits all."""
@@ -426,14 +429,21 @@ class Encoder:
         )
 
 
+def _count(text: str) -> int:
+    """A count as it is written: `int` takes signs, spaces, underscores and other scripts too."""
+    if not re.fullmatch("[1-9][0-9]{0,9}", text):
+        raise ValueError(f"{_short(text)} is no count")
+    return int(text)
+
+
 def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Encoder:
     """Build an encoder of a file's parts; every disagreement is an `EncoderError`."""
     try:
         shape = ModelShape(
             header["model_type"],
-            *(int(header[name]) for name in ("num_layers", "heads", "kv_heads", "head_dim")),
+            *(_count(header[name]) for name in ("num_layers", "heads", "kv_heads", "head_dim")),
         )
-        bits = int(header["bits"])
+        bits = _count(header["bits"])
         key_norms = {"true": True, "false": False}[header["key_norms"]]
         dense = json.loads(header["dense_layers"])
         made = json.loads(header["made"])

@@ -27,8 +27,9 @@ buffer whose other parts are arguments of another dtype.
 
 Visible keys: query t of row b sees the positions `[starts[b], lengths[b] - (T - 1 - t))`, so the
 last query sees all keys of its row; n_t is their number. `lengths` and `starts` are int32 or int64,
-`[B]` or 0-d, on the device of the data, and are never read by the host. A length over S or an index
->= S is a precondition; `HATA_CHECK=1` in the environment makes it a `HataShapeError`.
+`[B]` or 0-d, on the device of the data, and are never read by the host. A length over S, one of
+either beyond int32 (kernels read the low half of an int64) or an index >= S breaks a precondition;
+`HATA_CHECK=1` in the environment makes it a `HataShapeError`.
 
 Errors common to all ops: `HataShapeError` (shape, stride, size), `HataDTypeError` (dtype, Python
 type, mixed frameworks), `HataDeviceError` (arrays on several devices, or where the backend cannot

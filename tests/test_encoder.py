@@ -233,6 +233,13 @@ def test_fault_66_truncated_file(path, kept):
         hata.Encoder.load(path)
 
 
+def test_no_kv_heads_are_not_those_that_nobody_named():
+    sizes = {"num_layers": 2, "heads": 4, "head_dim": 32}
+    assert hata.Encoder.random(sizes, 64).shape.kv_heads == 4
+    with pytest.raises(hata.EncoderError, match="kv_heads = 0"):
+        hata.Encoder.random({**sizes, "kv_heads": 0}, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -240,6 +247,11 @@ def test_fault_66_truncated_file(path, kept):
         ({"format": None}, "format 'none'"),
         ({"bits": None}, "metadata that is absent or malformed"),
         ({"bits": "many"}, "metadata that is absent or malformed"),
+        ({"bits": "0x40"}, "malformed .*no count"),
+        ({"heads": "2_0"}, "malformed .*no count"),
+        ({"heads": "+4"}, "malformed .*no count"),
+        ({"kv_heads": "٢"}, "malformed .*no count"),
+        ({"num_layers": " 4"}, "malformed .*no count"),
         ({"key_norms": "yes"}, "metadata that is absent or malformed"),
         ({"made": "{"}, "metadata that is absent or malformed"),
         ({"bits": "96"}, r"layers.1.projection: got shape \(2, 48, 64\), expected \(2, 48, 96\)"),

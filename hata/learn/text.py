@@ -196,7 +196,11 @@ def _evenly(ids: Sequence[int], count: int, tokens: int) -> np.ndarray:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    # A line that ends in a colon says only what the next one is about.
+    while first.rstrip().endswith(":") and more:
+        first = f"{first.rstrip()} {more.pop(0).strip()}"
+    return first[:300]
 
 
 def load_config(model: str | Path) -> Any:

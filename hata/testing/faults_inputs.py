@@ -81,6 +81,11 @@ class InputFaults(Properties):
         for name in ("k_min", "sink", "recent"):
             self.refused(kit, op, HataShapeError, name, **{name: -1})
             self.refused(kit, op, HataDTypeError, name, **{name: 1.0})
+        for name in ("k", "k_min", "sink", "recent"):
+            for sign in (1, -1):
+                self.refused(
+                    kit, op, HataShapeError, f"{name}: got .*bits", **{name: sign * 10**5000}
+                )
         self.refused(kit, op, HataShapeError, "at most k = 6", sink=4, recent=3)
         for ratio in (0.0, -0.5, 1.5, float("nan"), float("inf"), 10**400):
             self.refused(kit, op, HataShapeError, "ratio: got", ratio=ratio)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hata.learn.text import CaptureError, read_text, sequences
+from hata.learn.text import CaptureError, first_line, read_text, sequences
 
 
 def encode(text):
@@ -55,3 +55,17 @@ def test_files_can_be_left_out(tmp_path):
             read_text([tmp_path], without=["b.py", absent])
     with pytest.raises(CaptureError, match="leaves nothing of it"):
         read_text(every[:1], without=["a.py"])
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("one\ntwo", "one"),
+        ("Error in 'sizes':\n    TypeError: got str\nmore", "Error in 'sizes': TypeError: got str"),
+        ("a:\nb:\nc", "a: b: c"),
+        ("alone:", "alone:"),
+        ("", "ValueError"),
+    ],
+)
+def test_an_error_in_a_line_says_what_is_wrong(said, told):
+    assert first_line(ValueError(said)) == told
