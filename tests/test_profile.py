@@ -144,6 +144,12 @@ def test_any_words_and_numbers_survive_a_round_trip(words, config, median, seed)
     assert Profile(**schema.read(schema.write(written), "p.yaml")) == written
 
 
+def test_hashes_look_alike_whatever_they_begin_with():
+    for sha in ("e22ca930" * 8, "460e2889" * 8, "1234567890" * 6 + "1234"):
+        here = Fingerprint("cpu", "CPU", 4, kernels={"reference": {"hash_attend": sha}})
+        assert f"\n      hash_attend: '{sha}'\n" in schema.write(profile(here=here))
+
+
 def test_one_selection_may_stand_for_all_layers(tmp_path):
     whole = selections(layers=SELECTION)
     assert profile(sets=[whole]).save(tmp_path / "p.yaml").selections == (whole,)

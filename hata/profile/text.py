@@ -184,7 +184,8 @@ class _Dumper(_DUMPER):
 
 
 def _represent_text(dumper: Any, value: str) -> yaml.ScalarNode:
-    plain = _SAFE_PLAIN.fullmatch(value) and _resolved(value) == "str"
+    # Some hashes would be numbers: so that all look alike, none is plain, nor are tables of them.
+    plain = len(value) < 32 and _SAFE_PLAIN.fullmatch(value) and _resolved(value) == "str"
     style = None if plain else '"' if not value.isprintable() else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
