@@ -203,7 +203,8 @@ def whole(name: str, value: Any, least: int) -> int:
     if value.bit_length() > _MOST_BITS:
         # Too long to be written out.
         raise HataShapeError(
-            f"{name}: got an int of {value.bit_length()} bits, at most {_MOST_BITS}"
+            f"{name}: got an int of {value.bit_length()} bits, expected {_MOST_BITS} at most; "
+            "pass a smaller number"
         )
     if value < least:
         raise HataShapeError(f"{name}: got {value}, {name} must be ≥ {least}")
