@@ -11,7 +11,8 @@
 
 // Floats of shared memory before the peaks: of what warps leave, and of an exchange area.
 #define PEAKS (WARPS * HEADS * ROW_STRIDE)
-#define SLICE ((HEADS * LANES + PARTS - 1) / PARTS)
+// Elements that a part merges: whole warps, so of one head each.
+#define SLICE ((HEADS * LANES / 32 + PARTS - 1) / PARTS * 32)
 #if JOINED == 1
 #define AREA_PEAKS (PARTS * SLICE)
 #else
@@ -24,7 +25,7 @@
 INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, float peak, float sum,
                    bool any) {
     i64 head = i64(row.head) * G + h;
-    i64 at = (row.batch * p.heads * G + head) * p.tokens + row.token;
+    i64 at = (i64(row.batch) * p.heads * G + head) * p.tokens + row.token;
     float sink = NOTHING;
     if (p.sinks_kind) sink = optional(p.sinks, p.sinks_kind, head) * LOG2E;
     float grown = fmaxf(peak, sink), reference = reference_of(grown);
@@ -34,6 +35,29 @@ INLINE void finish(const Params& p, const Row& row, int h, int d, float acc, flo
         any ? acc * __fdividef(shrink, sum) : 0.f);
     if (d == 0 && p.lse != nullptr)
         p.lse[at] = any ? (reference + log2_fast(sum)) * LN2 : NOTHING;
+}
+
+// The lanes that take turns in looking at `n` of something, a power of two.
+INLINE constexpr int spread(int n) { return n > 16 ? 32 : n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n; }
+
+// How COUNT parts of a softmax are joined, of which lane i knows the i-th; so does lane
+// i + spread(COUNT), and so on.
+struct Weighed {
+    // What the lane's part counts, and the peak and the sum of all.
+    float weight, peak, sum;
+};
+template <int COUNT> INLINE Weighed weigh(float peak, float sum) {
+    const bool counts = int(threadIdx.x % spread(COUNT)) < COUNT;
+    Weighed all;
+    all.peak = peak;
+#pragma unroll
+    for (int mask = 1; mask < spread(COUNT); mask *= 2)
+        all.peak = fmaxf(all.peak, across(all.peak, mask));
+    all.weight = exp2_fast(peak - reference_of(all.peak));
+    all.sum = counts ? all.weight * sum : 0.f;
+#pragma unroll
+    for (int mask = 1; mask < spread(COUNT); mask *= 2) all.sum += across(all.sum, mask);
+    return all;
 }
 
 #if PARTS > 1
@@ -68,21 +92,21 @@ INLINE void leave(const Params& p, const Row& row, int pass, int i, float acc, f
 #endif
 }
 
-// What part `n` left of element i: its share of the output, its peak and its sum. JOINED 2: whether it
-// has come.
-INLINE bool take(const Params& p, const Row& row, int pass, int n, int i, float& acc, float& peak,
-                 float& sum) {
-    const int h = i / LANES;
+// What part `n` left of element i. JOINED 2: zero until it has come.
+INLINE u32 take(const Params& p, const Row& row, int pass, int n, int i) {
 #if JOINED == 1
-    const float* area = reinterpret_cast<const float*>(memory);
-    const float* peaks = area + AREA_PEAKS + n * 2 * HEADS;
-    acc = area[n * SLICE + i - row.part * SLICE], peak = peaks[h], sum = peaks[HEADS + h];
-    return true;
+    return reinterpret_cast<const u32*>(memory)[n * SLICE + i - row.part * SLICE];
 #else
-    const u32* area = reinterpret_cast<const u32*>(exchange_of(p, row, n) + AREA) + pass * PASS;
-    const u32 a = look(area + i), b = look(area + AREA_PEAKS + h), c = look(area + AREA_PEAKS + HEADS + h);
-    acc = __uint_as_float(a), peak = __uint_as_float(b), sum = __uint_as_float(c);
-    return a && b && c;
+    return look(reinterpret_cast<const u32*>(exchange_of(p, row, n) + AREA) + pass * PASS + i);
+#endif
+}
+
+// The same of its sum or peak of a head: HEADS of the latter come first.
+INLINE u32 take_peak(const Params& p, const Row& row, int pass, int n, int h) {
+#if JOINED == 1
+    return reinterpret_cast<const u32*>(memory)[AREA_PEAKS + n * 2 * HEADS + h];
+#else
+    return take(p, row, pass, n, AREA_PEAKS + h);
 #endif
 }
 
@@ -98,7 +122,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     const int pass = head / HEADS * ((DV + LANES - 1) / LANES) + lane0 / LANES;
     float* partials = reinterpret_cast<float*>(memory + EXCHANGE + QUERIES);
     float* peaks = partials + PEAKS;
-    int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // Warps that have keys.
     int used = min((share.end - share.first + WARP_KEYS - 1) / WARP_KEYS, WARPS);
     bool any = false;
@@ -113,23 +137,22 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 #endif
 #pragma unroll 1
     for (int i = threadIdx.x; i < HEADS * LANES; i += THREADS) {
-        int h = i / LANES, d = i % LANES;
-        float peak = NOTHING, sum = 0.f, acc = 0.f;
-#pragma unroll 8
-        for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, w < used ? peaks[w * HEADS + h] : NOTHING);
-        float reference = reference_of(peak);
-#pragma unroll 8
+        const int h = i / LANES, d = i % LANES;
+        // A lane weighs what one warp has left of the head.
+        const int one = lane % spread(WARPS);
+        const Weighed mine = weigh<WARPS>(one < used ? peaks[one * HEADS + h] : NOTHING,
+                                          one < used ? peaks[(WARPS + one) * HEADS + h] : 0.f);
+        float acc = 0.f;
+#pragma unroll
         for (int w = 0; w < WARPS; ++w) {
-            const bool has = w < used;
-            float weight = exp2_fast((has ? peaks[w * HEADS + h] : NOTHING) - reference);
-            sum += weight * (has ? peaks[(WARPS + w) * HEADS + h] : 0.f);
-            acc += weight * (has ? partials[(w * HEADS + h) * ROW_STRIDE + d] : 0.f);
+            const float weight = from_lane(mine.weight, w);
+            if (w < used) acc += weight * partials[(w * HEADS + h) * ROW_STRIDE + d];
         }
 #if PARTS == 1
         if (head + h < G && lane0 + d < DV)
-            finish(p, row, head + h, lane0 + d, acc, peak, sum, any);
+            finish(p, row, head + h, lane0 + d, acc, mine.peak, mine.sum, any);
 #else
-        leave(p, row, pass, i, acc, peak, any ? sum : NO_KEYS);
+        leave(p, row, pass, i, acc, mine.peak, any ? mine.sum : NO_KEYS);
 #endif
     }
     end_phase(WARPS_MERGED);
@@ -140,30 +163,26 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
     int end = min((row.part + 1) * SLICE, HEADS * LANES);
 #pragma unroll 1
     for (int i = row.part * SLICE + threadIdx.x; i < end; i += THREADS) {
-        int h = i / LANES, d = i % LANES;
-        float part_peak[PARTS], part_sum[PARTS], part_acc[PARTS], most = NOTHING;
-        bool found = false;
+        const int h = i / LANES, d = i % LANES, n = min(lane % spread(PARTS), PARTS - 1);
+        u32 peak, sum, acc[PARTS];
+        // As above: all at once, and nothing but looks.
         for (u32 tries = 0;; look_again(tries)) {
-            bool come = true;
+            peak = take_peak(p, row, pass, n, h), sum = take_peak(p, row, pass, n, HEADS + h);
 #pragma unroll
-            for (int n = 0; n < PARTS; ++n)
-                come &= take(p, row, pass, n, i, part_acc[n], part_peak[n], part_sum[n]);
-            if (come) break;
-        }
+            for (int n = 0; n < PARTS; ++n) acc[n] = take(p, row, pass, n, i);
+            bool come = peak && sum;
 #pragma unroll
-        for (int n = 0; n < PARTS; ++n) {
-            found |= part_sum[n] != NO_KEYS;
-            most = fmaxf(most, part_peak[n]);
+            for (int n = 0; n < PARTS; ++n) come &= acc[n] != 0;
+            if (JOINED < 2 || !ballot(!come)) break;
         }
-        float total = 0.f, value = 0.f, reference = reference_of(most);
+        const bool found = ballot(__uint_as_float(sum) != NO_KEYS);
+        const Weighed all = weigh<PARTS>(__uint_as_float(peak), __uint_as_float(sum));
+        float value = 0.f;
 #pragma unroll
-        for (int n = 0; n < PARTS; ++n) {
-            float weight = exp2_fast(part_peak[n] - reference);
-            total += weight * part_sum[n];
-            value += weight * part_acc[n];
-        }
+        for (int n = 0; n < PARTS; ++n)
+            value += from_lane(all.weight, n) * __uint_as_float(acc[n]);
         if (head + h < G && lane0 + d < DV)
-            finish(p, row, head + h, lane0 + d, value, most, total, found);
+            finish(p, row, head + h, lane0 + d, value, all.peak, all.sum, found);
     }
     end_phase(PARTS_MERGED);
 #endif
@@ -173,12 +192,13 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 
 // Keys of a part's own up to which its block attends to them rather than to an equal share: half more
 // than that is, but not another round of its warps; where another meeting costs more than that, a
-// quarter more.
+// quarter more and half a round.
 INLINE int most_apart(const Row& row) {
-    const int size = share_size(row), round = WARPS * 16;
+    const int size = share_size(row);
 #if JOINED == 2
-    return size + size / 4 + 32;
+    return size + size / 4 + 64;
 #else
+    const int round = WARPS * 16;
     return min((size + round - 1) / round * round, size + size / 2 + 32);
 #endif
 }

@@ -5,8 +5,8 @@
 // keys hashes those beside them and writes their codes. The products are those of encode.cu, with the
 // same dimensions in the same order, so the codes are the same; those of queries become planes at once.
 //
-// Bits are the rows of the products and vectors the columns; of a tile of 16 bits lane 4g + j loads
-// bits 2g and 2g + 1 of the dimensions 8j..8j + 7 of each chunk.
+// Bits are the rows of the products and vectors the columns. Weights come through shared memory, where
+// the keys to select by will be.
 //
 // FUSED: codes are made here. FRESH: how many fresh keys there are. SAME: keys and queries have one
 // projection.
@@ -59,26 +59,24 @@ INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
 #define QUERY_TILES ((GROUP + 7) / 8)
+// Vectors of 8 bits in a row of weights.
+#define BIT_VECTORS (R / 8)
 // Whether fresh keys take columns that queries leave free, and so cost no products of their own.
 #define BESIDE (FRESH > 0 && SAME && 8 * QUERY_TILES - GROUP >= FRESH)
-// Whether a warp has one tile of bits at most, and so keeps its weights.
-#define ONE_TILE (R / 16 <= THREADS / 32)
 
 // Vectors as columns: lane 4g + j has a part of the g-th of each 8.
 template <int TILES> struct Columns {
     uint4 at[TILES][WEIGHT_CHUNKS];
 };
 
-// What a warp begins with: weights of a tile of 16 bits, and the queries.
-struct Weights {
-    u32 at[WEIGHT_CHUNKS][8];
+// What a warp begins with.
+struct Hashing {
     Columns<QUERY_TILES> queries;
 };
 
 // Weights and biases of a head.
 struct Projection {
     const data_t* weights;
-    i64 step;
     const char* bias;
     int bias_kind;
     i64 bias_at;
@@ -86,19 +84,27 @@ struct Projection {
 
 INLINE Projection of_queries(const Params& p, const Row& row) {
     return {reinterpret_cast<const data_t*>(p.query_projection) + row.kv_head * p.query_projection_h,
-            p.query_projection_d, p.query_bias, p.query_bias_kind, row.kv_head * p.query_bias_h};
+            p.query_bias, p.query_bias_kind, row.kv_head * p.query_bias_h};
 }
 
-INLINE void load_tile(const Projection& projection, int tile, Weights& weights) {
-    int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const data_t* at = projection.weights + 16 * tile + 2 * g;
-#pragma unroll
-    for (int u = 0; u < WEIGHT_CHUNKS; ++u)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            int d = 32 * u + 8 * j + i;
-            weights.at[u][i] = d < D ? *reinterpret_cast<const u32*>(at + d * projection.step) : 0;
-        }
+// Where 8 bits of a dimension lie, so that the 8 rows of a matrix (see `signs_of`) meet all banks.
+INLINE uint4* place_of_weights(u32 d, u32 eight) {
+    uint4* weights = reinterpret_cast<uint4*>(memory + EXCHANGE + QUERIES + COUNTERS + RING);
+    return weights + d * BIT_VECTORS + (eight ^ (BIT_VECTORS % 8 ? d / 8 % 4 : d / 8 % 4 * 2 + d % 2));
+}
+
+// Start the copies of a head's weights, a row for every dimension; beyond the last there are zeros.
+INLINE void copy_weights(const Projection& projection) {
+    constexpr u32 THERE = D * BIT_VECTORS, ALL = 32 * WEIGHT_CHUNKS * BIT_VECTORS;
+#pragma unroll 8
+    for (u32 n = 0; n < (ALL + THREADS - 1) / THREADS; ++n) {
+        const u32 i = n * THREADS + threadIdx.x;
+        if (ALL % THREADS && i >= ALL) continue;
+        uint4* to = place_of_weights(i / BIT_VECTORS, i % BIT_VECTORS);
+        if (ALL == THERE) copy_ahead(to, projection.weights + 8 * i);
+        else copy_ahead(to, projection.weights + 8 * min(i, THERE - 1), i < THERE);
+    }
+    end_batch();
 }
 
 INLINE void load_column(const data_t* x, bool inside, uint4 (&at)[WEIGHT_CHUNKS]) {
@@ -110,49 +116,51 @@ INLINE void load_column(const data_t* x, bool inside, uint4 (&at)[WEIGHT_CHUNKS]
 }
 
 // On their way before a row's length has come.
-INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {
+INLINE void begin_hashing(const Params& p, const Row& row, Hashing& hashing) {
+    copy_weights(of_queries(p, row));
     if (threadIdx.x / 32 >= R / 16) return;
-    load_tile(of_queries(p, row), threadIdx.x / 32, weights);
     const data_t* q = reinterpret_cast<const data_t*>(p.q) + row.batch * p.q_b
         + i64(row.head) * GROUP * p.q_h + row.token * p.q_t;
     int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int t = 0; t < QUERY_TILES; ++t)
-        load_column(q + (8 * t + g) * p.q_h, 8 * t + g < GROUP, weights.queries.at[t]);
+        load_column(q + (8 * t + g) * p.q_h, 8 * t + g < GROUP, hashing.queries.at[t]);
 }
 
-// Bits of a tile. Lane 4g + j has those of the columns 8t + 2j + i, as bits 2t + i: in `even` bit 2g of
-// the tile, in `odd` bit 2g + 1.
+// Bits of a tile. Lane 4g + j has those of the columns 8t + 2j + i, as bits 2t + i: in `low` bit g of
+// the tile, in `high` bit g + 8.
 struct Signs {
-    u32 even, odd;
+    u32 low, high;
 };
 
 template <int TILES>
-INLINE Signs signs_of(const Columns<TILES>& x, const Weights& weights, const Projection& projection,
-                      int tile) {
+INLINE Signs signs_of(const Columns<TILES>& x, const Projection& projection, int tile) {
     float sum[TILES][4] = {};
+    // Of a chunk, lane 4g + j has the dimensions 8j..8j + 7 of a column, half of them in each product:
+    // rows 2j and 2j + 1 of a matrix of weights are the first or the second two of a half.
+    const int lane = threadIdx.x % 32, d = lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2;
 #pragma unroll
-    for (int u = 0; u < WEIGHT_CHUNKS; ++u) {
-        const u32(&w)[8] = weights.at[u];
+    for (int u = 0; u < WEIGHT_CHUNKS; ++u)
 #pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            uint4 v = x.at[t][u];
-            mma(sum[t], low_halves(w[0], w[1]), high_halves(w[0], w[1]), low_halves(w[2], w[3]),
-                high_halves(w[2], w[3]), v.x, v.y, DATA);
-            mma(sum[t], low_halves(w[4], w[5]), high_halves(w[4], w[5]), low_halves(w[6], w[7]),
-                high_halves(w[6], w[7]), v.z, v.w, DATA);
+        for (int half = 0; half < 2; ++half) {
+            u32 w[4];
+            load_transposed(w, place_of_weights(32 * u + d + 4 * half, 2 * tile + lane / 8 % 2));
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                const uint4 v = x.at[t][u];
+                mma(sum[t], w[0], w[1], w[2], w[3], half ? v.z : v.x, half ? v.w : v.y, DATA);
+            }
         }
-    }
-    const i64 bit = projection.bias_at + 16 * tile + threadIdx.x % 32 / 4 * 2;
-    const float even = optional(projection.bias, projection.bias_kind, bit);
-    const float odd = optional(projection.bias, projection.bias_kind, bit + 1);
+    const i64 bit = projection.bias_at + 16 * tile + threadIdx.x % 32 / 4;
+    const float low = optional(projection.bias, projection.bias_kind, bit);
+    const float high = optional(projection.bias, projection.bias_kind, bit + 8);
     Signs signs = {};
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            signs.even |= u32(sum[t][i] + even > 0.f) << (2 * t + i);
-            signs.odd |= u32(sum[t][2 + i] + odd > 0.f) << (2 * t + i);
+            signs.low |= u32(sum[t][i] + low > 0.f) << (2 * t + i);
+            signs.high |= u32(sum[t][2 + i] + high > 0.f) << (2 * t + i);
         }
     return signs;
 }
@@ -166,10 +174,10 @@ INLINE int count_of_queries(const Signs& signs) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             queries |= u32(8 * t + lane % 4 * 2 + i < GROUP) << (2 * t + i);
-    u32 both = __popc(signs.even & queries) | __popc(signs.odd & queries) << 16;
+    u32 both = __popc(signs.low & queries) | __popc(signs.high & queries) << 16;
     both += across(both, 1);
     both += across(both, 2);
-    return int(from_lane(both, lane % 16 / 2 * 4) >> lane % 2 * 16 & 0xffff);
+    return int(from_lane(both, lane % 8 * 4) >> lane % 16 / 8 * 16 & 0xffff);
 }
 
 // Codes of the columns from `first` on, `count` of them, words of one after those of the one before.
@@ -181,7 +189,7 @@ INLINE void put_codes(const Signs& signs, int tile, int first, int count, u32* c
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int shift = 2 * t + i, column = 8 * t + 2 * j + i - first;
-            u32 bits = (signs.even >> shift & 1) << (2 * g) | (signs.odd >> shift & 1) << (2 * g + 1);
+            u32 bits = (signs.low >> shift & 1) << g | (signs.high >> shift & 1) << (g + 8);
             for (int mask = 4; mask < 32; mask *= 2) bits |= across(bits, mask);
             if (g == 0 && column >= 0 && column < count)
                 reinterpret_cast<u16*>(codes + column * W)[tile] = u16(bits);
@@ -189,14 +197,13 @@ INLINE void put_codes(const Signs& signs, int tile, int first, int count, u32* c
 }
 
 // Planes of the queries, and codes of `beside` fresh keys that stand beside them.
-INLINE void hash_queries(const Params& p, const Row& row, Weights& weights, int beside, u32* planes,
-                         u32* codes) {
+INLINE void hash_queries(const Params& p, const Row& row, const Hashing& hashing, int beside,
+                         u32* planes, u32* codes) {
     const Projection projection = of_queries(p, row);
     const bool writes = threadIdx.x % 32 == 0;
 #pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
-        if (!ONE_TILE && tile >= THREADS / 32) load_tile(projection, tile, weights);
-        const Signs signs = signs_of(weights.queries, weights, projection, tile);
+        const Signs signs = signs_of(hashing.queries, projection, tile);
         const int count = count_of_queries(signs);
         const u32 bits = plane_bits(count);
         // A tile is half a word.
@@ -229,19 +236,23 @@ INLINE void load_fresh(const Params& p, const Row& row, const Fresh& fresh, int 
     if (i >= 0 && i < fresh.end - fresh.first) load_column(fresh_key(p, row, fresh, i), true, at);
 }
 
-// Codes of fresh keys that do not stand beside the queries; `weights` are those of the queries.
+// Codes of fresh keys that do not stand beside the queries.
 INLINE void hash_fresh(const Params& p, const Row& row, const Fresh& fresh, const Columns<1>& keys,
-                       Weights& weights, u32* codes) {
+                       u32* codes) {
     const int count = fresh.end - fresh.first;
     if (count == 0) return;
     const Projection projection = {
-        reinterpret_cast<const data_t*>(p.projection) + row.kv_head * p.projection_h, p.projection_d,
-        p.bias, p.bias_kind, row.kv_head * p.bias_h};
-#pragma unroll 1
-    for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32) {
-        if (!SAME || !ONE_TILE) load_tile(projection, tile, weights);
-        put_codes<1>(signs_of(keys, weights, projection, tile), tile, 0, count, codes);
+        reinterpret_cast<const data_t*>(p.projection) + row.kv_head * p.projection_h, p.bias,
+        p.bias_kind, row.kv_head * p.bias_h};
+    if (!SAME) {
+        // In the place of those of the queries.
+        copy_weights(projection);
+        wait_for_batches<0>();
+        __syncthreads();
     }
+#pragma unroll 1
+    for (int tile = threadIdx.x / 32; tile < R / 16; tile += THREADS / 32)
+        put_codes<1>(signs_of(keys, projection, tile), tile, 0, count, codes);
     __syncthreads();
 }
 
@@ -275,7 +286,7 @@ INLINE void store_fresh(const Params& p, const Row& row, const Fresh& fresh, con
 
 #else
 
-struct Weights {};
-INLINE void load_weights(const Params& p, const Row& row, Weights& weights) {}
+struct Hashing {};
+INLINE void begin_hashing(const Params& p, const Row& row, Hashing& hashing) {}
 
 #endif

@@ -67,7 +67,7 @@ INLINE Vector find(const Params& p, const Arrays& its, const Job& job, int kv_he
     if (job.fresh) {
         int length = p.length_step < 0 ? p.slots : p.lengths[batch * p.length_step];
         int start = p.start_step < 0 ? 0 : p.starts[batch * p.start_step];
-        token += min(length, p.slots) - job.tokens;
+        token += min(max(length, 0), p.slots) - job.tokens;
         found.inside = found.inside && token >= max(start, 0);
         token = max(token, 0);
     }

@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hamming_topk(const __grid_constant__ Params p) {
     end_phase(STARTED);
     Row row = name_row(p);
-    look_at_row(p, row);
+    look_at_row(p, row, ask_for_span(p, row));
     end_phase(LENGTH_HAS_COME, row.stop);
     int* list = p.positions + row.index * p.k;
     int taken = min(row.taken, p.k);
@@ -21,8 +21,8 @@ hamming_topk(const __grid_constant__ Params p) {
     int first = row.everything ? 0 : taken;
     for (i64 i = first + row.part * THREADS + threadIdx.x; i < p.k; i += PARTS * THREADS)
         list[i] = i < taken ? row.start + i : -1;
-    Weights weights;
-    select(p, row, weights, list, 0);
+    Hashing hashing;
+    select(p, row, hashing, list, 0);
 #if JOINED == 1
     // Exchange areas must last until all parts have read them.
     meet(p, row);

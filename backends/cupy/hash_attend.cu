@@ -10,6 +10,9 @@
 // LISTED: where the positions of a block's share lie in its shared memory; 0: all of a row's lie in
 // global memory.
 
+// Where memory is idle for long enough, and keys to select by are at hand.
+#define FETCHES (JOINED == 2 && ROUNDS == 1 && !SPILL)
+
 #include "ptx.cu"
 #include "vectors.cu"
 #include "row.cu"
@@ -25,14 +28,15 @@ hash_attend(const __grid_constant__ Params p) {
     wait_for_previous();
 #endif
     Row row = name_row(p);
-    Weights weights;
-    load_weights(p, row, weights);
+    const Span span = ask_for_span(p, row);
+    Hashing hashing;
+    begin_hashing(p, row, hashing);
     Queries queries;
     load_queries(p, row, 0, queries);
-    look_at_row(p, row);
+    look_at_row(p, row, span);
     end_phase(LENGTH_HAS_COME, row.stop);
     int* list = p.positions + row.index * p.k;
-    const Own own = select(p, row, weights, list, most_apart(row));
+    const Own own = select(p, row, hashing, list, most_apart(row));
     keep_queries(queries);
     Share share = find_share(p, row, list);
 #if LISTED

@@ -24,13 +24,15 @@ from .row import (
     span_fields,
     steps,
 )
-from .shapes import shape_of
+from .shapes import room_of, shape_of
 from .sparse_attend import is_aligned, is_near, nothing
 
 # Fresh keys of a row, bits of a code and weights of a projection that blocks hash by themselves.
 MOST_FRESH = 8
 MOST_BITS = 512
 MOST_WEIGHTS = 128 * 256
+# Bytes of shared memory beside those weights and what a scan needs, at least.
+ROOM_LEFT = 24 * 1024
 
 
 def write_hash_attend(
@@ -71,14 +73,22 @@ def write_hash_attend(
     spans = span_fields(plan, lengths, starts)
     rows = batch * kv_heads * tokens
 
-    group = heads // kv_heads
+    group = (heads if q_codes is None else q_codes.shape[1]) // kv_heads
+    binary = is_binary(plan.device, config)
+    scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"], binary)
+    chunks = -(-problem.head_dim // 32)
+    # Queries of 8 heads at least.
+    fixed = scanned.fixed + chunks * 512
+    weights = chunks * 64 * bits
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
     fused = fused and may_fuse(dtype, group, projection, query_projection)
+    fused = fused and fixed + weights + ROOM_LEFT <= room_of(plan.device)
+    if fused:
+        fixed += weights
     overlap = bool(config["overlap"]) and plan.device.architecture >= 90 and not fused
     jobs = []
     if q_codes is not None:
         code_steps, query_codes = q_codes.strides[:3], plan.address(q_codes)
-        group = q_codes.shape[1] // kv_heads
     else:
         code_steps = heads * tokens * width, tokens * width, width
         query_codes = NONE if fused else plan.piece(batch * heads * tokens * width)
@@ -126,18 +136,14 @@ def write_hash_attend(
             "query_bias": plan.address(query_bias),
             "projection": plan.address(projection),
             "bias": plan.address(bias),
-            **steps("query_projection", query_projection, 2),
+            **steps("query_projection", query_projection, 1),
             **steps("query_bias", query_bias, 1),
-            **steps("projection", projection, 2),
+            **steps("projection", projection, 1),
             **steps("bias", bias, 1),
             "query_bias_kind": kind(query_bias, dtype),
             "bias_kind": kind(bias, dtype),
         }
     more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
-    binary = is_binary(plan.device, config)
-    scanned = selecting(group, bits, key_codes, key_norms is not None, config["ahead"], binary)
-    # Queries of 8 heads at least.
-    fixed = scanned.fixed + -(-problem.head_dim // 32) * 512
     shape = shape_of(plan.device, problem, config, problem.batch * kv_heads * tokens, fixed)
     aligned = is_aligned(dtype, q, keys, values)
     attended = attending(
@@ -145,19 +151,23 @@ def write_hash_attend(
         config["stages"], max(shape.threads // 64, 1), scanned,
     )  # fmt: skip
     launch_rows(
-        plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap
-    )
+        plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap,
+        weights * fused,
+    )  # fmt: skip
 
 
 def may_fuse(dtype: str, group: int, projection: View, query_projection: View) -> bool:
-    """Whether the blocks of a row can make the codes: on tensor cores, from weights in pairs."""
+    """Whether the blocks of a row can make the codes: on tensor cores, from heads copied whole."""
     _, depth, bits = projection.shape
     return (
         dtype != "float32"
         and group <= 16
         and bits <= MOST_BITS
         and depth * bits <= MOST_WEIGHTS
-        and all(x.dtype == dtype and x.in_units_of(4, 2) for x in (projection, query_projection))
+        and all(
+            x.dtype == dtype and x.in_units_of(16, 2) and x.strides[1] == bits
+            for x in (projection, query_projection)
+        )
     )
 
 

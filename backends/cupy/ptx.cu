@@ -117,6 +117,15 @@ INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
                  : "memory");
 }
 
+// The same, transposed: columns become rows.
+INLINE void load_transposed(u32 (&x)[4], const uint4* row) {
+    u32 shared = u32(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
 // Transpose an 8x8 matrix of 16-bit numbers: lane 4g + j holds row g, columns 2j and 2j + 1.
 INLINE u32 transpose(u32 x) {
     u32 y;
@@ -134,14 +143,20 @@ INLINE void copy_ahead(void* to, const void* from) {
 // The same, or zeros unless `inside`.
 INLINE void copy_ahead(void* to, const void* from, bool inside) {
     u32 shared = u32(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-                 "r"(inside ? 16 : 0)
+    asm volatile("{ .reg .pred skips; setp.eq.s32 skips, %2, 0;\n"
+                 "cp.async.cg.shared.global [%0], [%1], 16, skips; }" ::"r"(shared), "l"(from),
+                 "r"(int(inside))
                  : "memory");
 }
 INLINE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until no more than so many of the thread's last batches are on their way.
 template <int LEFT> INLINE void wait_for_batches() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Have the line of an address come to the second-level cache.
+INLINE void fetch_line(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
 // The same address in another block of the cluster.

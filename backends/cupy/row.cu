@@ -17,8 +17,8 @@
 // Words of a code.
 #define W (R / 32)
 
-// In the order in which a block asks for it: arguments come by lines of 64 bytes, and who asks for one
-// that is not there yet waits as long as for any other load.
+// In the order in which a block asks for it: a cold line of constant memory takes as long as any other
+// load, and keeps a warp from asking for more.
 struct Params {
     const int *lengths, *starts;
     const char *query_projection, *projection, *q, *keys, *codes, *values, *query_bias, *bias;
@@ -37,7 +37,7 @@ struct Params {
     int k, least, sink, recent, dense_below, capacity, sinks_kind;
     int query_bias_kind, bias_kind;
     float scale;
-    i64 ratio, query_projection_h, query_projection_d, projection_h, projection_d;
+    i64 ratio, query_projection_h, projection_h;
     i64 q_b, q_h, q_t, keys_b, keys_h, keys_s, codes_b, codes_h, codes_s;
     i64 values_b, values_h, values_s, query_bias_h, bias_h;
     i64 q_codes_b, q_codes_h, q_codes_t, norms_b, norms_h, norms_s;
@@ -49,8 +49,8 @@ struct Params {
 extern __shared__ __align__(LINE) char memory[];
 
 struct Row {
-    i64 index, batch;
-    int head, kv_head, token, part;
+    i64 index;
+    int batch, head, kv_head, token, part;
     int start, stop, budget, taken;
     bool everything;
 };
@@ -61,20 +61,35 @@ INLINE Row name_row(const Params& p) {
     row.part = blockIdx.x % PARTS;
     u32 index = blockIdx.x / PARTS;
     row.index = index;
-    row.token = index % p.tokens;
-    row.head = index / p.tokens % p.heads;
-    row.kv_head = row.head / p.share;
-    row.batch = index / p.tokens / p.heads;
+    // Everything waits for it, and what a usual row needs is no division.
+    row.token = row.batch = 0;
+    if (p.tokens > 1) row.token = index % p.tokens, index /= p.tokens;
+    if (index >= u32(p.heads)) row.batch = index / p.heads, index %= p.heads;
+    row.head = row.kv_head = index;
+    if (p.share > 1) row.kv_head = index / u32(p.share);
     return row;
 }
 
+// Where the keys of a batch row begin and end, as the caller says.
+struct Span {
+    int start, length;
+};
+
+// On its way until `look_at_row`. Lengths are read as int32: the low half of an int64.
+INLINE Span ask_for_span(const Params& p, const Row& row) {
+    Span span = {0, p.slots};
+    if (p.length_step >= 0) span.length = p.lengths[i64(row.batch) * p.length_step];
+    if (p.start_step >= 0) span.start = p.starts[i64(row.batch) * p.start_step];
+    // Else the compiler puts them behind what is asked for next.
+    sync_warp();
+    return span;
+}
+
 // What the row sees, and how much of it is taken.
-INLINE void look_at_row(const Params& p, Row& row) {
-    // Lengths are read as int32: the low half of an int64.
-    int length = p.length_step < 0 ? p.slots : p.lengths[row.batch * p.length_step];
-    int start = p.start_step < 0 ? 0 : p.starts[row.batch * p.start_step];
-    row.start = max(start, 0);
-    row.stop = max(min(length, p.slots) - (p.tokens - 1 - row.token), row.start);
+INLINE void look_at_row(const Params& p, Row& row, const Span& span) {
+    row.start = max(span.start, 0);
+    // Below zero is none; from far below, what is subtracted would lead past the other end.
+    row.stop = max(min(max(span.length, 0), p.slots) - (p.tokens - 1 - row.token), row.start);
     int seen = row.stop - row.start;
     row.budget = p.k;
     if (p.ratio >= 0) {

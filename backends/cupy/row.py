@@ -41,7 +41,8 @@ LAYOUT = {
     ),
     "scale": "f",
     "ratio": "q",
-    **{f"{name}_{axis}": "q" for name in ("query_projection", "projection") for axis in (0, 1)},
+    "query_projection_0": "q",
+    "projection_0": "q",
     **{f"{name}_{axis}": "q" for name in ("q", "keys", "codes", "values") for axis in (0, 1, 2)},
     "query_bias_0": "q",
     "bias_0": "q",
@@ -144,7 +145,7 @@ def attending(
             area = 0
             if shape.joined == 1:
                 # A slice of every part, and the peaks and sums of all.
-                area = shape.parts * (-(-heads * lanes // shape.parts) + 2 * heads) * 4
+                area = shape.parts * (-(-heads * lanes // shape.parts // 32) * 32 + 2 * heads) * 4
             queries = -(-heads // 8) * chunks * 512
             partials = lines(warps * heads * (lanes + 6) * 4)
             left = shape.room - (area + sums + 3 * LINE + queries)
@@ -226,10 +227,10 @@ def lines(size: int) -> int:
 def list_size(k: int, parts: int) -> int:
     """Bytes of the positions that a block attends to: for all budgets of one kind.
 
-    That is a share in whole tiles of 16, and half more; see `most_apart` in attend.cu.
+    That is a share in whole tiles of 16, and what `most_apart` of attend.cu allows beside it.
     """
     share = -(-(-(-pow2(k) // parts) + 15) // 16) * 16
-    return -(-(share + share // 2 + 32) // 4) * 16
+    return -(-(share + share // 2 + 64) // 4) * 16
 
 
 def launch_rows(
@@ -244,8 +245,12 @@ def launch_rows(
     attending: Attending | None = None,
     more: dict[str, int] | None = None,
     overlap: bool = False,
+    weights: int = 0,
 ) -> None:
-    """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch."""
+    """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch.
+
+    `weights`: bytes of a projection that lie where the keys to select by will be.
+    """
     macros = {
         "LINE": LINE,
         "PARTS": shape.parts,
@@ -275,10 +280,10 @@ def launch_rows(
     if selecting is not None:
         fixed, keys = exchange + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.
-        scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - keys)
+        scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - max(keys, weights))
         spill = fixed + ring + keys > shape.room or ring == 0 < selecting.vectors
         if spill:
-            scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed)
+            scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - weights)
         macros |= {
             **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
@@ -287,7 +292,7 @@ def launch_rows(
         if spill:
             fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
             capacity = 0
-        shared = max(shared, counters + ring + capacity * selecting.itemsize)
+        shared = max(shared, counters + ring + max(capacity * selecting.itemsize, weights))
     together = shape.joined == 2
     if together:
         seen = lines(area + (attending.left if attending else 0))

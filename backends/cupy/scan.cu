@@ -120,7 +120,7 @@ INLINE u32 key_of(u32 distance, u16 norm) {
 
 // Fill the part's keys to select by, up to a multiple of 64, and count their first digits. After it all
 // areas are clear.
-INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& weights) {
+INLINE void scan(const Params& p, const Row& row, const Part& part, Hashing& hashing) {
     __shared__ u32 shared_planes[PLANE_WORDS];
     const char* codes = p.codes + row.batch * p.codes_b + row.kv_head * p.codes_h;
     u32* bins = counters(0);
@@ -134,7 +134,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     const Fresh fresh = find_fresh(p, row, part.low, part.low + part.count);
     unscanned = fresh.from;
 #if BESIDE
-    load_fresh(p, row, fresh, GROUP % 8, weights.queries.at[QUERY_TILES - 1]);
+    load_fresh(p, row, fresh, GROUP % 8, hashing.queries.at[QUERY_TILES - 1]);
 #else
     Columns<1> fresh_keys = {};
     load_fresh(p, row, fresh, 0, fresh_keys.at[0]);
@@ -151,17 +151,22 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     end_phase(CODES_ASKED_FOR);
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS; i += THREADS) bins[i] = 0;
+#if FUSED
+    // Weights have come.
+    wait_for_batches<AHEAD>();
+    __syncthreads();
+#endif
     const u32 arrival = clear_area(p, row);
 #if FUSED && FRESH > 0
 #if NORMS
     measure_fresh(p, row, fresh, fresh_norms);
 #endif
-    hash_queries(p, row, weights, BESIDE ? fresh.end - fresh.first : 0, shared_planes, fresh_codes);
+    hash_queries(p, row, hashing, BESIDE ? fresh.end - fresh.first : 0, shared_planes, fresh_codes);
 #if !BESIDE
-    hash_fresh(p, row, fresh, fresh_keys, weights, fresh_codes);
+    hash_fresh(p, row, fresh, fresh_keys, fresh_codes);
 #endif
 #elif FUSED
-    hash_queries(p, row, weights, 0, shared_planes, nullptr);
+    hash_queries(p, row, hashing, 0, shared_planes, nullptr);
 #else
     make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
                     + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
@@ -186,7 +191,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Weights& wei
     order_t* to = part.keys + mine + shift;
     const char* next = from + AHEAD * hop;
     int slot = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int before = 0; before < padded; before += stride, mine += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
         u32 distance[KEYS];

@@ -3,6 +3,8 @@
 // No further pass over the codes: sums over the histograms of all parts give the threshold and how
 // many keys at it win, those of the parts before give the rank of a part's first selected key, and the
 // largest says whether parts select alike. Ranks count selected keys in ascending order of position.
+//
+// FETCHES: while parts wait for one another's sums, keys and values of likely winners come nearer.
 
 #include "scan.cu"
 
@@ -25,12 +27,23 @@ INLINE const count_t* sums(const char* exchange, int round) {
 // Two sums of a part, as they are read. JOINED 2: they are larger by 1, and zero until they come.
 #if NARROW
 typedef u32 pair_t;
-INLINE bool has_come(pair_t v) { return (v & 0xffff) && v >> 16; }
-INLINE u32 sum_of(pair_t v, int i) { return (i ? v >> 16 : v & 0xffff) - (JOINED == 2); }
+INLINE u32 one_of(pair_t v, int i) { return i ? v >> 16 : v & 0xffff; }
+INLINE pair_t smaller(pair_t v, pair_t w) { return __vminu2(v, w); }
+INLINE pair_t larger(pair_t v, pair_t w) { return __vmaxu2(v, w); }
+// What pairs add up to; sums of the first ones carry into those of the second.
+struct Total { u32 both, second; };
+INLINE void add(Total& total, pair_t v) { total.both += v, total.second += v >> 16; }
+INLINE u32 one_of(const Total& total, int i) {
+    return i ? total.second : total.both - (total.second << 16);
+}
 #else
 typedef uint2 pair_t;
-INLINE bool has_come(pair_t v) { return v.x && v.y; }
-INLINE u32 sum_of(pair_t v, int i) { return (i ? v.y : v.x) - (JOINED == 2); }
+INLINE u32 one_of(pair_t v, int i) { return i ? v.y : v.x; }
+INLINE pair_t smaller(pair_t v, pair_t w) { return {min(v.x, w.x), min(v.y, w.y)}; }
+INLINE pair_t larger(pair_t v, pair_t w) { return {max(v.x, w.x), max(v.y, w.y)}; }
+struct Total { u32 first, second; };
+INLINE void add(Total& total, pair_t v) { total.first += v.x, total.second += v.y; }
+INLINE u32 one_of(const Total& total, int i) { return i ? total.second : total.first; }
 #endif
 
 // Leave the sums of this part for all, and in this block's shared memory.
@@ -63,6 +76,48 @@ INLINE void leave_sums(const Params& p, const Row& row, int round) {
     if (threadIdx.x < 2) leave(BINS + threadIdx.x, all);
 }
 
+// Warps that look at sums of all parts, two digits a lane.
+#define LOOKING min((BINS + 61) / 62, THREADS / 32)
+
+#if FETCHES
+
+INLINE void fetch_row(const data_t* row, int size) {
+#pragma unroll
+    for (int i = 0; i < size; i += 128 / sizeof(data_t)) fetch_line(row + i);
+}
+
+// While others' sums are on their way, and memory is idle, warps that do not look at them have keys and
+// values come nearer: those of a part's likely winners, which are as many of its best as an equal share.
+// More would not come in time, and would only be in the way.
+INLINE void fetch_likely(const Params& p, const Row& row, const Part& part) {
+    const int first = int(threadIdx.x) - 32 * LOOKING, lane = threadIdx.x % 32;
+    const u32 likely = row.budget / PARTS;
+    if (first < 0 || likely > 128 || part.count > 1 << 14) return;
+    const count_t* below = sums(memory, 0);
+    // The largest key that no more are below is one less than there are such.
+    u32 key = 0;
+#pragma unroll
+    for (int bin = 0; bin <= BINS; bin += 32)
+        key += __popc(ballot(bin + lane <= BINS && below[min(bin + lane, BINS)] <= likely));
+    const data_t* keys = reinterpret_cast<const data_t*>(p.keys) + row.batch * p.keys_b
+        + row.kv_head * p.keys_h;
+    const data_t* values = reinterpret_cast<const data_t*>(p.values) + row.batch * p.values_b
+        + row.kv_head * p.values_h;
+#pragma unroll 1
+    for (int i = first; i * VECTOR < part.count; i += THREADS - 32 * LOOKING) {
+        Marks marks = {};
+        mark<true>(marks, reinterpret_cast<const uint4*>(part.keys)[i], 0, key - 1);
+#pragma unroll 1
+        for (u32 left = word_of(marks); left; left &= left - 1) {
+            const i64 position = part.low + i * VECTOR + __ffs(left) - 1;
+            fetch_row(keys + position * p.keys_s, D);
+            fetch_row(values + position * p.values_s, DV);
+        }
+    }
+}
+
+#endif
+
 // Find the threshold. All threads call it, after the scan.
 INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& part) {
     __shared__ Threshold shared;
@@ -85,13 +140,16 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
         if (round == 0) end_phase(SUMS_LEFT);
 #if JOINED < 2
         meet(p, row);
+#elif FETCHES
+        __syncthreads();
+        fetch_likely(p, row, part);
 #endif
         // A lane looks at two digits, and gets the end of the second from the next lane.
         const int lane = threadIdx.x % 32;
 #pragma unroll 1
         for (int first = threadIdx.x / 32 * 62; first < BINS; first += THREADS / 32 * 62) {
             const int bin = min(first + 2 * lane, BINS);
-            pair_t pairs[PARTS];
+            pair_t pairs[PARTS], least;
             // All at once: what takes time is the way there and back. And nothing but looks whether
             // they have come, else the compiler asks for the last when the first have.
             for (u32 tries = 0;; look_again(tries)) {
@@ -99,21 +157,26 @@ INLINE Threshold find_threshold(const Params& p, const Row& row, const Part& par
                 for (int i = 0; i < PARTS; ++i)
                     pairs[i] = peer(reinterpret_cast<const pair_t*>(
                         sums(exchange_of(p, row, i), round) + bin));
-                bool come = true;
+                least = pairs[0];
 #pragma unroll
-                for (int i = 0; i < PARTS; ++i) come &= has_come(pairs[i]);
-                if (JOINED < 2 || !ballot(!come)) break;
+                for (int i = 1; i < PARTS; ++i) least = smaller(least, pairs[i]);
+                if (JOINED < 2 || !ballot(!one_of(least, 0) || !one_of(least, 1))) break;
             }
-            u32 total[3] = {}, before[3] = {}, most[3] = {};
+            Total of_all = {}, of_before = {};
+            pair_t largest = pairs[0];
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i)
+            for (int i = 0; i < PARTS; ++i) {
+                add(of_all, pairs[i]);
+                add(of_before, i < row.part ? pairs[i] : pair_t{});
+                largest = larger(largest, pairs[i]);
+            }
+            u32 total[3], before[3], most[3];
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const u32 theirs = sum_of(pairs[i], c);
-                    total[c] += theirs;
-                    if (i < row.part) before[c] += theirs;
-                    most[c] = max(most[c], theirs);
-                }
+            for (int c = 0; c < 2; ++c) {
+                total[c] = one_of(of_all, c) - (JOINED == 2) * PARTS;
+                before[c] = one_of(of_before, c) - (JOINED == 2) * row.part;
+                most[c] = one_of(largest, c) - (JOINED == 2);
+            }
             total[2] = from_lane(total[0], lane + 1);
             before[2] = from_lane(before[0], lane + 1);
             most[2] = from_lane(most[0], lane + 1);
@@ -225,15 +288,20 @@ struct Own {
 // Scan a row, unless all of its keys are taken, and leave the positions of the selected ones. Codes of
 // fresh keys are made either way. `most`: keys that a block attends to at most, if to its part's own.
 // After it all areas are clear.
-INLINE Own select(const Params& p, const Row& row, Weights& weights, int* list, int most) {
+INLINE Own select(const Params& p, const Row& row, Hashing& hashing, int* list, int most) {
     // Codes of fresh keys are written even so, by the first block of the last token.
     bool writes = FUSED && FRESH > 0 && row.part == 0 && row.token == p.tokens - 1;
     if (row.everything && !writes) {
         wait_for_areas(clear_area(p, row));
+#if FUSED
+        // Weights have come, where something else will be.
+        wait_for_batches<0>();
+        __syncthreads();
+#endif
         return {};
     }
     Part part = find_part(p, row);
-    scan(p, row, part, weights);
+    scan(p, row, part, hashing);
     if (row.everything) return {};
     Threshold found = find_threshold(p, row, part);
     end_phase(THRESHOLD_FOUND);

@@ -73,7 +73,7 @@ def shape_of(
     # Rings of all warps take the shared memory of a second block.
     ringed = problem.op == "sparse_attend" and config["stages"]
     resident = max((256 if ringed else 512) // threads, 1)
-    while resident > 1 and _room(device, resident) < fixed:
+    while resident > 1 and room_of(device, resident) < fixed:
         resident -= 1
     parts, through_memory = config["parts"], config["joined"] == "global"
     if not parts:
@@ -85,10 +85,11 @@ def shape_of(
         # They wait for one another, so all of them must be there.
         parts = max(min(parts, device.sms * resident // max(rows, 1)), 1)
         joined = 2 if parts > 1 else 0
-    return Shape(parts, joined, threads, resident, _room(device, resident))
+    return Shape(parts, joined, threads, resident, room_of(device, resident))
 
 
-def _room(device: Described, resident: int) -> int:
+def room_of(device: Described, resident: int = 1) -> int:
+    """Bytes of shared memory for each of `resident` blocks of a multiprocessor."""
     # Without a block's own kilobyte, and what kernels declare statically.
     return (device.shared + 1024) // resident - 1024 - 2048
 

@@ -10,7 +10,7 @@ sparse_attend(const __grid_constant__ Params p) {
     Row row = name_row(p);
     Queries queries;
     load_queries(p, row, 0, queries);
-    look_at_row(p, row);
+    look_at_row(p, row, ask_for_span(p, row));
     row.everything = false;
     const int* list = p.positions + row.batch * p.positions_b + row.head * p.positions_h
         + row.token * p.positions_t;

@@ -19,8 +19,8 @@ def is_aligned(dtype: str, *arrays: View) -> bool:
 
 
 def is_near(*arrays: View) -> bool:
-    """Whether steps between tokens are counts of less than 2**31 elements, as rings take them."""
-    return all(0 <= x.strides[2] < 2**31 for x in arrays)
+    """Whether steps between tokens, and places of tokens in vectors of 8 elements, take 32 bits."""
+    return all(0 <= x.strides[2] < 2**31 and x.shape[2] * x.strides[2] < 2**35 for x in arrays)
 
 
 def write_sparse_attend(

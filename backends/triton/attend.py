@@ -62,9 +62,9 @@ def _attend_tile(
     softcap, members, keys_s, values_s, column,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    CHECKED: tl.constexpr,
+    CHECKED: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over `positions[at:at + N]`.
+    """One step of the online softmax, over `positions[at:at + N]`; `WAITS`: for them, first.
 
     Returns:
         `acc`, `most` and `total` as `attend_positions` does, and which positions are slots [N].
@@ -74,14 +74,15 @@ def _attend_tile(
     depth = tl.arange(0, BLOCK_D)
     rank = at + tl.arange(0, N)
     inside = rank < end
+    wait_for_previous(WAITS)
     position = tl.load(positions + rank, mask=inside & (contiguous == 0), other=-1)
     position = tl.where(inside & (contiguous != 0), origin + rank, position)
     if CHECKED:
         inside = (position >= 0) & (position < slots)
-    position = position.to(tl.int64)
     logits = tl.zeros([M, N], tl.float32)
-    key_rows = keys + position[:, None] * (keys_s * VECTOR) + depth[None, :]
-    value_rows = values + position[:, None] * (values_s * VECTOR) + lanes[None, :]
+    # Products are as wide as steps are.
+    key_rows = keys + (position * keys_s).to(tl.int64)[:, None] * VECTOR + depth[None, :]
+    value_rows = values + (position * values_s).to(tl.int64)[:, None] * VECTOR + lanes[None, :]
     value_mask = inside[:, None]
     if DV % BLOCK_V != 0:
         value_mask = value_mask & (lanes < DV)[None, :]
@@ -135,7 +136,8 @@ def attend_positions(
 ):  # fmt: skip
     """Online softmax of up to M heads at `q` over `positions[first:end]`, or origin + rank.
 
-    Where launches overlap, it waits for the positions, with the queries on their way. `CHECKED`:
+    Where launches overlap, it waits for the positions, with the queries on their way: as late as it
+    can, since what stands behind a wait is computed behind it. `CHECKED`:
     positions may be negative, or otherwise no slots, and are then skipped. `STAGES` 0: there are no
     more than `N` of them, and no loop.
 
@@ -153,12 +155,14 @@ def attend_positions(
     query = 0.0
     if BLOCK_D >= D:
         query = tl.load(q, mask=(member < members)[:, None] & (depth < D)[None, :], other=0.0)
-    wait_for_previous(OVERLAPPED)
+    # Where tiles are pipelined, nothing may stand between their loads.
+    WAITS: tl.constexpr = OVERLAPPED and STAGES < 2
+    wait_for_previous(OVERLAPPED and STAGES > 1)
     if STAGES == 0:
         acc, most, total, inside = _attend_tile(
             acc, most, total, query, q, keys, values, positions, first, end, contiguous, origin,
             slots, scale, softcap, members, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED,
+            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, WAITS,
         )  # fmt: skip
         found = inside.to(tl.int32)
     else:
@@ -166,10 +170,12 @@ def attend_positions(
             acc, most, total, inside = _attend_tile(
                 acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin,
                 slots, scale, softcap, members, keys_s, values_s, column,
-                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED,
+                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, WAITS,
             )  # fmt: skip
             if CHECKED:
                 found |= inside.to(tl.int32)
+        # Launches wait for one another in a chain, which an empty share must not leave.
+        wait_for_previous(WAITS)
     any_key = (first < end).to(tl.int32)
     if CHECKED:
         any_key = tl.max(found)

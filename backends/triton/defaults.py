@@ -15,6 +15,8 @@ Knobs, in the order in which a decode step meets them:
     adders                whether bits are added up before popcounts count them
     histogram             counters: by warp ballots, or by atomics in shared memory
     select_tile, select_warps  stored keys a step of the search for positions
+    fetch                 whether that asks for selected keys, so that the attention finds them in
+                          the second-level cache
     splits, keys          shares of the selected keys, and keys a step of the attention
     warps                 of the attention
     stages                tiles of keys and values that it has on their way; 1: in registers, both
@@ -27,6 +29,7 @@ Knobs, in the order in which a decode step meets them:
 
 from __future__ import annotations
 
+from hata.arrays import ITEMSIZE
 from hata.backend import Config
 from hata.problem import Problem, pow2
 
@@ -60,8 +63,18 @@ KNOBS = {
     "encode": ENCODE,
     "hamming_topk": SCAN,
     "sparse_attend": {**ATTEND, **OVERLAP},
-    "hash_attend": {**STEP, **SCAN, **ATTEND, **OVERLAP, "early": ("none", "merge", "all")},
+    "hash_attend": {
+        **STEP,
+        **SCAN,
+        "fetch": (False, True),
+        **ATTEND,
+        **OVERLAP,
+        "early": ("none", "merge", "all"),
+    },
 }
+
+# Selected keys that fit the second-level cache of a large GPU, with room for what else is read.
+_FETCHED = 20 << 20
 
 
 def share(total: int, most: int) -> int:
@@ -122,7 +135,9 @@ def of(problem: Problem) -> Config:
     }
     if problem.op == "sparse_attend":
         return attend
-    step = {"columns": 32, "encode_warps": 8, **scan, **attend}
+    # Bytes of selected keys. Many more would still be on their way, and others in the way of them.
+    size = rows * problem.k * problem.head_dim * ITEMSIZE[problem.dtype]
+    step = {"columns": 32, "encode_warps": 8, **scan, "fetch": size <= _FETCHED, **attend}
     if short:
         # Without the loop, too many programs that wait would find room on one multiprocessor.
         return {**step, "stages": 1, "early": "all"}

@@ -148,8 +148,8 @@ def write_hamming_topk(
         bind_select(config, how, heads, parts, single, True, False),
         rows * parts,
         plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters,
-        cumulated, state, below, *spans, tokens, slots, *span_steps, limits[0], at.scores_row,
-        *limits[1:], 0,
+        cumulated, state, below, *spans, plan.address(None, "*i32"), tokens, slots, *span_steps,
+        limits[0], at.scores_row, *limits[1:], *[0] * 4,
     )  # fmt: skip
 
 

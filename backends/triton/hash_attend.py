@@ -26,7 +26,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
+from hata.arrays import ITEMSIZE, Framework
 from hata.backend import Budget, Config
 from hata.problem import Problem
 
@@ -61,7 +61,7 @@ from .plan import (
     words,
 )
 from .scan import bind_scan
-from .select import bind_select
+from .select import Fetched, bind_select
 
 
 @triton.jit
@@ -191,12 +191,14 @@ def write_hash_attend(
     )
     data, result = data_pointer(dtype, wide), result_types(dtype)
     key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
+    key_step = row_step_type(key_strides[2], slots)
+    fetched = Fetched(data, key_step, wide, depth * ITEMSIZE[dtype] * bool(config["fetch"]))
     attend = bind(
         _hash_attend_kernel,
         (
             data, data, data, *result, "*i32", "*i32", "*i32",
             *["i32"] * 8, "i64", "i32", "i32", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
-            row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
+            key_step, "i64", "i64", row_step_type(value_strides[2], slots),
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
          "STAGES": stages, "ALONE": splits == 1, "SINGLE": single, "EARLY": early != "none",
@@ -240,10 +242,13 @@ def write_hash_attend(
             kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
         )  # fmt: skip
     plan.launch(
-        bind_select(config, how, kv_heads, parts, single, False, overlapped, early == "all"),
+        bind_select(
+            config, how, kv_heads, parts, single, False, overlapped, early == "all", fetched
+        ),
         rows * parts,
         positions, words_of_scores, counters, cumulated, state, below, *spans,
-        tokens, slots, *span_steps, limits[0], at.scores_row, *limits[1:], dense_below,
+        plan.address(keys, data), tokens, slots, *span_steps, limits[0], at.scores_row, *limits[1:],
+        dense_below, *key_strides,
     )  # fmt: skip
     plan.launch(
         attend,

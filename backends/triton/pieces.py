@@ -7,6 +7,7 @@ the smallest win: summed distances, or reversed order-preserving bits of a float
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
 
 # ruff: noqa: RUF005 (jitted bodies: the compiler knows fewer forms than Python)
 
@@ -56,8 +57,22 @@ def keep_order():
     A barrier of a warp costs nothing, but loads are not moved over it.
     """
     if NATIVE:
-        sync: tl.constexpr = "bar.warp.sync 0xffffffff; mov.b32 $0, $1;"
-        tl.inline_asm_elementwise(sync, "=r,r", [0], tl.int32, False, 1)
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [0], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def fetch_rows(rows, chosen, BYTES: tl.constexpr):
+    """Have the `chosen` ones of `rows`, of `BYTES` bytes each, come to the second-level cache."""
+    if NATIVE:
+        address = rows.to(tl.int64, bitcast=True)
+        for line in tl.static_range((BYTES + 127) // 128):
+            tl.inline_asm_elementwise(
+                "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; "
+                "@wanted prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                "=r,l,r", [address + line * 128, chosen], tl.int32, False, 1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -183,7 +198,8 @@ def visible(lengths, starts, length_step, start_step, batch, token, tokens, slot
     length = tl.load(lengths + batch * length_step, mask=length_step >= 0, other=slots)
     start = tl.load(starts + batch * start_step, mask=start_step >= 0, other=0)
     start = tl.maximum(start, 0)
-    stop = tl.minimum(length, slots) - (tokens - 1 - token)
+    # Below zero is none; from far below, what is subtracted would lead past the other end.
+    stop = tl.minimum(tl.maximum(length, 0), slots) - (tokens - 1 - token)
     return start, tl.maximum(stop, start)
 
 
@@ -270,12 +286,12 @@ def read_shared(address, BINS: tl.constexpr):
 
 
 @triton.jit
-def find_bin(histogram, need, BINS: tl.constexpr):
+def find_bin(histogram, need):
     """The bin that holds the `need`-th smallest key, and how many to take from it.
 
-    Bin `BINS` stands for all that lies above the counted ones.
+    A bin more than there are stands for all that lies above the counted ones.
     """
-    upto = tl.cumsum(tl.load(histogram + tl.arange(0, BINS)), axis=0)
+    upto = tl.cumsum(histogram, axis=0)
     # Bins that end before the key sought come first, and their counts only grow.
     before = upto < need
     return tl.sum(before.to(tl.int32)), need - tl.max(tl.where(before, upto, 0))

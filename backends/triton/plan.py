@@ -96,9 +96,9 @@ def code_steps(unit: int, vector: int) -> int:
     return 1 if unit == 1 else 4 * vector
 
 
-def row_step_type(step: int) -> str:
-    """Type of the step between the rows of a head: 32 bits save work wherever they are enough."""
-    return "i32" if abs(step) < 1 << 17 else "i64"
+def row_step_type(step: int, rows: int = 1 << 14) -> str:
+    """Type of the step between `rows` of a head: 32 bits save work wherever they are enough."""
+    return "i32" if abs(step) * rows < 1 << 31 else "i64"
 
 
 def norm_steps(fw: Framework, norms: Any) -> tuple[int, ...]:

@@ -225,7 +225,7 @@ def _refine_kernel(
         if ROUND > 1:
             prefix = tl.load(state + (row * 3 + ROUND - 1) * 2)
             need = tl.load(state + (row * 3 + ROUND - 1) * 2 + 1)
-        digit, need = find_bin(bins_row + (ROUND - 1) * BINS, need, BINS)
+        digit, need = find_bin(tl.load(bins_row + (ROUND - 1) * BINS + tl.arange(0, BINS)), need)
         prefix = (prefix << DIGIT) | digit
         tl.store(state + (row * 3 + ROUND) * 2, prefix, mask=part == 0)
         tl.store(state + (row * 3 + ROUND) * 2 + 1, need, mask=part == 0)

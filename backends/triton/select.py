@@ -13,6 +13,8 @@ a vector, two bits a key; all else is work on masks, which give up their few bit
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportAssignmentType=false
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ from .launch import Bound, bind
 from .pieces import (
     ALIGN,
     budget_of,
+    fetch_rows,
     find_bin,
     keep_order,
     let_next_start,
@@ -41,11 +44,11 @@ _TOPS = tl.constexpr(0x80008000)
 
 @triton.jit
 def _locate(
-    counters, cumulated, state, below, start, stop, budget, sink, recent, part,
+    histogram, cumulated, state, below, start, stop, budget, sink, recent, part,
     ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
     PART_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Threshold of a row and what lies before a part; pointers are the row's own.
+    """Threshold of a row and what lies before a part; all are the row's own.
 
     Returns:
         `threshold`, `ties` (how many keys at the threshold win), and how many keys before the part
@@ -56,7 +59,7 @@ def _locate(
     if ROUNDS > 1:
         prefix = tl.load(state + (ROUNDS - 1) * 2)
         need = tl.load(state + (ROUNDS - 1) * 2 + 1)
-    digit, ties = find_bin(counters + (ROUNDS - 1) * BINS, need, BINS)
+    digit, ties = find_bin(histogram, need)
     threshold = ((prefix << DIGIT) | digit).to(tl.uint32, bitcast=True)
     other = tl.arange(0, PARTS)
     low, high = part_of(start, stop, other, PARTS, PART_TILE)
@@ -119,25 +122,31 @@ def _compare(words, threshold, TILE: tl.constexpr, ROUNDS: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    out, scores, counters, cumulated, state, below, lengths, starts,
+    out, scores, counters, cumulated, state, below, lengths, starts, keys,
     tokens, slots, length_step, start_step, k, scores_row, ratio, least, sink, recent, dense_below,
+    keys_b, keys_h, keys_s,
     HEADS: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
     PARTS: tl.constexpr, PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
-    SINGLE: tl.constexpr, EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
+    VECTOR: tl.constexpr, KEY_BYTES: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Positions of one row, ascending, and with `PAD` then -1; one program a part.
 
-    Without `PAD` nothing is written for a row whose visible keys are all taken.
+    Without `PAD` nothing is written for a row whose visible keys are all taken. With `KEY_BYTES`,
+    selected rows of `keys`, of so many bytes, are asked for on the way, so that the attention finds
+    them in the second-level cache.
     """
     let_next_start(OVERLAPPED & EARLY)
     part = tl.program_id(0) % PARTS
     row = tl.program_id(0) // PARTS
-    batch, _, token = place_of(row, HEADS, tokens, SINGLE)
+    batch, head, token = place_of(row, HEADS, tokens, SINGLE)
     row = row.to(tl.int64)
     start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
     seen = stop - start
     budget = budget_of(seen, k, ratio, least)
     everything = seen <= tl.maximum(budget, dense_below)
+    if KEY_BYTES > 0:
+        keys += (batch * keys_b + head * keys_h) * VECTOR
     low, high = part_of(start, stop, part, PARTS, PART_TILE)
     out += row * k
     if PAD:
@@ -149,17 +158,20 @@ def _select_kernel(
             rank = at + tl.arange(0, TILE)
             mask = rank < tl.minimum(first + part * share + share, k)
             tl.store(out + rank, tl.where(rank < taken, start + rank, -1), mask=mask)
-    wait_for_previous(OVERLAPPED)
     if (low < high) & (everything == 0):
         PACKED: tl.constexpr = 2 if ROUNDS == 1 else 1
         scores += row * scores_row * (ALIGN // PACKED)
-        # In units of aligned positions, so that keys are loaded in whole vectors. The first tile is
-        # on its way while the threshold is found.
+        # In units of aligned positions, so that keys are loaded in whole vectors.
         unit = low // ALIGN
+        bins = counters + (row * ROUNDS + ROUNDS - 1) * BINS + tl.arange(0, BINS)
+        # As late as it can: what stands behind a wait is computed behind it.
+        wait_for_previous(OVERLAPPED)
+        histogram = tl.load(bins)
+        # The first tile is on its way while the threshold is found.
         words = _load_keys(scores, unit, high, TILE, ROUNDS)
         keep_order()
         threshold, ties, smaller_before, equal_before = _locate(
-            counters + row * (ROUNDS * BINS), cumulated + row * PARTS * BINS, state + row * 6,
+            histogram, cumulated + row * PARTS * BINS, state + row * 6,
             below + row * PARTS, start, stop, budget, sink, recent, part,
             ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
         )  # fmt: skip
@@ -189,13 +201,38 @@ def _select_kernel(
                 is_equal = ((equals & lowest) != 0).to(tl.int32)
                 chosen = (left != 0) & ((is_equal == 0) | (equal_rank < ties))
                 place = popcount((lowest - 1).to(tl.uint32)) >> 1
-                tl.store(out + rank, origin + place, mask=chosen)
+                position = origin + place
+                tl.store(out + rank, position, mask=chosen)
+                if KEY_BYTES > 0:
+                    key_row = keys + (position * keys_s).to(tl.int64) * VECTOR
+                    fetch_rows(key_row, chosen.to(tl.int32), KEY_BYTES)
                 rank += chosen.to(tl.int32)
                 equal_rank += is_equal
                 left = left & (left - 1)
             total = tl.sum(counts)
             smaller_before += total & 0xFFFF
             equal_before += total >> 16
+    else:
+        wait_for_previous(OVERLAPPED)
+
+
+class Fetched(NamedTuple):
+    """Keys that the search for positions asks for.
+
+    Attributes:
+        pointer: Type of their pointer.
+        step: Type of a step between rows.
+        vector: Elements in a unit of steps.
+        size: Bytes of a row; 0: none are asked for.
+    """
+
+    pointer: str
+    step: str
+    vector: int
+    size: int
+
+
+NO_KEYS = Fetched("*i32", "i32", 1, 0)
 
 
 def bind_select(
@@ -207,14 +244,17 @@ def bind_select(
     padded: bool,
     overlapped: bool,
     early: bool = False,
+    keys: Fetched = NO_KEYS,
 ) -> Bound:
     """The launch that writes positions."""
     return bind(
         _select_kernel,
-        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, *["i32"] * 6, "i64", *["i32"] * 4),
+        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, keys.pointer, *["i32"] * 6, "i64", *["i32"] * 4,
+         "i64", "i64", keys.step),
         {"HEADS": heads, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
          "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": padded,
-         "EARLY": early, "SINGLE": single, "OVERLAPPED": overlapped},
+         "VECTOR": keys.vector, "KEY_BYTES": keys.size, "EARLY": early, "SINGLE": single,
+         "OVERLAPPED": overlapped},
         config["select_warps"],
         overlapped=overlapped,
     )  # fmt: skip

@@ -110,7 +110,8 @@ def write_sparse_attend(
         (
             data, data, data, "*i32", *result,
             *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 5,
-            row_step_type(key_strides[2]), "i64", "i64", row_step_type(value_strides[2]),
+            row_step_type(key_strides[2], slots), "i64", "i64",
+            row_step_type(value_strides[2], slots),
             *["i64"] * 3,
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,

@@ -87,6 +87,9 @@ class ValueFaults(Properties):
         self.check_all(kit, case)
         self.check_all(kit, changed(case, tokens=3, fresh=5))
         self.check_all(kit, changed(case, lengths=5, starts=2, lengths_dtype=length_dtype))
+        # Far below zero, where what is taken off a length for earlier queries must not wrap around.
+        lengths = (-(2**31), 1 - 2**31, -1, 40)
+        self.check_all(kit, changed(case, lengths=lengths, tokens=3, fresh=5))
 
     def test_fault_09_row_that_sees_nothing(self, kit: Kit) -> None:
         case = changed(SMALL, lengths=(40, 10), starts=(40, 30), sinks=True, tokens=2, fresh=3)

@@ -58,6 +58,12 @@ static inline u32 __byte_perm(u32 a, u32 b, u32 pick) {
     return out;
 }
 
+template <typename F> u32 for_halves(u32 x, u32 y, F f) {
+    return f(x & 0xffff, y & 0xffff) | f(x >> 16, y >> 16) << 16;
+}
+static inline u32 __vminu2(u32 x, u32 y) { return for_halves(x, y, min<u32>); }
+static inline u32 __vmaxu2(u32 x, u32 y) { return for_halves(x, y, max<u32>); }
+
 struct Index { u32 x; };
 static thread_local Index threadIdx, blockIdx;
 static thread_local char* memory;
@@ -253,6 +259,17 @@ INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
         x[i] = reinterpret_cast<const u32*>(m->left[n][8 * i + g][0])[j];
 }
 
+INLINE void load_transposed(u32 (&x)[4], const uint4* row) {
+    Meeting* m = warp();
+    u32 n = come(m, lane_id(), u64(row));
+    int g = lane_id() / 4, j = lane_id() % 4;
+    for (int i = 0; i < 4; ++i) {
+        u32 low = reinterpret_cast<const u16*>(m->left[n][8 * i + 2 * j][0])[g];
+        u32 high = reinterpret_cast<const u16*>(m->left[n][8 * i + 2 * j + 1][0])[g];
+        x[i] = low | high << 16;
+    }
+}
+
 INLINE u32 transpose(u32 x) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), x);
@@ -286,6 +303,8 @@ template <int LEFT> void wait_for_batches() {
 }
 template <typename T> T __ldcg(const T* p) { T x; memcpy(&x, (const void*)p, sizeof(T)); return x; }
 static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
+
+INLINE void fetch_line(const void* at) {}
 
 INLINE char* in_block(char* p, u32 rank) {
     return here->cluster->memories[rank].data() + (p - memory);
