@@ -1,6 +1,7 @@
 // Attention over gathered keys, by all blocks of a row; the heads of a group share every key.
 //
-// Each block takes an equal share of the row's ranks, whichever parts of the row they lie in. Warps
+// Each block takes an equal share of the row's ranks, whichever parts of the row they lie in, or what its
+// own part selects (`most_apart`). Warps
 // (gather.cu), then parts, leave a maximum, a sum and an unnormalised output, which are merged in a
 // fixed order. Of a row's output every part merges a slice: within a cluster the others write what it
 // needs into its memory, elsewhere it fetches that.
@@ -65,7 +66,7 @@ template <int COUNT> INLINE Weighed weigh(float peak, float sum) {
 // What a part without keys leaves as its sum.
 #define NO_KEYS -1.f
 
-// The bits of a float, of zero those of a negative one.
+// The bits of a float, of zero those of -0.
 INLINE u32 never_zero(float x) {
     const u32 bits = __float_as_uint(x);
     return bits ? bits : 0x80000000u;
@@ -192,7 +193,7 @@ INLINE void attend_pass(const Params& p, const Row& row, const Share& share, int
 
 // Keys of a part's own up to which its block attends to them rather than to an equal share: half more
 // than that is, but not another round of its warps; where another meeting costs more than that, a
-// quarter more and half a round.
+// quarter more and 64.
 INLINE int most_apart(const Row& row) {
     const int size = share_size(row);
 #if JOINED == 2

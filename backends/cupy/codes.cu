@@ -11,7 +11,7 @@
 // FUSED: codes are made here. FRESH: how many fresh keys there are. SAME: keys and queries have one
 // projection.
 
-// Fresh keys of a part: codes and norms, and where they stand.
+// Fresh keys of a part.
 struct Fresh {
     // Positions [first, end) in this block's care; of the row, the fresh ones begin at `from`.
     int from, first, end;
@@ -59,7 +59,7 @@ INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
 #define QUERY_TILES ((GROUP + 7) / 8)
-// Vectors of 8 bits in a row of weights.
+// Vectors of 16 bytes, so of weights of 8 bits, in a row.
 #define BIT_VECTORS (R / 8)
 // Whether fresh keys take columns that queries leave free, and so cost no products of their own.
 #define BESIDE (FRESH > 0 && SAME && 8 * QUERY_TILES - GROUP >= FRESH)
@@ -87,7 +87,7 @@ INLINE Projection of_queries(const Params& p, const Row& row) {
             p.query_bias, p.query_bias_kind, row.kv_head * p.query_bias_h};
 }
 
-// Where 8 bits of a dimension lie, so that the 8 rows of a matrix (see `signs_of`) meet all banks.
+// Where a dimension's weights of 8 bits lie, so that the 8 rows of a matrix (see `signs_of`) meet all banks.
 INLINE uint4* place_of_weights(u32 d, u32 eight) {
     uint4* weights = reinterpret_cast<uint4*>(memory + EXCHANGE + QUERIES + COUNTERS + RING);
     return weights + d * BIT_VECTORS + (eight ^ (BIT_VECTORS % 8 ? d / 8 % 4 : d / 8 % 4 * 2 + d % 2));

@@ -10,8 +10,9 @@
 // LISTED: where the positions of a block's share lie in its shared memory; 0: all of a row's lie in
 // global memory.
 
-// Where memory is idle for long enough, and keys to select by are at hand.
-#define FETCHES (JOINED == 2 && ROUNDS == 1 && !SPILL)
+// Where memory is idle for long enough, keys to select by are at hand, and enough warps (of those that
+// do not look at sums, 62 digits a warp) to ask for all in time.
+#define FETCHES (JOINED == 2 && ROUNDS == 1 && !SPILL && (BINS + 61) / 62 + 4 <= THREADS / 32)
 
 #include "ptx.cu"
 #include "vectors.cu"

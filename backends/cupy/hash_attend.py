@@ -83,8 +83,8 @@ def write_hash_attend(
     fused = bool(config["fused"]) and q_codes is None and fresh <= MOST_FRESH
     fused = fused and may_fuse(dtype, group, projection, query_projection)
     fused = fused and fixed + weights + ROOM_LEFT <= room_of(plan.device)
-    if fused:
-        fixed += weights
+    weights *= fused
+    fixed += weights
     overlap = bool(config["overlap"]) and plan.device.architecture >= 90 and not fused
     jobs = []
     if q_codes is not None:
@@ -148,11 +148,11 @@ def write_hash_attend(
     aligned = is_aligned(dtype, q, keys, values)
     attended = attending(
         shape, problem, heads // kv_heads, aligned, is_near(keys, values), softcap is not None,
-        config["stages"], max(shape.threads // 64, 1), scanned,
+        config["stages"], max(shape.threads // 64, 1), scanned, weights,
     )  # fmt: skip
     launch_rows(
         plan, "hash_attend", problem, config, shape, rows, fields, scanned, attended, more, overlap,
-        weights * fused,
+        weights,
     )  # fmt: skip
 
 

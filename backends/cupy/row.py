@@ -126,15 +126,16 @@ def attending(
     stages: int,
     ringed: int,
     selected: Selecting | None = None,
+    weights: int = 0,
 ) -> Attending:
     """Which attention a call takes, for `members` heads that share keys.
 
     Where there is room, `ringed` warps of a block attend, with `stages` of keys and values on
     their way to shared memory; else all do, with plain loads. What can be copied so are rows that
     are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). Of the
-    same kernel, `selected` comes before.
+    same kernel, `selected` comes before, with `weights` bytes of a projection.
     """
-    sums, counters = (4 * selected.sums, 4 * selected.bins) if selected else (0, 0)
+    sums, counters = (4 * selected.sums, 4 * selected.bins + weights) if selected else (0, 0)
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
     if not (aligned and near and chunks):
@@ -272,7 +273,7 @@ def launch_rows(
     exchange = lines(exchange)
     if attending is not None:
         positions = list_size(fields["k"], shape.parts)
-        needed = exchange + positions + queries + max(shared, counters) + 2 * LINE
+        needed = exchange + positions + queries + max(shared, counters + weights) + 2 * LINE
         if positions <= MOST_LISTED and needed <= shape.room:
             listed = max(exchange, LINE)
             exchange = lines(listed + positions)

@@ -191,7 +191,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Hashing& has
     order_t* to = part.keys + mine + shift;
     const char* next = from + AHEAD * hop;
     int slot = 0;
-#pragma unroll 1
+#pragma unroll (KEYS > 1 ? 2 : 1)
     for (int before = 0; before < padded; before += stride, mine += stride, to += stride) {
         wait_for_batches<AHEAD - 1>();
         u32 distance[KEYS];
@@ -244,9 +244,8 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Hashing& has
 #if FUSED && FRESH > 0
     // A warp takes a fresh key.
 #pragma unroll 1
-    for (int position = fresh.first + int(threadIdx.x / 32); position < fresh.end;
-         position += THREADS / 32) {
-        const int i = position - fresh.first;
+    for (int i = threadIdx.x / 32; i < fresh.end - fresh.first; i += THREADS / 32) {
+        const int position = fresh.first + i;
         const u32 distance = distance_by_warp(fresh_codes + i * W, planes, shared_planes);
         // A row of which all is taken has no keys to select by, nor room for so many.
         if (threadIdx.x % 32 > 0 || row.everything) continue;

@@ -94,7 +94,7 @@ INLINE void fetch_likely(const Params& p, const Row& row, const Part& part) {
     const u32 likely = row.budget / PARTS;
     if (first < 0 || likely > 128 || part.count > 1 << 14) return;
     const count_t* below = sums(memory, 0);
-    // The largest key that no more are below is one less than there are such.
+    // How many keys to select by have no more below them; one less is the largest of these.
     u32 key = 0;
 #pragma unroll
     for (int bin = 0; bin <= BINS; bin += 32)
@@ -200,7 +200,7 @@ struct Pen {
     int* list;
     int rank;
 #if LISTED && JOINED == 1
-    // The first rank of the next part.
+    // Ranks of a part, which part that is, and the first rank of the next one.
     int size, part, end;
 #endif
 };

@@ -90,6 +90,8 @@ class ValueFaults(Properties):
         # Far below zero, where what is taken off a length for earlier queries must not wrap around.
         lengths = (-(2**31), 1 - 2**31, -1, 40)
         self.check_all(kit, changed(case, lengths=lengths, tokens=3, fresh=5))
+        # Starts behind all slots, up to the largest, from which on nothing may be counted up.
+        self.check_all(kit, changed(case, starts=(2**31 - 1, 2**31 - 2, 5, 0), tokens=3, fresh=5))
 
     def test_fault_09_row_that_sees_nothing(self, kit: Kit) -> None:
         case = changed(SMALL, lengths=(40, 10), starts=(40, 30), sinks=True, tokens=2, fresh=3)

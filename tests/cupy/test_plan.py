@@ -193,7 +193,13 @@ def test_old_gpus_meet_through_global_memory(device):
     assert given["arrivals"] - given["exchange"] >= launch.grid * macros["SEEN"]
 
 
-def test_blocks_that_wait_for_one_another_all_find_room(device):
+# The latter: weights leave less room for positions than histograms do.
+@pytest.mark.parametrize(
+    ("sizes", "k"),
+    [({"slots": 2**13, "kv_heads": 4}, 512),
+     ({"slots": 2**15, "kv_heads": 8, "dim": 64, "bits": 256}, 8192)],
+)  # fmt: skip
+def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
     """Whatever is asked for, and where histograms leave room for fewer blocks than planned."""
     for architecture, norms in itertools.product((80, 86, 90), (False, True)):
         described = devices.Described(architecture)
@@ -201,12 +207,12 @@ def test_blocks_that_wait_for_one_another_all_find_room(device):
         device.sms, device.shared = described.sms, described.shared
         plan._plans.clear()
         device.launched.clear()
-        arguments = step(batch=4, slots=2**13, heads=64, kv_heads=4)
+        arguments = {**step(batch=4, heads=64, **sizes), "k": k}
         if norms:
             arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
         for parts, threads in itertools.product((0, 4, 8, 16, 32), (128, 256, 512)):
             with using("hash_attend", parts=parts, threads=threads, joined="global"):
-                hata.hash_attend(**arguments)
+                hata.hash_attend(**arguments, fresh=1)
         rows = [launch for launch, _ in device.launched if launch.kernel.name == "hash_attend"]
         for launch in rows:
             room = (device.shared + 1024) // (launch.shared + 2048 + 1024)
