@@ -1,10 +1,9 @@
 // Attention over gathered keys, by all blocks of a row; the heads of a group share every key.
 //
 // Each block takes an equal share of the row's ranks, whichever parts of the row they lie in, or what its
-// own part selects (`most_apart`). Warps
-// (gather.cu), then parts, leave a maximum, a sum and an unnormalised output, which are merged in a
-// fixed order. Of a row's output every part merges a slice: within a cluster the others write what it
-// needs into its memory, elsewhere it fetches that.
+// own part selects (`most_apart`). Warps (gather.cu), then parts, leave a maximum, a sum and an unnormalised
+// output, which are merged in a fixed order. Of a row's output every part merges a slice: within a cluster
+// the others write what it needs into its memory, elsewhere it fetches that.
 //
 // JOINED 2: from AREA on, an exchange area holds what is merged, of every pass.
 

@@ -28,33 +28,6 @@ INLINE Fresh find_fresh(const Params& p, const Row& row, int low, int high) {
     return fresh;
 }
 
-// How many codes of a group have a bit set; they are `step` bytes apart.
-INLINE int count_of(const u8* codes, i64 step, int bit) {
-    int count = 0;
-    if (bit < R)
-        for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
-    return count;
-}
-
-// Planes of a row's query codes, which are `step` bytes apart, in shared memory.
-INLINE void make_planes(const u8* codes, i64 step, u32* planes) {
-#pragma unroll 1
-    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
-        const int count = count_of(codes, step, bit);
-        const u32 bits = plane_bits(count);
-        const bool writes = bit < R && bit % 32 == 0;
-        for (int plane = 0; plane < PLANE_COUNT; ++plane) {
-            u32 word = ballot(bits >> plane & 1);
-            if (writes) planes[plane * W + bit / 32] = word;
-        }
-#if BINARY
-        const u32 sum = sum_of_warp(u32(count));
-        if (writes) planes[BITS * W + bit / 32] = sum;
-#endif
-    }
-    __syncthreads();
-}
-
 #if FUSED
 
 #define WEIGHT_CHUNKS ((D + 31) / 32)
@@ -286,7 +259,47 @@ INLINE void store_fresh(const Params& p, const Row& row, const Fresh& fresh, con
 
 #else
 
-struct Hashing {};
-INLINE void begin_hashing(const Params& p, const Row& row, Hashing& hashing) {}
+// How many codes of a group have a bit set; they are `step` bytes apart.
+INLINE int count_of(const u8* codes, i64 step, int bit) {
+    int count = 0;
+    if (bit < R)
+        for (int i = 0; i < GROUP; ++i) count += codes[i * step + bit / 8] >> bit % 8 & 1;
+    return count;
+}
+
+// How many queries set the thread's bit.
+struct Hashing {
+    int count;
+};
+
+INLINE const u8* codes_of_queries(const Params& p, const Row& row) {
+    return reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
+        + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t;
+}
+
+// Before a row's length has come, and codes are on their way, which are many.
+INLINE void begin_hashing(const Params& p, const Row& row, Hashing& hashing) {
+    hashing.count = count_of(codes_of_queries(p, row), p.q_codes_h, threadIdx.x);
+}
+
+// Planes of the queries in shared memory.
+INLINE void make_planes(const Params& p, const Row& row, const Hashing& hashing, u32* planes) {
+#pragma unroll 1
+    for (int bit = threadIdx.x; bit < (R + THREADS - 1) / THREADS * THREADS; bit += THREADS) {
+        const int count =
+            bit < THREADS ? hashing.count : count_of(codes_of_queries(p, row), p.q_codes_h, bit);
+        const u32 bits = plane_bits(count);
+        const bool writes = bit < R && bit % 32 == 0;
+        for (int plane = 0; plane < PLANE_COUNT; ++plane) {
+            u32 word = ballot(bits >> plane & 1);
+            if (writes) planes[plane * W + bit / 32] = word;
+        }
+#if BINARY
+        const u32 sum = sum_of_warp(u32(count));
+        if (writes) planes[BITS * W + bit / 32] = sum;
+#endif
+    }
+    __syncthreads();
+}
 
 #endif

@@ -13,7 +13,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hamming_topk(const __grid_constant__ Params p) {
     end_phase(STARTED);
     Row row = name_row(p);
-    look_at_row(p, row, ask_for_span(p, row));
+    const Span span = ask_for_span(p, row);
+    Hashing hashing;
+    begin_hashing(p, row, hashing);
+    look_at_row(p, row, span);
     end_phase(LENGTH_HAS_COME, row.stop);
     int* list = p.positions + row.index * p.k;
     int taken = min(row.taken, p.k);
@@ -21,7 +24,6 @@ hamming_topk(const __grid_constant__ Params p) {
     int first = row.everything ? 0 : taken;
     for (i64 i = first + row.part * THREADS + threadIdx.x; i < p.k; i += PARTS * THREADS)
         list[i] = i < taken ? row.start + i : -1;
-    Hashing hashing;
     select(p, row, hashing, list, 0);
 #if JOINED == 1
     // Exchange areas must last until all parts have read them.

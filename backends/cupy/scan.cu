@@ -168,9 +168,7 @@ INLINE void scan(const Params& p, const Row& row, const Part& part, Hashing& has
 #elif FUSED
     hash_queries(p, row, hashing, 0, shared_planes, nullptr);
 #else
-    make_planes(reinterpret_cast<const u8*>(p.q_codes) + row.batch * p.q_codes_b
-                    + i64(row.head) * GROUP * p.q_codes_h + row.token * p.q_codes_t,
-                p.q_codes_h, shared_planes);
+    make_planes(p, row, hashing, shared_planes);
 #endif
     end_phase(QUERIES_HASHED);
     const Planes planes = planes_of(shared_planes);
