@@ -115,7 +115,7 @@ def attach(
     if not any(plans):
         warnings.warn(
             f"{type(model).__name__}: no layer will use hash attention; each is dense by its "
-            "selection or has a sliding window",
+            "selection (`dense_layers`, 2 unless given, counts them) or has a sliding window",
             stacklevel=2,
         )
     step = Step()
