@@ -5,6 +5,7 @@
 // all have come, and reads those of the others. A meeting to which some lane never comes stops the
 // process with a message, where a GPU would hang or guess.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <atomic>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -104,13 +106,20 @@ struct Copies {
     std::deque<std::vector<Copy>> batches;
 };
 
+// A context is what it starts with. From then on jumps switch, since these ask nothing of the system.
+struct Fiber {
+    std::unique_ptr<char[]> stack;
+    ucontext_t context;
+    jmp_buf at;
+};
+
 struct Block {
     Cluster* cluster;
     std::vector<Copies> copies;
-    std::vector<ucontext_t> fibers;
+    std::vector<Fiber> fibers;
     std::vector<Meeting*> warps;
     Meeting* all;
-    ucontext_t home;
+    jmp_buf home;
     u64 steps = 0;
     // The meeting of the cluster that this block has come to and not waited for, else none.
     u32 meeting = ~0u;
@@ -120,7 +129,7 @@ static thread_local Block* here;
 
 static void yield() {
     u32 me = threadIdx.x;
-    swapcontext(&here->fibers[me], &here->home);
+    if (_setjmp(here->fibers[me].at) == 0) _longjmp(here->home, 1);
     threadIdx.x = me;
 }
 

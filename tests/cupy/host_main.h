@@ -6,20 +6,37 @@ static thread_local bool finished;
 static void fiber() {
     KERNEL(*argument);
     finished = true;
+    _longjmp(here->home, 1);
+}
+
+// Until it waits for others, or has finished.
+static void run_fiber(Fiber& fiber, bool started) {
+    if (_setjmp(here->home) != 0) return;
+    if (started) _longjmp(fiber.at, 1);
+    setcontext(&fiber.context);
+}
+
+static void make_fiber(Fiber& made) {
+    constexpr size_t STACK = 192 * 1024;
+    // Pages that nothing is written to cost nothing.
+    made.stack.reset(new char[STACK]);
+    getcontext(&made.context);
+    made.context.uc_stack.ss_sp = made.stack.get();
+    made.context.uc_stack.ss_size = STACK;
+    made.context.uc_link = nullptr;
+    makecontext(&made.context, fiber, 0);
 }
 
 static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const Params* params) {
-    constexpr size_t STACK = 192 * 1024;
     Block self;
     self.cluster = cluster;
-    self.fibers.resize(threads);
+    self.fibers = std::vector<Fiber>(threads);
     self.copies.resize(threads);
     Meeting all;
     all.size = threads;
     self.all = &all;
     std::vector<Meeting> warps(threads / 32);
     for (auto& w : warps) self.warps.push_back(&w);
-    std::vector<std::vector<char>> stacks(threads);
     here = &self;
     argument = params;
     blockIdx.x = block;
@@ -37,17 +54,10 @@ static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const 
         for (u32 t = 0; t < threads; ++t) {
             if (done[t]) continue;
             threadIdx.x = t;
-            if (!started[t]) {
-                started[t] = true;
-                stacks[t].resize(STACK);
-                getcontext(&self.fibers[t]);
-                self.fibers[t].uc_stack.ss_sp = stacks[t].data();
-                self.fibers[t].uc_stack.ss_size = STACK;
-                self.fibers[t].uc_link = &self.home;
-                makecontext(&self.fibers[t], fiber, 0);
-            }
+            if (!started[t]) make_fiber(self.fibers[t]);
             finished = false;
-            swapcontext(&self.home, &self.fibers[t]);
+            run_fiber(self.fibers[t], started[t]);
+            started[t] = true;
             if (finished) done[t] = true, --left, ++self.steps;
         }
     }
