@@ -115,7 +115,8 @@ def attach(
     if not any(plans):
         warnings.warn(
             f"{type(model).__name__}: no layer will use hash attention; each is dense by its "
-            "selection (`dense_layers`, 2 unless given, counts them) or has a sliding window",
+            "selection or has a sliding window. One selection for all layers leaves the first 2 "
+            "dense; its dense_layers changes that",
             stacklevel=2,
         )
     step = Step()

@@ -212,7 +212,8 @@ def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
             arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
         for parts, threads in itertools.product((0, 4, 8, 16, 32), (128, 256, 512)):
             with using("hash_attend", parts=parts, threads=threads, joined="global"):
-                hata.hash_attend(**arguments, fresh=1)
+                for fresh in (0, 1):
+                    hata.hash_attend(**arguments, fresh=fresh)
         rows = [launch for launch, _ in device.launched if launch.kernel.name == "hash_attend"]
         for launch in rows:
             room = (device.shared + 1024) // (launch.shared + 2048 + 1024)
