@@ -104,8 +104,13 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """Read a Hugging Face configuration, or any object or mapping with its attributes."""
+        """Read a Hugging Face configuration, or any object or mapping with its attributes.
+
+        Where layers differ, as in Gemma 4, the sizes are those of its full-attention layers.
+        """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if getattr(text, "is_heterogeneous", False) is True:
+            text = _FullAttention(text)
 
         def read(*names: str) -> Any:
             for name in names:
@@ -137,6 +142,25 @@ class ModelShape:
             if getattr(self, f.name) != getattr(other, f.name)
             and not (f.name == "model_type" and "" in (self.model_type, other.model_type))
         ]
+
+
+class _FullAttention:
+    """The configuration of a model whose layers differ, as its full-attention layers see it."""
+
+    def __init__(self, config: Any) -> None:
+        kinds = getattr(config, "layer_types", None) or ()
+        chosen = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        self._config = config
+        self._layers = [config.per_layer_config[i] for i in chosen or range(len(kinds) or 1)]
+
+    def __getattr__(self, name: str) -> Any:
+        found = {getattr(layer, name, None) for layer in self._layers}
+        if len(found) > 1:
+            raise EncoderError(
+                f"config: got layers of full attention that differ in {name}: "
+                f"{', '.join(map(_short, sorted(found, key=repr)))}; expected one size for all"
+            )
+        return found.pop()
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,47 +9,41 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from hata.encoder import Encoder
 from hata.errors import AttachError
-from hata.hf.attention import (
-    NAME,
-    LayerState,
-    Step,
-    eager_function,
-    hash_attention_forward,
-    hash_mask,
-    shares_config,
-    watch_masks,
-)
+from hata.hf import models, passes, report
+from hata.hf.attention import HashedAttention
 from hata.hf.cache import HashDynamicLayer, HashStaticLayer
-from hata.hf.padding import judge
+from hata.hf.intercept import Interception
+from hata.hf.padding import is_known, is_left_padding
 from hata.hf.plan import LayerPlan
 from hata.hf.policy import resolve
+from hata.hf.report import LayerRecord, Record, Report
 from hata.profile import Profile
 from hata.selection import Selection
 from hata.words import ranges
 
-TESTED = ((5, 17), (5, 23))
+TESTED = ((5, 17), (5, 24))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _version_known = False
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     encoder: Encoder | str | os.PathLike[str] = "random",
     *,
     profile: Profile | str | os.PathLike[str] | None = None,
     selection: Selection | Sequence[Selection | None] | None = None,
+    strict: bool = False,
+    check: bool | None = None,
 ) -> Handle:
     """Let a model decode with hash attention.
 
@@ -57,9 +51,12 @@ def attach(
     the keys whose codes are nearest to the query's, where the context is longer than the budget.
     Everything else runs the model's own attention: prefill and every step of several tokens, layers
     with a sliding window, masks with holes, training and any step that records gradients.
+    `handle.report()` tells what each layer did. A planned layer that has to attend densely for a
+    reason that was not planned warns once for each reason.
 
     Args:
-        model: A decoder of transformers whose attention goes through its attention interface.
+        model: A decoder of transformers whose attention goes through its attention interface, or a
+            module that wraps one (`torch.compile(model)`, `DataParallel`, a PEFT model).
         encoder: Path of an encoder file, a `hata.Encoder`, or `"random"` for the untrained one.
         profile: Where selections are looked up: a path or a `hata.profile.Profile`; `None`: the
             profile in force. Kernel configurations always come from the profile in force, see
@@ -67,13 +64,17 @@ def attach(
         selection: One `hata.Selection` for all layers, or one per layer with `None` for a dense
             one. Without it the profile's selections for this model count, else
             `DEFAULT_SELECTION` (with the bits of the encoder where one is given).
+        strict: Raise instead of warning.
+        check: Run `hata.hf.check` first. `None`: only where the model is of no family that is
+            tested (docs/models.md).
 
     Returns:
         A handle. `handle.detach()`, or leaving `with attach(model):`, undoes everything. A copy of
         an attached model (`copy.deepcopy`) is attached on its own; `detach(copied)` undoes that.
 
     Raises:
-        AttachError: The model cannot be attached to, or already is.
+        AttachError: The model cannot be attached to, already is, or fails its check; with `strict`
+            also where no layer can be hashed.
         EncoderError: The encoder is another model's, damaged, or has too few bits.
         ProfileError: The profile cannot be read.
 
@@ -83,9 +84,9 @@ def attach(
         ...     model.generate(**inputs)
     """
     _check_version()
-    decoder = _decoder(model)
+    model = models.inside(model)
+    decoder = models.decoder_of(model)
     config = decoder.config.get_text_config()
-    modules = _attention_modules(decoder)
     name = Path(str(getattr(model, "name_or_path", ""))).name
     policy = resolve(config, name, encoder, profile, selection)
     if policy.encoder.shape.head_dim % 16:
@@ -93,49 +94,38 @@ def attach(
             f"model: got {type(model).__name__} with head size {policy.encoder.shape.head_dim}, "
             "supported are the multiples of 16"
         )
-
     if model.dtype not in _DTYPES:
         raise AttachError(
             f"model: got {type(model).__name__} in {model.dtype}, supported are "
             f"{', '.join(map(str, _DTYPES))}; convert it with model.to(dtype)"
         )
-    if config._attn_implementation == NAME and shares_config(decoder.config):
-        raise AttachError(
-            f"model: this {type(model).__name__} shares its configuration with a model that is "
-            "attached already; load it with a configuration of its own"
+    modules = models.attention_modules(decoder)
+    layers = []
+    for i, (chosen, why) in enumerate(
+        zip(policy.selections, models.why_dense(config), strict=True)
+    ):
+        why = why or ("" if i in modules else models.NO_ATTENTION)
+        why = why or ("its selection says so" if chosen is None else "")
+        if chosen is None or why:
+            layers.append(_Layer(None, why))
+            continue
+        plan = LayerPlan(policy.encoder, i, chosen)
+        place = next(modules[i][0].parameters(), None)
+        if place is not None and place.device.type != "meta":
+            plan.on(torch.empty(0, dtype=model.dtype, device=place.device))
+        layers.append(_Layer(plan, ""))
+    if not any(layer.plan for layer in layers):
+        told = (
+            f"{type(model).__name__}: no layer will use hash attention: "
+            f"{'; '.join(dict.fromkeys(layer.why for layer in layers))}"
         )
-    original = config._attn_implementation
-    # A model loaded under our name has none of its own; SDPA is what it would have got.
-    original = "sdpa" if original in (None, NAME) else original
-    hashable = hashable_layers(config)
-    plans = [
-        LayerPlan(policy.encoder, i, chosen) if chosen is not None and hashable[i] else None
-        for i, chosen in enumerate(policy.selections)
-    ]
-    if not any(plans):
-        warnings.warn(
-            f"{type(model).__name__}: no layer will use hash attention; each is dense by its "
-            "selection or has a sliding window. One selection for all layers leaves the first 2 "
-            "dense; its dense_layers changes that",
-            stacklevel=2,
-        )
-    step = Step()
-    states = {}
-    for module in modules:
-        eager = eager_function(module)
-        if original == "eager" and eager is None:
-            raise AttachError(
-                f"model: got {type(model).__name__} with eager attention, but the module of "
-                f"{type(module).__name__} has no eager_attention_forward to fall back to; load it "
-                'with attn_implementation="sdpa"'
-            )
-        index: Any = module.layer_idx
-        plan = plans[index] if index < len(plans) else None
-        states[module] = LayerState(step, index, plan, eager, original == "eager")
-    return Handle(model, decoder, policy.encoder, plans, states, step, original, policy.source)
+        if strict:
+            raise AttachError(told)
+        warnings.warn(told, stacklevel=2)
+    return Handle(model, policy.encoder, layers, strict, policy.source)
 
 
-def detach(model: PreTrainedModel) -> None:
+def detach(model: nn.Module) -> None:
     """Give a model its own attention back, whoever holds its handle; else does nothing.
 
     Args:
@@ -144,23 +134,23 @@ def detach(model: PreTrainedModel) -> None:
     Raises:
         AttachError: It is no model of transformers.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise AttachError(f"model: got {type(model).__name__}, expected a model of transformers")
-    handle = vars(model.get_decoder()).get("_hata_handle")
+    handle = vars(models.inside(model).get_decoder()).get("_hata_handle")
     if handle is not None:
         handle.detach()
 
 
-def hashable_layers(config: Any) -> list[bool]:
-    """Which layers may be hashed: those whose cache keeps every key, without a window."""
-    return [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+class _Layer(NamedTuple):
+    """What is planned for a layer: how it hashes, or why it is dense."""
+
+    plan: LayerPlan | None
+    why: str
 
 
 class Handle:
     """An attachment; undo it with `detach()` or by leaving its `with` block.
 
     Attributes:
-        selections: One per layer; `None` for a dense layer.
+        selections: One per layer; `None` for a layer that is planned dense.
         encoder: The encoder in use.
         source: Where the selections come from, for people.
     """
@@ -168,40 +158,39 @@ class Handle:
     def __init__(
         self,
         model: PreTrainedModel,
-        decoder: PreTrainedModel,
         encoder: Encoder,
-        plans: list[LayerPlan | None],
-        states: dict[nn.Module, LayerState],
-        step: Step,
-        original: str,
+        layers: Sequence[_Layer],
+        strict: bool,
         source: str,
     ) -> None:
         self.encoder = encoder
         self.source = source
-        self.selections = tuple(plan and plan.selection for plan in plans)
+        self.selections = tuple(layer.plan and layer.plan.selection for layer in layers)
         self._name = type(model).__name__
-        self._decoder = decoder
-        self._plans = plans
-        self._first = next((i for i, plan in enumerate(plans) if plan is not None), None)
-        self._step = step
-        self._original = original
-        self._modules = list(states)
+        self._model = model
+        self._decoder = decoder = model.get_decoder()
+        self._layers = tuple(layers)
+        self._plans = [(i, layer.plan) for i, layer in enumerate(layers) if layer.plan is not None]
+        self._record = Record(self._name, len(layers), strict)
         self._arguments = list(inspect.signature(decoder.forward).parameters)
         self._attached = True
+        self._interception = Interception(
+            {
+                module: HashedAttention(plan, LayerRecord(self._record, i))
+                for i, plan in self._plans
+                for module in models.attention_modules(decoder)[i]
+            }
+        )
+        vars(decoder)["_hata_handle"] = self
         self._hooks: list[Any] = []
-        try:
-            vars(decoder)["_hata_handle"] = self
-            for module, state in states.items():
-                vars(module)["_hata"] = state
-            watch_masks(decoder.config, step)
-            decoder.set_attn_implementation(NAME)
+        if self._plans:
             self._hooks = [
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, always_call=True),
             ]
-        except BaseException:
-            self.detach()
-            raise
+            self._prepare_before = vars(model).get("prepare_inputs_for_generation")
+            if hasattr(model, "prepare_inputs_for_generation"):
+                vars(model)["prepare_inputs_for_generation"] = self._prepare
 
     def detach(self) -> None:
         """Give the model its own attention back; a second call does nothing.
@@ -213,19 +202,27 @@ class Handle:
         self._attached = False
         for hook in self._hooks:
             hook.remove()
-        self._step.clear()
-        for module in self._modules:
-            module.__dict__.pop("_hata", None)
-        self._decoder.__dict__.pop("_hata_handle", None)
-        self._decoder.set_attn_implementation(self._original)
+        self._interception.close()
+        vars(self._decoder).pop("_hata_handle", None)
+        if vars(self._model).get("prepare_inputs_for_generation") == self._prepare:
+            del vars(self._model)["prepare_inputs_for_generation"]
+            if self._prepare_before is not None:
+                vars(self._model)["prepare_inputs_for_generation"] = self._prepare_before
+
+    def report(self) -> Report:
+        """What every layer did since it was attached, counted where Python ran it."""
+        return Report(
+            self._name,
+            tuple(
+                self._record.of(i, layer.plan and layer.plan.selection, layer.why)
+                for i, layer in enumerate(self._layers)
+            ),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        # Part of the copy of a model: all that belongs to the copy is copied with it, but for the
-        # watch on masks, which goes by the configuration.
+        # Part of the copy of a model: all that belongs to the copy is copied with it.
         twin = memo[id(self)] = object.__new__(Handle)
         vars(twin).update(copy.deepcopy(vars(self), memo))
-        if twin._attached:
-            watch_masks(copy.deepcopy(self._decoder.config, memo), twin._step)
         return twin
 
     def __enter__(self) -> Handle:
@@ -246,7 +243,7 @@ class Handle:
         state = "attached" if self._attached else "detached"
         return (
             f"<hata.hf.Handle {state} {self._name}: {len(hashed)} of {len(self.selections)} layers "
-            f"hashed{left}, {self.encoder!r}, selections ({self.source})>"
+            f"planned to hash{left}, {self.encoder!r}, selections ({self.source})>"
         )
 
     def __str__(self) -> str:
@@ -254,54 +251,97 @@ class Handle:
         for chosen in dict.fromkeys(self.selections):
             layers = [i for i, other in enumerate(self.selections) if other == chosen]
             lines.append(f"  layers {ranges(layers)}: {'dense' if chosen is None else chosen}")
+        lines += ["so far:", str(self.report())]
         return "\n".join(lines)
 
-    def _before(
-        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the decoder: look at the cache and the mask of this pass."""
+    def _before(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the decoder: look at the arguments of this pass; change none."""
         if args:
             kwargs = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            use = kwargs.get("use_cache")
-            use = decoder.config.use_cache if use is None else use
-            if not use or decoder.training or self._first is None:
-                return None
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        if not isinstance(cache, Cache) or self._first is None:
-            return None
-        self._take_over(cache)
-        self._step.layers = cache.layers
-        lead = cache.layers[self._first] if self._first < len(cache.layers) else None
-        inputs = kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        if isinstance(lead, (HashDynamicLayer, HashStaticLayer)) and inputs is not None:
-            self._step.left_padded = judge(
-                lead, kwargs.get("attention_mask"), inputs.shape[1], self._step.planned
-            )
-        return (), kwargs
+        weights = kwargs.get("output_attentions")
+        if weights is None:
+            weights = getattr(decoder.config, "output_attentions", False)
+        step = passes.current()
+        step.begin(kwargs.get("attention_mask") is not None, bool(weights))
+        cache = _cache_among(kwargs)
+        if cache is not None:
+            step.why = self._take_over(cache)
+        elif kwargs.get("use_cache", decoder.config.use_cache) is False:
+            step.why = report.NO_CACHE
 
     def _after(self, decoder: Any, args: Any, output: Any) -> None:
         """Forward hook of the decoder, also after an exception."""
-        self._step.clear()
+        passes.current().end()
+        if not self._record.met and not torch.compiler.is_compiling():
+            self._record.complain(self._plans[0][0], report.NEVER_CALLED)
 
-    def _take_over(self, cache: Cache) -> None:
-        """Give the cache layers that carry codes, in place; what they hold stays theirs."""
+    def _prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`prepare_inputs_for_generation`: where masks of compiled steps are made.
+
+        A compiled step cannot look at the values of its mask, and would compile the taking over of
+        its cache as well.
+        """
+        own = self._prepare_before or type(self._model).prepare_inputs_for_generation
+        made = own(*args, **kwargs) if self._prepare_before else own(self._model, *args, **kwargs)
+        cache = _cache_among(made)
+        if cache is not None and cache.is_compileable:
+            self._take_over(cache)
+            mask = made.get("attention_mask")
+            mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+            inputs = made.get("input_ids")
+            inputs = made.get("inputs_embeds") if inputs is None else inputs
+            if is_known(mask) and inputs is not None:
+                self._foresee(cache, mask, inputs.shape[1])
+        return made
+
+    def _foresee(self, cache: Cache, mask: torch.Tensor, tokens: int) -> None:
+        """Look at a mask before the step that is given it."""
+        layers = [cache.layers[i] for i, _ in self._plans if i < len(cache.layers)]
+        layers = [layer for layer in layers if isinstance(layer, HashStaticLayer)]
+        if not layers or not (tokens > 1 or layers[0].left_padded is None):
+            return
+        found = is_left_padding(mask, layers[0].total() + tokens)
+        for layer in layers:
+            if tokens > 1:
+                layer.foreseen = found
+            else:
+                layer.left_padded = found
+
+    def _take_over(self, cache: Cache) -> str | None:
+        """Give the cache layers that carry codes, in place; what they hold stays theirs.
+
+        Returns:
+            Why that cannot be done for all of them.
+        """
+        if getattr(cache, "offloading", False):
+            return "an offloaded cache"
+        why = None
         layers: list[Any] = cache.layers
         if cache.layer_class_to_replicate is DynamicLayer:
             # This cache makes its layers as they are first used.
-            while len(layers) < len(self._plans):
+            while len(layers) <= self._plans[-1][0]:
                 layers.append(DynamicLayer())
-        for i, plan in enumerate(self._plans):
-            if plan is None or i >= len(layers):
-                continue
-            layer = layers[i]
+        for i, plan in self._plans:
+            layer = layers[i] if i < len(layers) else None
             kind = type(layer)
-            if kind is DynamicLayer or (kind is HashDynamicLayer and layer.plan is not plan):
+            if kind is HashDynamicLayer or kind is HashStaticLayer:
+                if layer.plan is not plan:
+                    layers[i] = kind(plan, layer)
+            elif kind is DynamicLayer:
                 layers[i] = HashDynamicLayer(plan, layer)
-            elif kind is StaticLayer or (kind is HashStaticLayer and layer.plan is not plan):
+            elif kind is StaticLayer:
                 layers[i] = HashStaticLayer(plan, layer)
+            else:
+                why = f"a cache layer of another kind: {kind.__name__}"
+        return why
+
+
+def _cache_among(arguments: dict[str, Any]) -> Cache | None:
+    """The cache of a forward pass, whatever its argument is called."""
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 def _check_version() -> None:
@@ -317,67 +357,3 @@ def _check_version() -> None:
             f"{low} to {high}",
             stacklevel=3,
         )
-
-
-def _decoder(model: Any) -> PreTrainedModel:
-    """The decoder inside a model; raises `AttachError` where there is none we can work with."""
-    supported = (
-        "expected a decoder-only model of transformers whose attention goes through "
-        "AttentionInterface, such as Llama, Qwen2, Qwen3 or Mistral"
-    )
-    kind = type(model).__name__
-    if AttentionInterface._global_mapping.get(NAME) is not hash_attention_forward:
-        raise AttachError(
-            f'attention: the name "{NAME}" is not ours in AttentionInterface; something else was '
-            "registered under it; call hata.hf.attention.register()"
-        )
-    if AttentionMaskInterface._global_mapping.get(NAME) is not hash_mask:
-        raise AttachError(
-            f'attention mask: no function of ours is registered as "{NAME}" in '
-            "AttentionMaskInterface, so padding would be attended to; call "
-            "hata.hf.attention.register()"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise AttachError(f"model: got {kind}, {supported}")
-    if model.config.is_encoder_decoder:
-        raise AttachError(f"model: got {kind}, an encoder-decoder model, {supported}")
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel) or not decoder._can_set_attn_implementation():
-        raise AttachError(f"model: got {kind}, {supported}")
-    if "_hata_handle" in decoder.__dict__:
-        raise AttachError(
-            f"model: this {kind} is already attached; call detach() on the handle that attach "
-            "returned, or hata.hf.detach(model), first"
-        )
-    return decoder
-
-
-def _attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention modules, one per layer that has one."""
-    modules = [
-        module
-        for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and "Attention" in type(module).__name__
-        and "Cross" not in type(module).__name__
-        and "ALL_ATTENTION_FUNCTIONS" in _source(type(module))
-    ]
-    if not modules:
-        raise AttachError(
-            f"model: got {type(decoder).__name__}, in which no module was found that calls the "
-            "attention interface; this architecture is not supported"
-        )
-    return modules
-
-
-def _source(cls: type) -> str:
-    """The source of a class and of those of its bases that define an attention."""
-    sources = []
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
-        try:
-            sources.append(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-    return "\n".join(sources)

@@ -8,22 +8,42 @@ Two subclasses of transformers' own layers, with one protocol: keys are appended
 - keys that nobody encoded, because a step ran dense or the cache was filled before it came here,
   are encoded by the next step that needs them.
 
-So codes can be missing but never wrong, and every operation on a cache (crop, reorder, repeat,
-select, reset, offload) only has to keep the codes of the keys it keeps.
+Codes count only for the tensor of keys that they were made of: keys that somebody else has put in
+its place, or has written into, are noticed by identity and version counter, and encoded anew. So
+codes can be missing but never wrong, and every operation on a cache (crop, reorder, repeat, select,
+reset, offload) only has to keep the codes of the keys it keeps. What torch.compile or a CUDA graph
+writes is not followed: keys that are written into between two such steps are not noticed.
+
+A layer that is pickled becomes transformers' own, with its keys and values alone.
 """
 
 from __future__ import annotations
 
+import copy
+import copyreg
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hata
-from hata.hf.plan import LayerPlan, Placed, covered
+from hata.hf import passes
+from hata.hf.plan import LayerPlan, covered
 
 # The last dimension of codes is bytes; norms have none, so slots are dimension 2 of everything.
 SLOTS = 2
+# What layers of transformers keep, over all tested releases.
+DYNAMIC = ("keys", "values", "is_initialized", "dtype", "device")
+STATIC = (
+    *DYNAMIC,
+    "max_cache_len",
+    "cumulative_length",
+    "batch_size",
+    "num_heads",
+    "k_head_dim",
+    "v_head_dim",
+)
 
 
 class _Coded:
@@ -34,30 +54,79 @@ class _Coded:
     placed: Any = None  # Placed
     codes: Any = None  # [B, Hkv or H, slots, r/8] uint8
     norms: Any = None  # [B, Hkv or H, slots] float16; None as well where scores have no norms
-    # Whether the mask of this cache hides left padding at most; None: nobody looked yet.
+    # Why its keys cannot be hashed, as far as they themselves tell.
+    why: str | None = None
+    # Whether the masks of this cache hide left padding at most; None: nobody looked yet.
     left_padded: bool | None = None
+    # The same, found where a mask was made for a compiled step of several tokens.
+    foreseen: bool | None = None
+    # Whether its additive masks hide keys and do nothing else; None: none was looked at.
+    only_hides: bool | None = None
+    # The keys that the codes are of, and how often they had been written into.
+    _coded_keys: Any = None
+    _version: int | None = None
     keys: Any
     values: Any
+    is_initialized: bool
 
-    def _place(self, keys: torch.Tensor) -> Placed:
-        """Put the projection where the keys are; they must be what it was made for."""
+    def _fits(self, keys: torch.Tensor) -> bool:
+        """Put the projection where the keys are; whether they are what it was made for."""
         plan = self.plan
         if keys.shape[1] != plan.kv_heads or keys.shape[3] != plan.head_dim:
-            raise hata.EncoderError(
-                f"encoder: has {plan.kv_heads} KV heads of size {plan.head_dim}, but the keys of "
-                f"the model have {keys.shape[1]} of size {keys.shape[3]}; use an encoder made for "
-                "this model"
+            self.why = (
+                f"its cache holds {keys.shape[1]} heads of size {keys.shape[3]}, where the encoder "
+                f"has {plan.kv_heads} of size {plan.head_dim} (latent attention, or an encoder of "
+                "another model)"
             )
+            return False
         self.placed = plan.on(keys)
-        return self.placed
+        return True
+
+    def _mark(self) -> None:
+        """From here on, codes are of the keys as they are now."""
+        self._coded_keys = self.keys
+        self._version = None if torch.compiler.is_compiling() else _version_of(self.keys)
+
+    def _untouched(self) -> bool:
+        """Whether the keys are those that were marked."""
+        keys = self.keys
+        if keys is not self._coded_keys:
+            return False
+        if torch.compiler.is_compiling() or self._version is None:
+            return True
+        return self._version == _version_of(keys)
+
+    def _keep(self, operation: Any, *args: Any) -> None:
+        """Do what moves keys and codes alike, without losing the codes."""
+        untouched = self._untouched()
+        operation(*args)
+        if untouched:
+            self._mark()
+
+    def _copied(self, copy_of: Any) -> Any:
+        """A copy, with every attribute that this layer has copied by a function."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update({name: copy_of(value) for name, value in vars(self).items()})
+        if self._untouched():
+            twin._mark()
+        return twin
+
+    def _plain(self, kind: type, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """What pickle needs to make a layer of transformers of this one, without room to grow."""
+        state = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        for name in ("keys", "values"):
+            if isinstance(state[name], torch.Tensor):
+                state[name] = state[name].clone(memory_format=torch.contiguous_format)
+        return copyreg.__newobj__, (kind,), state  # type: ignore[attr-defined]
 
     def _buffers(self, keys: torch.Tensor, slots: int) -> None:
         """Allocate codes and norms for `slots` keys."""
         shape = (keys.shape[0], self.placed.key_heads, slots)
         width = self.plan.selection.bits // 8
-        self.codes = torch.zeros((*shape, width), dtype=torch.uint8, device=keys.device)
-        if self.plan.key_norms:
-            self.norms = torch.zeros(shape, dtype=torch.float16, device=keys.device)
+        with _outside_inference_mode():
+            self.codes = torch.zeros((*shape, width), dtype=torch.uint8, device=keys.device)
+            if self.plan.key_norms:
+                self.norms = torch.zeros(shape, dtype=torch.float16, device=keys.device)
 
     def _on_rows(self, operation: Any) -> None:
         """Apply an operation on batch rows to codes and norms."""
@@ -120,7 +189,8 @@ class HashDynamicLayer(_Coded, DynamicLayer):
 
     transformers' own layer copies all keys and values at every step, which alone costs as much as
     dense attention over them. This one keeps room to grow into: `keys` and `values` are views of
-    larger buffers wherever no gradient is recorded.
+    larger buffers wherever no gradient is recorded. What anybody else may still hold of them is not
+    written over.
 
     Attributes:
         coded: How many of the first keys have codes.
@@ -129,48 +199,67 @@ class HashDynamicLayer(_Coded, DynamicLayer):
     def __init__(self, plan: LayerPlan, filled: DynamicLayer | None = None) -> None:
         super().__init__()
         if filled is not None:
-            vars(self).update(vars(filled))
+            _take(self, filled, DYNAMIC)
         self.plan = plan
-        # Codes of another plan are of no use; the keys are encoded when they are needed.
-        self.placed = self.codes = self.norms = None
         self.coded = 0
-        self._key_room: torch.Tensor | None = None
-        self._value_room: torch.Tensor | None = None
+        self._rooms: tuple[_Room, _Room] | None = None
 
     def __copy__(self) -> HashDynamicLayer:
-        # Two layers must not grow into the same room.
-        copied = type(self).__new__(type(self))
-        vars(copied).update(vars(self))
-        copied._key_room = copied._value_room = None
-        copied._on_rows(torch.clone)
-        return copied
+        twin = self._copied(lambda value: value)
+        # Two layers must not write into the same room, nor into the same codes.
+        twin._rooms = None
+        twin._on_rows(torch.clone)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashDynamicLayer:
+        twin = memo[id(self)] = self._copied(lambda value: copy.deepcopy(value, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._plain(DynamicLayer, DYNAMIC)
+
+    def total(self) -> int:
+        """Keys so far."""
+        return self.get_seq_length()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values; keys of a step of several tokens are encoded."""
+        if not self._untouched():
+            self._forget()
         recorded = key_states.requires_grad or value_states.requires_grad
         if not torch.compiler.is_compiling() and not (recorded and torch.is_grad_enabled()):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
-            self._value_room, self.values = _append(self._value_room, self.values, value_states)
+            rooms = self._rooms or (_Room(), _Room())
+            self.keys = rooms[0].append(self.keys, key_states)
+            self.values = rooms[1].append(self.values, value_states)
+            self._rooms = rooms
         else:
             super().update(key_states, value_states, *args, **kwargs)
-        length = self.keys.shape[-2]
-        if key_states.shape[-2] > 1 and length > self.plan.dense_below:
-            self._encode_up_to(length)
+            self._rooms = None
+        self._mark()
+        if self.placed is not None or (self.why is None and self._fits(self.keys)):
+            length = self.keys.shape[SLOTS]
+            if key_states.shape[SLOTS] > 1 and length > self.plan.dense_below:
+                self._encode_up_to(length)
+        passes.current().layer = self
         return self.keys, self.values
+
+    def _forget(self) -> None:
+        """The keys are others than those that codes were made of."""
+        self.coded = 0
+        self.placed = self.codes = self.norms = self.why = None
 
     def _encode_up_to(self, length: int) -> None:
         """Make room for all codes, and encode the keys before `length` that have none."""
         total = self.keys.shape[SLOTS]
-        placed = self.placed or self._place(self.keys)
         codes: Any = self.codes
         norms: Any = self.norms
-        if codes is None or codes.shape[SLOTS] < total or _sealed(codes):
+        if codes is None or codes.shape[SLOTS] < total:
             self._buffers(self.keys, _capacity(total))
-            if codes is not None:
+            if self.coded:
                 self.codes[:, :, : self.coded] = codes[:, :, : self.coded]
                 if norms is not None:
                     self.norms[:, :, : self.coded] = norms[:, :, : self.coded]
@@ -178,9 +267,9 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         if self.coded < length:
             new = slice(self.coded, length)
             hata.encode(
-                placed.key_features(self.keys[:, :, new].detach()),
-                placed.projection,
-                placed.bias,
+                self.placed.key_features(self.keys[:, :, new].detach()),
+                self.placed.projection,
+                self.placed.bias,
                 out=codes[:, :, new],
                 norms=None if norms is None else norms[:, :, new],
             )
@@ -197,7 +286,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         """Hash attention of one query per row, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
         length = self.keys.shape[SLOTS]
         # The newest key is left to `hash_attend` where it can hash it.
-        fresh = int((self.placed or self._place(self.keys)).plain_keys)
+        fresh = int(self.placed.plain_keys)
         self.coded = min(self.coded, length - fresh)
         self._encode_up_to(length - fresh)
         out = self._attend(
@@ -216,43 +305,47 @@ class HashDynamicLayer(_Coded, DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last keys, and forget their codes."""
-        super().crop(tokens_to_remove)
+        self._keep(super().crop, tokens_to_remove)
         self.coded = min(self.coded, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows."""
         if self.get_seq_length() > 0:
             self._on_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        super().reorder_cache(beam_idx)
+        self._keep(super().reorder_cache, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         if self.get_seq_length() > 0:
             self._on_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-        super().batch_repeat_interleave(repeats)
+        self._keep(super().batch_repeat_interleave, repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows."""
         if self.get_seq_length() > 0:
             self._on_rows(lambda x: x[indices, ...])
-        super().batch_select_indices(indices)
+        self._keep(super().batch_select_indices, indices)
 
     def reset(self) -> None:
         """Forget everything."""
+        if self._rooms is not None:
+            # transformers may write zeros into what it takes to be its own.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         super().reset()
-        self.coded = 0
-        self.codes = self.norms = self._key_room = self._value_room = None
-        self.left_padded = None
+        self._forget()
+        self._rooms = None
+        self.left_padded = self.foreseen = None
+        self._mark()
 
     def offload(self) -> None:
         """Move to host memory."""
-        super().offload()
-        self._key_room = self._value_room = None
+        self._keep(super().offload)
+        self._rooms = None
         self._on_device("cpu")
 
     def prefetch(self) -> None:
         """Move back to the device."""
-        super().prefetch()
+        self._keep(super().prefetch)
         if self.is_initialized:
             self._on_device(self.device)
 
@@ -266,23 +359,40 @@ class HashStaticLayer(_Coded, StaticLayer):
 
     def __init__(self, plan: LayerPlan, filled: StaticLayer) -> None:
         super().__init__(filled.max_cache_len)
-        vars(self).update(vars(filled))
+        _take(self, filled, STATIC)
         self.plan = plan
-        self.placed = self.codes = self.norms = None
         self.pending = False
         if self.is_initialized:
-            # How many slots hold keys is known to the device alone, so all are encoded.
             self._start()
-            self._write(torch.arange(self.max_cache_len, device=self.device), self.keys)
+            self._encode_all()
+
+    def __copy__(self) -> HashStaticLayer:
+        # As transformers' own: keys, values and with them codes are shared.
+        return self._copied(lambda value: value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashStaticLayer:
+        twin = memo[id(self)] = self._copied(lambda value: copy.deepcopy(value, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._plain(StaticLayer, STATIC)
+
+    def total(self) -> int:
+        """Keys so far; reads it from the device."""
+        return int(self.cumulative_length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate keys, values, codes and norms."""
-        super().lazy_initialization(key_states, value_states)
+        with _outside_inference_mode():
+            super().lazy_initialization(key_states, value_states)
         self._start()
 
     def _start(self) -> None:
-        placed, plan = self._place(self.keys), self.plan
-        if placed.key_heads != plan.kv_heads and plan.dense_below > covered(plan.selection):
+        self._mark()
+        if not self._fits(self.keys):
+            return
+        plan = self.plan
+        if self.placed.key_heads != plan.kv_heads and plan.dense_below > covered(plan.selection):
             raise hata.AttachError(
                 f"selection: got min_length {plan.dense_below} above k with an encoder that hashes "
                 "keys once per query head, which a static cache cannot hold; use a dynamic cache, "
@@ -293,6 +403,13 @@ class HashStaticLayer(_Coded, StaticLayer):
             torch._dynamo.mark_static_address(self.codes)
             if self.norms is not None:
                 torch._dynamo.mark_static_address(self.norms)
+
+    def _encode_all(self) -> None:
+        """Encode every slot: how many of them hold keys is known to the device alone."""
+        if self.codes is not None:
+            self._write(torch.arange(self.max_cache_len, device=self.device), self.keys)
+        self.pending = False
+        self._mark()
 
     def _write(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         """Encode `keys` into `slots`."""
@@ -315,16 +432,22 @@ class HashStaticLayer(_Coded, StaticLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values; keys of a step of several tokens are encoded."""
+        if self.is_initialized and not self._untouched():
+            self._encode_all()
         if self.pending:
             # The last decode step ran dense: its key is encoded now.
             self._catch_up()
         super().update(key_states, value_states, *args, **kwargs)
-        tokens = key_states.shape[-2]
-        if tokens > 1:
+        self._mark()
+        tokens = key_states.shape[SLOTS]
+        if self.codes is None:
+            pass
+        elif tokens > 1:
             slots = torch.arange(tokens, device=self.device) + (self.cumulative_length - tokens)
             self._write(slots, key_states.to(self.keys.dtype))
         else:
             self.pending = True
+        passes.current().layer = self
         return self.keys, self.values
 
     def attend(
@@ -356,25 +479,100 @@ class HashStaticLayer(_Coded, StaticLayer):
         """Reorder the rows."""
         if self.is_initialized:
             self._on_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        super().reorder_cache(beam_idx)
+        self._keep(super().reorder_cache, beam_idx)
 
     def reset(self) -> None:
         """Forget the keys, keep the buffers."""
         super().reset()
         self.pending = False
-        self.left_padded = None
+        self.left_padded = self.foreseen = None
+        if self.is_initialized:
+            self._mark()
 
     def offload(self) -> None:
         """Move to host memory."""
-        super().offload()
+        self._keep(super().offload)
         if self.is_initialized:
             self._on_device("cpu")
 
     def prefetch(self) -> None:
         """Move back to the device."""
-        super().prefetch()
+        self._keep(super().prefetch)
         if self.is_initialized:
             self._on_device(self.device)
+
+
+class _Room:
+    """A buffer with room to grow into, and how much of it was ever shown."""
+
+    __slots__ = ("buffer", "shown")
+
+    def __init__(self) -> None:
+        self.buffer: Any = None
+        self.shown = 0
+
+    def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Append along the slots; returns a view of all.
+
+        The buffer is written to only behind what `held` shows of it, and where nobody else can hold
+        what was shown of it before.
+        """
+        count = held.shape[SLOTS] if held.dim() == 4 else 0
+        total = count + new.shape[SLOTS]
+        buffer = self.buffer
+        if (
+            buffer is None
+            or buffer.shape[SLOTS] < total
+            or buffer.shape[0] != new.shape[0]
+            or (count and (held.data_ptr() != buffer.data_ptr() or held.stride() != buffer.stride()))
+            or (count < self.shown and _holders(buffer) > _OWN_HOLDERS)
+        ):
+            like = held if count else new
+            # Made where versions are counted, and may be written to whatever mode comes later.
+            with torch.inference_mode(False):
+                buffer = self.buffer = torch.empty(
+                    (*new.shape[:2], _capacity(total), new.shape[3]),
+                    dtype=like.dtype,
+                    device=like.device,
+                )
+            if count:
+                buffer[:, :, :count] = held
+        buffer[:, :, count:total] = new
+        self.shown = total
+        return buffer[:, :, :total]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Room:
+        twin = memo[id(self)] = _Room()
+        twin.buffer, twin.shown = copy.deepcopy(self.buffer, memo), self.shown
+        return twin
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory of this one."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _own_holders() -> int:
+    """What `_holders` says where only a buffer and a layer's view of it are there."""
+    buffer = torch.empty(2)
+    view = buffer[:1]
+    return _holders(buffer if view.numel() else view)
+
+
+def _version_of(tensor: Any) -> int | None:
+    """How often a tensor was written into, where that is counted."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _outside_inference_mode() -> Any:
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
+def _take(layer: Any, filled: Any, names: tuple[str, ...]) -> None:
+    """Let a layer go on where another stands."""
+    for name in names:
+        if hasattr(filled, name):
+            setattr(layer, name, getattr(filled, name))
 
 
 def _capacity(length: int) -> int:
@@ -382,29 +580,4 @@ def _capacity(length: int) -> int:
     return -(-(length + max(64, length // 8)) // 64) * 64
 
 
-def _sealed(buffer: torch.Tensor) -> bool:
-    """Whether a buffer was made in inference mode and may not be written to any more."""
-    return buffer.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def _append(
-    room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append `new` to `held` along the slots; returns the buffer and the view of what it holds.
-
-    `room` is written to only where `held` is still the view of it that was returned last.
-    """
-    count = held.shape[SLOTS] if held.dim() == 4 else 0
-    total = count + new.shape[SLOTS]
-    if (
-        room is None
-        or room.shape[SLOTS] < total
-        or room.shape[0] != new.shape[0]
-        or _sealed(room)
-        or (count and (held.data_ptr() != room.data_ptr() or held.stride() != room.stride()))
-    ):
-        room = (held if count else new).new_empty((*new.shape[:2], _capacity(total), new.shape[3]))
-        if count:
-            room[:, :, :count] = held
-    room[:, :, count:total] = new
-    return room, room[:, :, :total]
+_OWN_HOLDERS = _own_holders()

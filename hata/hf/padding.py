@@ -15,50 +15,45 @@ from typing import Any
 import torch
 
 
+def is_known(mask: Any) -> bool:
+    """Whether a mask is `[B, n]`, or `[B, 1, T, S]` for all heads, boolean or additive."""
+    if not isinstance(mask, torch.Tensor):
+        return False
+    if mask.dim() == 4:
+        return mask.shape[1] == 1 and (mask.dtype == torch.bool or mask.is_floating_point())
+    return mask.dim() == 2
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys the last query sees, `[B, n]` boolean, from a known mask."""
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1]
+        if mask.is_floating_point():
+            return mask == 0
+    return mask != 0
+
+
 def is_left_padding(mask: torch.Tensor, total: int) -> bool:
-    """Whether a mask hides nothing but the first keys of a row; reads it.
+    """Whether a known mask hides nothing but the first keys of a row; reads it.
 
     Args:
-        mask: `[B, n]` (non-zero: visible), or `[B, 1, T, S]` boolean, of which the last query's
-            row counts.
+        mask: The mask.
         total: Keys so far, those of this step included.
     """
-    if mask.dim() == 4:
-        if mask.dtype != torch.bool or mask.shape[1] != 1:
-            return False
-        mask = mask[:, 0, -1]
-    elif mask.dim() != 2:
-        return False
     if mask.shape[-1] < total:
         return False
-    seen = mask[:, :total].bool()
+    seen = visible(mask)[:, :total]
     return bool(seen[:, -1].all() & ~(seen[:, :-1] & ~seen[:, 1:]).any())
 
 
-def full_attention_mask(mask: Any) -> Any:
-    """The mask of the full-attention layers, where masks come as one per layer type."""
-    return mask.get("full_attention") if isinstance(mask, dict) else mask
+def only_hides(mask: torch.Tensor) -> bool:
+    """Whether an additive mask is 0 or very low everywhere, for the last query; reads it."""
+    last = mask[:, 0, -1]
+    return bool(((last == 0) | (last <= torch.finfo(mask.dtype).min / 2)).all())
 
 
-def judge(layer: Any, mask: Any, tokens: int, planned: bool) -> bool:
-    """Whether this step may hash, as far as its mask goes; remembers it on the cache layer.
-
-    Args:
-        layer: The first hashed layer of the cache, before this step's keys are in it.
-        mask: What the base model was given.
-        tokens: Tokens of this step.
-        planned: What was found where the mask was made; used while compiling.
-    """
-    mask = full_attention_mask(mask)
-    if mask is None:
-        if tokens > 1:
-            layer.left_padded = True
-        return True
-    if torch.compiler.is_compiling():
-        if tokens > 1:
-            layer.left_padded = planned
-        return layer.left_padded is True
-    if tokens > 1 or layer.left_padded is None or mask.device.type == "cpu":
-        total = int(layer.get_seq_length()) + tokens
-        layer.left_padded = is_left_padding(mask, total)
-    return layer.left_padded
+def can_look(mask: torch.Tensor) -> bool:
+    """Whether values can be read now: not while code is compiled or a graph captured."""
+    return not torch.compiler.is_compiling() and not (
+        mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    )

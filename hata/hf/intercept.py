@@ -1,0 +1,134 @@
+"""Taking the attention call of chosen modules, while the model stays as it is.
+
+An attention module of transformers asks an `AttentionInterface` for the function of its
+implementation, and calls what it is given with itself as the first argument. While handlers are set
+on modules, the interface objects that those modules ask are of a subclass, which hands out the same
+function behind a look at the module: one with a handler is answered by the handler, any other by
+the function. The model keeps its configuration, its masks and its implementation, whatever that is
+and whoever changes it, and a handler can always run what the model would have run.
+
+A change of the interface's class is also what torch.compile notices: graphs that were compiled
+without handlers are not used with them, nor the other way round.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+from transformers import modeling_utils
+from transformers.modeling_utils import AttentionInterface
+
+# What an attention module calls: `(module, query, key, value, mask, ..., **more) -> (out, weights)`.
+Function = Callable[..., tuple[Any, Any]]
+# What answers in its place: the function it would have called comes first.
+Handler = Callable[..., tuple[Any, Any]]
+
+_lock = threading.Lock()
+# Who watches an interface object; those that are gone leave by themselves.
+_watchers: dict[int, WeakSet[Interception]] = {}
+
+
+class Interception:
+    """Handlers on modules; `close` takes them off.
+
+    A module has one handler at a time: a second one takes its place until it is closed.
+    """
+
+    def __init__(self, handlers: Mapping[nn.Module, Handler]) -> None:
+        self._before = {module: vars(module).get("_hata") for module in handlers}
+        self._interfaces = _interfaces(handlers)
+        for module, handler in handlers.items():
+            vars(module)["_hata"] = handler
+        self.watch()
+
+    def watch(self) -> None:
+        """Let the interfaces look at modules; also to be called for a copy."""
+        with _lock:
+            for interface in self._interfaces:
+                watchers = _watchers.setdefault(id(interface), WeakSet())
+                if _watched(interface) is None:
+                    interface.__class__ = _watching(type(interface))
+                watchers.add(self)
+
+    def close(self) -> None:
+        """Take the handlers off; a second call does nothing."""
+        for module, before in self._before.items():
+            vars(module).pop("_hata", None)
+            if before is not None:
+                vars(module)["_hata"] = before
+        self._before = {}
+        with _lock:
+            for interface in self._interfaces:
+                watchers = _watchers.get(id(interface), WeakSet())
+                watchers.discard(self)
+                before = _watched(interface)
+                if not watchers and before is not None:
+                    interface.__class__ = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interception:
+        # Part of the copy of a model: the modules are copied with it, interfaces are not.
+        twin = memo[id(self)] = object.__new__(Interception)
+        twin._before = {memo.get(id(module), module): None for module in self._before}
+        twin._interfaces = self._interfaces
+        twin.watch()
+        return twin
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the code of a module, or of a class that it derives from, asks an interface."""
+    return any("get_interface" in source for source in map(_source, type(module).__mro__))
+
+
+def _answer(function: Function, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """What an attention module is handed: its handler's answer, else the function's."""
+    handler = getattr(module, "_hata", None)
+    if handler is None:
+        return function(module, *args, **kwargs)
+    return handler(function, module, *args, **kwargs)
+
+
+@functools.cache
+def _watching(cls: type[AttentionInterface]) -> type[AttentionInterface]:
+    """The class of an interface object that looks at modules, made of the one it had."""
+
+    class Watching(cls):
+        watches = cls
+
+        def get_interface(self, *args: Any, **kwargs: Any) -> Function:
+            """The function of an implementation, behind a look at the module that calls it."""
+            return functools.partial(_answer, super().get_interface(*args, **kwargs))
+
+    return Watching
+
+
+def _watched(interface: AttentionInterface) -> type[AttentionInterface] | None:
+    """The class that an interface object had before it was watched; `None` where it is not."""
+    return getattr(type(interface), "watches", None)
+
+
+def _interfaces(modules: Iterable[nn.Module]) -> list[AttentionInterface]:
+    """The interface objects that the code of these modules can see."""
+    found = {id(modeling_utils.ALL_ATTENTION_FUNCTIONS): modeling_utils.ALL_ATTENTION_FUNCTIONS}
+    for cls in {cls for module in modules for cls in type(module).__mro__}:
+        for value in vars(sys.modules.get(cls.__module__, nn)).values():
+            if isinstance(value, AttentionInterface):
+                found[id(value)] = value
+    return list(found.values())
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    import inspect
+
+    if cls is nn.Module or cls is object:
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""

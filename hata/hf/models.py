@@ -1,0 +1,134 @@
+"""What is known of a model before it runs: where its decoder is, and which layers can be hashed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import AttentionInterface
+
+from hata.errors import AttachError
+from hata.hf.intercept import calls_interface
+
+_SUPPORTED = (
+    "expected a decoder-only model of transformers whose attention goes through "
+    "AttentionInterface, such as Llama, Qwen2, Qwen3 or Mistral"
+)
+NO_ATTENTION = "it has no attention that goes through the attention interface"
+LATENT = "latent attention: its cache holds what keys and values are made of"
+
+
+def inside(model: Any) -> PreTrainedModel:
+    """The model of transformers that a module is, or wraps.
+
+    Raises:
+        AttachError: There is none, or more than one.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found: dict[str, PreTrainedModel] = {}
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            within = any(name.startswith(f"{outer}.") for outer in found)
+            if isinstance(module, PreTrainedModel) and not within:
+                found[name] = module
+    if len(found) == 1:
+        return next(iter(found.values()))
+    kind = type(model).__name__
+    if found:
+        names = ", ".join(f".{name} ({type(one).__name__})" for name, one in found.items())
+        raise AttachError(f"model: got {kind}, which holds several models; pass one of {names}")
+    raise AttachError(f"model: got {kind}, {_SUPPORTED}")
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of a model.
+
+    Raises:
+        AttachError: There is none that can be attached to, or it is attached already.
+    """
+    kind = type(model).__name__
+    if not hasattr(AttentionInterface, "get_interface"):
+        raise AttachError(
+            "transformers: its AttentionInterface has no get_interface, which is where attention "
+            "is taken over; install a tested release, 5.17 to 5.24"
+        )
+    if model.config.is_encoder_decoder:
+        raise AttachError(f"model: got {kind}, an encoder-decoder model, {_SUPPORTED}")
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise AttachError(f"model: got {kind}, {_SUPPORTED}")
+    if "_hata_handle" in vars(decoder):
+        raise AttachError(
+            f"model: this {kind} is already attached; call detach() on the handle that attach "
+            "returned, or hata.hf.detach(model), first"
+        )
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise AttachError(
+            f"model: this {kind} was loaded with tensor parallelism, which shares KV heads out and "
+            "is not supported yet; load it without tp_plan"
+        )
+    return decoder
+
+
+def attention_modules(decoder: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    """The self-attention modules of each layer that goes through the attention interface.
+
+    Raises:
+        AttachError: There is none, or they are not causal.
+    """
+    found: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if type(index) is int and calls_interface(module) and "Cross" not in type(module).__name__:
+            found[index].append(module)
+    kind = type(decoder).__name__
+    if not found:
+        raise AttachError(
+            f"model: got {kind}, in which no module was found that calls the attention interface; "
+            "this architecture is not supported"
+        )
+    if not any(getattr(one, "is_causal", True) for modules in found.values() for one in modules):
+        raise AttachError(f"model: got {kind}, whose attention is not causal, {_SUPPORTED}")
+    return found
+
+
+def why_dense(config: Any) -> list[str]:
+    """Why each layer can only attend densely; `""` where nothing speaks against hashing.
+
+    Args:
+        config: The configuration of a decoder.
+    """
+    text = config.get_text_config()
+    layers: list[Any] = list(DynamicCache(config=text).layers)
+    # Layers that share the cache of others have none of their own in some releases.
+    layers += [None] * (text.num_hidden_layers - len(layers))
+    known = DENSE.get(text.model_type, "")
+    return [known or _why_not_cached(layer) for layer in layers[: text.num_hidden_layers]]
+
+
+def _why_not_cached(layer: Any) -> str:
+    if type(layer) is DynamicLayer:
+        return ""
+    if layer is None or type(layer).__name__ == "DummyLayer":
+        return "it has no cache of its own"
+    if getattr(layer, "is_sliding", False):
+        return "it attends to a sliding window"
+    return f"its cache is a {type(layer).__name__}, not one of keys and values alone"
+
+
+def is_tested(config: Any) -> bool:
+    """Whether a model is of a family that is tested, see docs/models.md."""
+    return config.get_text_config().model_type in TESTED
+
+
+# Families whose layers cannot be hashed, and why; found by `make test-models`.
+DENSE: dict[str, str] = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+}
+# Families that hash as they should.
+TESTED = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt2"))

@@ -1,0 +1,81 @@
+"""What the forward pass under way has brought, per thread.
+
+A cache layer and the attention that follows it know nothing of one another, so the layer leaves
+itself here when it is written to, and the attention of the module takes it up. Attention still
+compares: it hashes only keys and values that are those of the layer it found. What is found here
+can therefore be missing, and never be wrong, however forward passes of several threads, models or
+generations come in between.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from hata.hf.padding import is_left_padding, visible
+
+
+class Pass:
+    """What this thread's forward pass has brought so far.
+
+    Attributes:
+        layer: The cache layer with codes that was written to last, until an attention takes it.
+        why: Why no layer of the pass has one, as far as the decoder's arguments tell.
+        masked: Whether the decoder was given a mask.
+        weights: Whether it is to return attention weights.
+        mask: The mask that the next two are about.
+        left: Whether it hides left padding at most; `None`: not looked at.
+        starts: First visible key per row, `[B]` int64 on the device.
+    """
+
+    layer: Any = None
+    why: str | None = None
+    masked = True
+    weights = False
+    mask: torch.Tensor | None = None
+    left: bool | None = None
+    starts: torch.Tensor | None = None
+
+    def begin(self, masked: bool, weights: bool) -> None:
+        """A decoder starts."""
+        self.layer = self.why = None
+        self.masked, self.weights = masked, weights
+
+    def end(self) -> None:
+        """It is done: no cache and no mask outlives its owner."""
+        self.layer = self.why = self.mask = self.left = self.starts = None
+
+    def hides_left_padding_alone(self, mask: torch.Tensor, total: int) -> bool:
+        """`is_left_padding`, read once per mask."""
+        self._about(mask)
+        if self.left is None:
+            self.left = is_left_padding(mask, total)
+        return self.left
+
+    def first_visible(self, mask: torch.Tensor) -> torch.Tensor:
+        """`starts` for `hash_attend`, made once per mask; it must hide left padding alone."""
+        self._about(mask)
+        if self.starts is None:
+            self.starts = visible(mask).to(torch.uint8).argmax(-1)
+        return self.starts
+
+    def _about(self, mask: torch.Tensor) -> None:
+        if self.mask is not mask:
+            self.mask = mask
+            self.left = self.starts = None
+
+
+class _ThreadPass(Pass, threading.local):
+    """One per thread."""
+
+
+_of_thread = _ThreadPass()
+# While torch.compile follows the code; it follows one thread at a time.
+_compiled = Pass()
+
+
+def current() -> Pass:
+    """The pass of this thread."""
+    return _compiled if torch.compiler.is_compiling() else _of_thread
