@@ -4,12 +4,13 @@
     handle = hata.hf.attach(model)          # model.generate() now decodes with hash attention
     handle.detach()                         # everything is as it was
 
-Needs transformers 5.17 to 5.23 (`pip install hata-attention[hf]`). Prefill, and any other step of
+Needs transformers 5.17 to 5.24 (`pip install hata-attention[hf]`). Prefill, and any other step of
 more than one token, runs the model's own attention. See `attach` for what can be chosen.
 """
 
 try:
-    from hata.hf.attachment import Handle, attach, detach
+    from hata.hf.attachment import Handle, attach, check_model, detach
+    from hata.hf.report import LayerReport, Report
     from hata.hf.policy import DEFAULT_SELECTION
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "transformers"):
@@ -19,4 +20,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["DEFAULT_SELECTION", "Handle", "attach", "detach"]
+__all__ = ["DEFAULT_SELECTION", "Handle", "LayerReport", "Report", "attach", "check_model", "detach"]

@@ -22,10 +22,11 @@ from hata.errors import AttachError
 from hata.hf import models, passes, report
 from hata.hf.attention import HashedAttention
 from hata.hf.cache import HashDynamicLayer, HashStaticLayer
+from hata.hf.check import Checked, compare
 from hata.hf.intercept import Interception
 from hata.hf.padding import is_known, is_left_padding
 from hata.hf.plan import LayerPlan
-from hata.hf.policy import resolve
+from hata.hf.policy import load_encoder, resolve
 from hata.hf.report import LayerRecord, Record, Report
 from hata.profile import Profile
 from hata.selection import Selection
@@ -65,7 +66,7 @@ def attach(
             one. Without it the profile's selections for this model count, else
             `DEFAULT_SELECTION` (with the bits of the encoder where one is given).
         strict: Raise instead of warning.
-        check: Run `hata.hf.check` first. `None`: only where the model is of no family that is
+        check: Run `hata.hf.check_model` first. `None`: only where the model is of no family that is
             tested (docs/models.md).
 
     Returns:
@@ -85,6 +86,23 @@ def attach(
     """
     _check_version()
     model = models.inside(model)
+    if check or (check is None and not models.is_tested(model.config)):
+        with warnings.catch_warnings():
+            # Whatever there is to say is said below.
+            warnings.simplefilter("ignore")
+            check_model(model, encoder)
+    return _attach(model, encoder, profile, selection, strict)
+
+
+def _attach(
+    model: PreTrainedModel,
+    encoder: Encoder | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
+    selection: Selection | Sequence[Selection | None] | None,
+    strict: bool,
+    forced: bool = False,
+) -> Handle:
+    """`attach`; `forced` hashes however short the context is."""
     decoder = models.decoder_of(model)
     config = decoder.config.get_text_config()
     name = Path(str(getattr(model, "name_or_path", ""))).name
@@ -109,7 +127,7 @@ def attach(
         if chosen is None or why:
             layers.append(_Layer(None, why))
             continue
-        plan = LayerPlan(policy.encoder, i, chosen)
+        plan = LayerPlan(policy.encoder, i, chosen, forced)
         place = next(modules[i][0].parameters(), None)
         if place is not None and place.device.type != "meta":
             plan.on(torch.empty(0, dtype=model.dtype, device=place.device))
@@ -121,8 +139,37 @@ def attach(
         )
         if strict:
             raise AttachError(told)
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(told, stacklevel=3)
     return Handle(model, policy.encoder, layers, strict, policy.source)
+
+
+def check_model(
+    model: nn.Module, encoder: Encoder | str | os.PathLike[str] = "random"
+) -> list[Checked]:
+    """Hold a model with hash attention against its own answers, nothing left out.
+
+    A few tokens are generated with a dynamic cache, with a static one, and from two prompts of which
+    one has left padding. Every layer that can be hashed is, with a budget that covers the context,
+    and every hashed step is compared with what the model's own attention makes of it.
+
+    Args:
+        model: As for `attach`; not attached.
+        encoder: As for `attach`.
+
+    Returns:
+        For each way, how many steps of layers were compared, or why it could not be tried.
+
+    Raises:
+        AttachError: They differ; names the layer where it begins.
+    """
+    inner = models.inside(model)
+    loaded = load_encoder(encoder)
+    every = Selection(bits=64 if loaded is None else loaded.bits, k=4096, dense_layers=0)
+
+    def attached() -> Handle:
+        return _attach(inner, loaded or "random", None, every, strict=False, forced=True)
+
+    return compare(inner, attached)
 
 
 def detach(model: nn.Module) -> None:
@@ -265,6 +312,10 @@ class Handle:
         step.begin(kwargs.get("attention_mask") is not None, bool(weights))
         cache = _cache_among(kwargs)
         if cache is not None:
+            if torch.compiler.is_compiling():
+                from torch._dynamo.comptime import comptime
+
+                comptime(_take_over_now)
             step.why = self._take_over(cache)
         elif kwargs.get("use_cache", decoder.config.use_cache) is False:
             step.why = report.NO_CACHE
@@ -334,6 +385,18 @@ class Handle:
             else:
                 why = f"a cache layer of another kind: {kind.__name__}"
         return why
+
+
+def _take_over_now(context: Any) -> None:
+    """Take a cache over while torch.compile follows the code, and not in what it compiles.
+
+    Else the first step would be a graph of its own, which makes all codes.
+    """
+    handle, cache = (
+        context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+        for name in ("self", "cache")
+    )
+    handle.value._take_over(cache.value)
 
 
 def _cache_among(arguments: dict[str, Any]) -> Cache | None:

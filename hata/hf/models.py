@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
@@ -132,3 +134,16 @@ DENSE: dict[str, str] = {
 }
 # Families that hash as they should.
 TESTED = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt2"))
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the cache is called as an argument of a model's `forward` and `generate`.
+
+    It is `past_key_values` up to transformers 5.23, and `cache` afterwards.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_among(values: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments or in the output of a forward pass, whatever it is called."""
+    return next((value for value in values.values() if isinstance(value, Cache)), None)

@@ -118,7 +118,8 @@ class LayerPlan:
         head_dim: Key size the projection is for.
         key_norms: Whether scores are weighted with key norms.
         dense_below: Visible keys at or below which a query attends to all of them: the selection's
-            `min_length`, or as many keys as the budget covers anyway, whichever is more.
+            `min_length`, or as many keys as the budget covers anyway, whichever is more; none where
+            hashing is forced.
     """
 
     __slots__ = (
@@ -131,7 +132,9 @@ class LayerPlan:
         "selection",
     )
 
-    def __init__(self, encoder: Encoder, layer: int, selection: Selection) -> None:
+    def __init__(
+        self, encoder: Encoder, layer: int, selection: Selection, forced: bool = False
+    ) -> None:
         self.selection = selection
         bits = selection.bits
         keys = (encoder.projection(layer, bits), encoder.bias(layer, bits), encoder.hidden[layer])
@@ -140,7 +143,7 @@ class LayerPlan:
         self._arrays = (keys, asked)
         self.kv_heads, self.head_dim = encoder.shape.kv_heads, encoder.shape.head_dim
         self.key_norms = encoder.key_norms
-        self.dense_below = max(selection.min_length or 0, covered(selection))
+        self.dense_below = 0 if forced else max(selection.min_length or 0, covered(selection))
         self._placed: dict[tuple[torch.device, torch.dtype], Placed] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerPlan:

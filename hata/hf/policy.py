@@ -54,14 +54,7 @@ def resolve(
         ProfileError: The profile cannot be read.
     """
     shape = ModelShape.of(config)
-    loaded = encoder if isinstance(encoder, Encoder) else None
-    if loaded is None and encoder != "random":
-        if not isinstance(encoder, (str, os.PathLike)):
-            raise EncoderError(
-                f"encoder: got {type(encoder).__name__}, expected a path, a hata.Encoder or "
-                '"random"'
-            )
-        loaded = Encoder.load(encoder)
+    loaded = load_encoder(encoder)
     if loaded is not None:
         loaded.check(config)
 
@@ -91,6 +84,21 @@ def resolve(
     return Policy(loaded, layers, source)
 
 
+def load_encoder(encoder: Encoder | str | os.PathLike[str]) -> Encoder | None:
+    """The encoder that is given or named; `None` for the random one, which a model must size.
+
+    Raises:
+        EncoderError: It cannot be read.
+    """
+    if isinstance(encoder, Encoder):
+        return encoder
+    if not isinstance(encoder, (str, os.PathLike)):
+        raise EncoderError(
+            f'encoder: got {type(encoder).__name__}, expected a path, a hata.Encoder or "random"'
+        )
+    return None if encoder == "random" else Encoder.load(encoder)
+
+
 def _warn_of_another_encoder(
     found: SelectionSet, given: Encoder | str | os.PathLike[str], loaded: Encoder, source: str
 ) -> None:
@@ -104,7 +112,7 @@ def _warn_of_another_encoder(
             f"{source}: its selections were chosen with encoder {found.encoder.name}, not with "
             f"{name or 'this one'}; choose them anew with: python -m tune --model PATH --encoder "
             "FILE --text FILE",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -131,14 +139,14 @@ def _of_profile(
             f"profile {profile.label}: its selections are synthetic, chosen without a model; "
             f"quality on {name or shape.model_type} is unknown; choose them on real text with: "
             "python -m tune --model PATH --text FILE",
-            stacklevel=4,
+            stacklevel=5,
         )
     elif found.model.name != name:
         warnings.warn(
             f"profile {profile.label}: its selections were chosen on {found.model.name}, a model "
             f"of the same sizes as {name or shape.model_type}; choose them on this model with: "
             "python -m tune --model PATH --text FILE",
-            stacklevel=4,
+            stacklevel=5,
         )
     return found.layers, f"profile {profile.label}", found
 

@@ -128,6 +128,7 @@ class Record:
         self._warned: set[str] = set()
 
     def _enter(self) -> None:
+        torch._dynamo.assume_constant_result(_note_compiled)
         self.number = next(_numbers)
         _records[self.number] = self
 
@@ -202,13 +203,12 @@ class LayerRecord:
         _note_compiled(self.record.number, self._layer, what)
 
 
-# While torch.compile follows the code it runs a function for real only where all arguments are
-# numbers and strings, so records go by numbers there.
+# While torch.compile follows the code it runs a function for real only where it is marked and all
+# arguments are numbers and strings, so records go by numbers there.
 _numbers = itertools.count()
 _records: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
 
-@torch._dynamo.assume_constant_result
 def _note_compiled(number: int, layer: int, what: str) -> bool:
     record = _records.get(number)
     if record is not None:
