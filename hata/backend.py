@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,11 +114,15 @@ class Backend(ABC):
         """SHA-256 (hex) of the sources behind an op; a tuned entry is valid for one hash only.
 
         The default hashes every Python and CUDA source beside the class, so that any change of
-        the backend asks for a new tuning.
+        the backend asks for a new tuning; of a module that is in no package, that file alone.
         """
-        folder = Path(inspect.getfile(type(self))).parent
+        file = Path(inspect.getfile(type(self)))
+        sources = [file]
+        # A module by itself lies among strangers, such as all of site-packages.
+        if _in_package(type(self)):
+            sources = sorted([*file.parent.glob("*.py"), *file.parent.glob("*.cu")])
         digest = hashlib.sha256()
-        for source in sorted([*folder.glob("*.py"), *folder.glob("*.cu")]):
+        for source in sources:
             digest.update(source.name.encode())
             digest.update(source.read_bytes())
         return digest.hexdigest()
@@ -278,6 +283,12 @@ class Backend(ABC):
 def use_config(backend: str, op: str, config: Config) -> Iterator[None]:
     """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
     token = _override.set((backend, op, config))
+def _in_package(backend_class: type[Backend]) -> bool:
+    """Whether the module of a class is a package or a part of one."""
+    name = backend_class.__module__
+    return "." in name or hasattr(sys.modules.get(name), "__path__")
+
+
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The registry: choosing backends, plug-ins and their faults, contexts and threads."""
 
 import contextlib
+import importlib
 import json
 import re
 import subprocess
@@ -218,6 +219,36 @@ def test_plug_in_runs_when_chosen(plug_in):
     assert hata.encode(X, PROJECTION).dtype == np.uint8
     hata.set_backend("mine")
     assert hata.encode(X, PROJECTION) == "mine ran"
+
+
+def test_hash_of_a_plug_in_names_its_own_sources(plug_in, tmp_path):
+    plug_in("mine", WORKING)
+    backend = registry.load("mine")
+    before = backend.kernel_hash("encode")
+    # A module by itself lies among all that is installed.
+    stranger = tmp_path / "stranger.py"
+    stranger.write_text("")
+    assert backend.kernel_hash("encode") == before
+    source = tmp_path / f"{type(backend).__module__}.py"
+    source.write_text(source.read_text() + "\n")
+    assert backend.kernel_hash("encode") != before
+
+    # Of a package every source counts, wherever in it the class stands.
+    folder = tmp_path / "in_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(WORKING)
+    (folder / "inner.py").write_text(WORKING)
+    importlib.invalidate_caches()
+    for module in ("in_package", "in_package.inner"):
+        backend = importlib.import_module(module).Mine()
+        before = backend.kernel_hash("encode")
+        stranger.write_text(stranger.read_text() + "\n")
+        assert backend.kernel_hash("encode") == before
+        for name in ("other.py", "kernel.cu"):
+            with (folder / name).open("a") as file:
+                file.write("\n")
+            assert backend.kernel_hash("encode") != before
+            before = backend.kernel_hash("encode")
 
 
 def test_plug_in_comes_after_our_own_in_auto(plug_in):
