@@ -38,7 +38,6 @@ run), `HataAutogradError` (a gradient is required; there is no backward), `Backe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,16 +56,18 @@ def _dispatched(x: Any) -> bool:
     where it comes from the custom op. A subclass without a dispatch of its own is a tensor like any
     other.
     """
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.Tensor):
+    # Tensors alone have it. Dynamo follows this code, and must not meet `sys.modules`, which grows
+    # while it looks.
+    if not hasattr(x, "__torch_dispatch__"):
         return False
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    ):
-        # Dynamo, which follows this code, must not meet the context variable.
-        return torch.compiler.is_dynamo_compiling() or not _within_custom_op.get()
+    import torch
+
+    if torch.compiler.is_dynamo_compiling():
+        # Nor must it meet the context variable.
+        return True
+    plain = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    if torch._C._len_torch_dispatch_stack() or type(x).__torch_dispatch__ is not plain:
+        return not _within_custom_op.get()
     return False
 
 

@@ -300,6 +300,36 @@ def test_traces_of_torchscript_are_refused():
         with pytest.raises(hata.HataDTypeError, match=r"x: torch\.jit\.trace"):
             torch.jit.trace(lambda x: hata.encode(x, projection), torch.zeros(1, 2, 1, 16))
 
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_code_never_looks_at_the_modules_of_the_process(op):
+    """There are more of them at each import, and an import may come while Dynamo looks."""
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def note(guards):
+        seen.extend(guard.name for guard in guards)
+        return [True] * len(guards)
+
+    tensors = []
+
+    def keep(array):
+        tensors.append(torch.tensor(array))
+        return tensors[-1]
+
+    expected = call(op, kind=keep)
+    options = {"k": 3} if op in ("hamming_topk", "hash_attend") else {}
+
+    @torch.compile(backend="eager", fullgraph=True, options={"guard_filter_fn": note})
+    def compiled():
+        return getattr(hata, op)(*tensors, **options)
+
+    torch._dynamo.reset()
+    assert torch.equal(compiled(), expected)
+    torch._dynamo.reset()
+    assert any("hata" in name for name in seen)
+    assert not [name for name in seen if "sys" in name or "modules" in name]
+
+
 
 def test_gradients_are_refused_after_no_grad():
     torch = pytest.importorskip("torch")
