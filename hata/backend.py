@@ -229,7 +229,11 @@ class Backend(ABC):
         sink_logits: Any,
         return_lse: bool,
     ) -> tuple[Any, Any]:
-        """Run `hata.hash_attend`. Returns `(out, lse)`; lse may be `None` if not asked for."""
+        """Run `hata.hash_attend`. Returns `(out, lse)`; lse may be `None` if not asked for.
+
+        Both projections are arrays, also where the caller gave none: then they are one of the right
+        shape, in q's dtype, with undefined contents, `q_codes` is given and `fresh` is 0.
+        """
 
     # What every backend has.
 
@@ -279,16 +283,16 @@ class Backend(ABC):
             )
 
 
-@contextmanager
-def use_config(backend: str, op: str, config: Config) -> Iterator[None]:
-    """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
-    token = _override.set((backend, op, config))
 def _in_package(backend_class: type[Backend]) -> bool:
     """Whether the module of a class is a package or a part of one."""
     name = backend_class.__module__
     return "." in name or hasattr(sys.modules.get(name), "__path__")
 
 
+@contextmanager
+def use_config(backend: str, op: str, config: Config) -> Iterator[None]:
+    """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
+    token = _override.set((backend, op, config))
     try:
         yield
     finally:

@@ -373,8 +373,15 @@ def hash_attend(
     def check() -> Checked:
         arrays = Arrays("q", q)
         b, h, kv_heads, t, s, d, dv = _attention(arrays, q, keys, values, sink_logits)
-        heads, bits = _projection(arrays, "projection", projection, "bias", bias, "q", q, d)
-        _heads("projection", heads, kv_heads)
+        source = "projection"
+        if projection is None:
+            _nothing_encoded(q_codes, fresh, bias, query_projection, query_bias)
+            source = "q_codes"
+            bits = arrays.take("q_codes", q_codes, ("uint8",), 4)[3] * 8
+            bits_of("q_codes", bits)
+        else:
+            heads, bits = _projection(arrays, "projection", projection, "bias", bias, "q", q, d)
+            _heads("projection", heads, kv_heads)
         if query_projection is not None:
             heads, query_bits = _projection(
                 arrays, "query_projection", query_projection, "query_bias", query_bias, "q", q, d
@@ -389,8 +396,8 @@ def hash_attend(
             got = arrays.take("query_bias", query_bias, allowed, 2)
             equal("query_bias", got, (kv_heads, bits), "projection")
         code_shape = arrays.take("key_codes", key_codes, ("uint8",), 4)
-        code_width("key_codes", code_shape, bits, "projection")
-        equal("key_codes", code_shape, (b, kv_heads, s, bits // 8), "keys and projection")
+        code_width("key_codes", code_shape, bits, source)
+        equal("key_codes", code_shape, (b, kv_heads, s, bits // 8), f"keys and {source}")
         _norms(arrays, key_norms, (b, kv_heads, s))
         if q_codes is not None:
             got = arrays.take("q_codes", q_codes, ("uint8",), 4)
@@ -406,7 +413,7 @@ def hash_attend(
             op="hash_attend",
             device=arrays.device.partition(":")[0],
             dtype=arrays.fw.dtype(q),
-            projection_dtype=arrays.fw.dtype(projection),
+            projection_dtype=arrays.fw.dtype(q if projection is None else projection),
             batch=pow2(b),
             heads=h,
             kv_heads=kv_heads,
@@ -424,6 +431,29 @@ def hash_attend(
 
     written = ("key_codes", "key_norms") if fresh else ()
     return _memoised(named, ("hash_attend", budget.k, bool(fresh)), check, written)
+
+
+def _nothing_encoded(
+    q_codes: Any, fresh: int, bias: Any, query_projection: Any, query_bias: Any
+) -> None:
+    """Check that a call without a projection needs none."""
+    need = None
+    if fresh:
+        need = f"{fresh} fresh keys are to be encoded; pass one, or fresh=0"
+    elif q_codes is None:
+        need = "q is to be encoded; pass one, or q_codes"
+    if need is not None:
+        raise HataDTypeError(f"projection: got None, expected an array [Hkv, D, r], since {need}")
+    for name, x in (
+        ("bias", bias),
+        ("query_projection", query_projection),
+        ("query_bias", query_bias),
+    ):
+        if x is not None:
+            raise HataDTypeError(
+                f"{name}: got an array, expected None, since nothing is encoded where projection "
+                f"is None; leave {name} out, or pass a projection"
+            )
 
 
 def _heads(name: str, heads: int, kv_heads: int) -> None:

@@ -315,7 +315,8 @@ def hash_attend(
         values: `[B, Hkv, S, Dv]`, in q's dtype.
         key_codes: `[B, Hkv, S, r/8]` uint8.
         projection: `[Hkv, D, r]`, in q's dtype or float32, for keys (and for queries, unless
-            `query_projection` is given).
+            `query_projection` is given). `None` where nothing is encoded: with `q_codes`, without
+            `fresh`, `bias`, `query_projection` and `query_bias`.
         k: Key budget, in keys.
         bias: `[Hkv, r]`, in q's dtype or float32.
         query_projection: `[Hkv, D, r]` for queries; `None`: `projection`.
@@ -343,7 +344,8 @@ def hash_attend(
             `[B, H, T]` float32.
 
     Raises:
-        HataDTypeError: also where `fresh` asks to write into a read-only or JAX array.
+        HataDTypeError: also where `fresh` asks to write into a read-only or JAX array, and where
+            `projection` is `None` although something is to be encoded.
         HataShapeError: also where it asks to write into overlapping elements.
         HataDeviceError, HataAutogradError, BackendUnavailable: see the module.
 
@@ -431,6 +433,10 @@ def hash_attend(
         )
     checks.values(device, keys.shape[2], lengths, starts)
     scale = problem.head_dim**-0.5 if scale is None else arguments.real("scale", scale)
+    if projection is None:
+        # Backends take its shape and dtype for granted, and read none of it.
+        shape = problem.kv_heads, problem.head_dim, problem.bits
+        projection = fw.empty(shape, problem.projection_dtype, q)
     query_projection = projection if query_projection is None else query_projection
     query_bias = bias if query_bias is None else query_bias
     out, lse = registry.resolve(problem, fw, device).launch_hash_attend(

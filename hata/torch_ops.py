@@ -110,7 +110,7 @@ def _hash_attend(
     keys: Tensor,
     values: Tensor,
     key_codes: Tensor,
-    projection: Tensor,
+    projection: Tensor | None,
     bias: Tensor | None,
     query_projection: Tensor | None,
     query_bias: Tensor | None,

@@ -114,6 +114,51 @@ def test_prepare_checks_as_the_op_does():
     assert call().shape == (1, 2, 1, 16)
 
 
+# A projection that is left out.
+
+
+def codes_given(kind=np.asarray, **changes):
+    """A call of `hash_attend` that encodes nothing."""
+    codes = np.random.default_rng(1).integers(0, 256, (1, 3, 1, 4), np.uint8)
+    return call(kind=kind, **{"q_codes": kind(codes), **changes})
+
+
+def test_projection_left_out_of_jax_calls(jax):
+    kind = jax.numpy.asarray
+    got = codes_given(kind, projection=None)
+    assert isinstance(got, jax.Array)
+    np.testing.assert_array_equal(got, codes_given())
+    with pytest.raises(hata.HataDTypeError, match="projection: got None"):
+        codes_given(kind, projection=None, q_codes=None)
+
+
+def test_projection_left_out_is_no_other_call():
+    """Neither is what passed without one taken for a call that needs one."""
+    for _ in range(2):
+        np.testing.assert_array_equal(codes_given(projection=None), codes_given())
+        for match, wrong in (
+            ("^projection: got None.*q_codes", {"q_codes": None}),
+            ("^projection: got None.*fresh=0", {"fresh": 1}),
+            ("^bias: got an array", {"bias": np.zeros((1, 32), np.float32)}),
+        ):
+            with pytest.raises(hata.HataDTypeError, match=match):
+                codes_given(projection=None, **wrong)
+
+
+def test_projection_left_out_of_a_fake_call_is_checked():
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+
+        def fake(array):
+            return mode.from_tensor(torch.tensor(array))
+
+        assert codes_given(fake, projection=None).shape == (1, 2, 1, 16)
+        with pytest.raises(hata.HataDTypeError, match="projection: got None"):
+            codes_given(fake, projection=None, q_codes=None)
+
+
 # What is remembered of a call must not let through what the full check refuses.
 
 
@@ -255,6 +300,36 @@ def test_flags_and_counts_are_checked_in_compiled_code(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_code_never_looks_at_the_modules_of_the_process(op):
+    """There are more of them at each import, and an import may come while Dynamo looks."""
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def note(guards):
+        seen.extend(guard.name for guard in guards)
+        return [True] * len(guards)
+
+    tensors = []
+
+    def keep(array):
+        tensors.append(torch.tensor(array))
+        return tensors[-1]
+
+    expected = call(op, kind=keep)
+    options = {"k": 3} if op in ("hamming_topk", "hash_attend") else {}
+
+    @torch.compile(backend="eager", fullgraph=True, options={"guard_filter_fn": note})
+    def compiled():
+        return getattr(hata, op)(*tensors, **options)
+
+    torch._dynamo.reset()
+    assert torch.equal(compiled(), expected)
+    torch._dynamo.reset()
+    assert any("hata" in name for name in seen)
+    assert not [name for name in seen if "sys" in name or "modules" in name]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_dispatch_modes_see_the_op(depth):
     torch = pytest.importorskip("torch")
@@ -299,36 +374,6 @@ def test_traces_of_torchscript_are_refused():
         warnings.simplefilter("ignore")
         with pytest.raises(hata.HataDTypeError, match=r"x: torch\.jit\.trace"):
             torch.jit.trace(lambda x: hata.encode(x, projection), torch.zeros(1, 2, 1, 16))
-
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_code_never_looks_at_the_modules_of_the_process(op):
-    """There are more of them at each import, and an import may come while Dynamo looks."""
-    torch = pytest.importorskip("torch")
-    seen = []
-
-    def note(guards):
-        seen.extend(guard.name for guard in guards)
-        return [True] * len(guards)
-
-    tensors = []
-
-    def keep(array):
-        tensors.append(torch.tensor(array))
-        return tensors[-1]
-
-    expected = call(op, kind=keep)
-    options = {"k": 3} if op in ("hamming_topk", "hash_attend") else {}
-
-    @torch.compile(backend="eager", fullgraph=True, options={"guard_filter_fn": note})
-    def compiled():
-        return getattr(hata, op)(*tensors, **options)
-
-    torch._dynamo.reset()
-    assert torch.equal(compiled(), expected)
-    torch._dynamo.reset()
-    assert any("hata" in name for name in seen)
-    assert not [name for name in seen if "sys" in name or "modules" in name]
-
 
 
 def test_gradients_are_refused_after_no_grad():

@@ -147,6 +147,33 @@ class InputFaults(Properties):
         match = "128 bits.*64"
         self.refused(kit, "hash_attend", HataShapeError, match, query_projection=projection)
 
+    def test_fault_26_codes_of_another_width_without_a_projection(self, kit: Kit) -> None:
+        """Query codes then say how many bits there are."""
+        none = {"projection": None, "bias": None}
+        codes = kit.put(np.zeros((2, 4, 1, 16), np.uint8))
+        match = r"key_codes: got codes of 8 bytes \(64 bits\), but q_codes has 128 bits"
+        self.refused(kit, "hash_attend", HataShapeError, match, q_codes=codes, **none)
+        codes = kit.put(np.zeros((2, 4, 1, 6), np.uint8))
+        match = "q_codes: got 48 bits"
+        self.refused(kit, "hash_attend", HataShapeError, match, q_codes=codes, **none)
+
+    def test_projection_left_out_where_something_is_encoded(self, kit: Kit) -> None:
+        """The error says what to do."""
+        match = r"projection: got None, expected an array .* q is to be encoded; .*q_codes"
+        self.refused(kit, "hash_attend", HataDTypeError, match, projection=None)
+        given: dict[str, Any] = {"projection": None, "bias": None}
+        given["q_codes"] = kit.put(np.zeros((2, 4, 1, 8), np.uint8))
+        match = "projection: got None, expected an array .* 2 fresh keys.* fresh=0"
+        self.refused(kit, "hash_attend", HataDTypeError, match, **given, fresh=2)
+        bias = kit.put(np.zeros((2, 64), np.float32))
+        for name, x in (
+            ("bias", bias),
+            ("query_bias", bias),
+            ("query_projection", kit.put(np.zeros((2, 32, 64), np.float32))),
+        ):
+            match = f"{name}: got an array, expected None, .* leave {name} out"
+            self.refused(kit, "hash_attend", HataDTypeError, match, **{**given, name: x})
+
     def test_fault_28_rows_that_are_not_dense(self, kit: Kit) -> None:
         for op in OPS:
             placed, _ = self.arguments(kit, LEGAL, op)

@@ -255,6 +255,11 @@ class TorchFaults(Properties):
             graph, out = self.captured("hash_attend", tensors, options)
             graph.replay()
             assert torch.equal(out, hata.hash_attend(**tensors, **options))
+            tensors["projection"], options["fresh"] = None, 0
+            expected = hata.hash_attend(**tensors, **options)
+            graph, out = self.captured("hash_attend", tensors, options)
+            graph.replay()
+            assert torch.equal(out, expected)
 
     def test_fault_44_nothing_waits_for_the_gpu(self, torch_kit: TorchKit) -> None:
         if self.device == "cpu":
@@ -345,6 +350,35 @@ class TorchFaults(Properties):
         if op == "hash_attend":
             arguments[-1] = 0
         torch.library.opcheck(getattr(torch.ops.hata, op), tuple(arguments))
+
+    def test_without_a_projection(self, torch_kit: TorchKit) -> None:
+        """Compiled, fake and meta tensors leave it out as others do."""
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        # It registers the custom ops.
+        import hata.torch_ops
+
+        case = changed(SMALL, given_codes=True, norms=True)
+        tensors, options = self.tensors(torch_kit, case, "hash_attend")
+        expected = self.run("hash_attend", **tensors, **options)
+        tensors["projection"] = None
+        compiled = torch.compile(
+            lambda: hata.hash_attend(**tensors, **options), backend="aot_eager", fullgraph=True
+        )
+        assert torch.equal(compiled(), expected)
+        torch._dynamo.reset()
+        with FakeTensorMode() as mode:
+            fake = {name: None if x is None else mode.from_tensor(x) for name, x in tensors.items()}
+            results = [hata.hash_attend(**fake, **options)]
+        meta = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
+        results.append(hata.hash_attend(**meta, **options))
+        for got in results:
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        names, defaults = SCHEMAS["hash_attend"]
+        arguments = [tensors.get(name) for name in names]
+        arguments += [options.get(name, default) for name, default in defaults.items()]
+        torch.library.opcheck(torch.ops.hata.hash_attend, tuple(arguments))
 
     def test_compiled_without_a_gradient(self, torch_kit: TorchKit) -> None:
         """Weights that ask for a gradient do no harm in a compiled step under no_grad."""

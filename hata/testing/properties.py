@@ -245,6 +245,23 @@ class Properties(Harness):
         assert hata.prepare(op, **given, **options) is None
         assert before == {n: kit.get(p.memory).tobytes() for n, p in arrays.items() if p}
 
+    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    def test_hash_attend_without_a_projection(self, kit: Kit, dtype: str, norms: bool) -> None:
+        """Where nothing is encoded the projection may be left out, which changes no bit."""
+        case = replace(
+            RICH, dtype=dtype, given_codes=True, code_group=3, fresh=0, bias=False, norms=norms,
+            dense_below=70, sinks=True,
+        )  # fmt: skip
+        placed, options = self.arguments(kit, case, "hash_attend")
+        options["return_lse"] = True
+        expected = self.call(kit, "hash_attend", placed, **options)
+        placed["projection"] = None
+        given = {name: p and p.array for name, p in placed.items()}
+        assert hata.prepare("hash_attend", **given, **options) is None
+        got = self.call(kit, "hash_attend", placed, **options)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert kit.get(ours).tobytes() == kit.get(theirs).tobytes()
+
     # What is held against one case. `given` replaces values of the case.
 
     def check_encode(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
