@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from typing import Any, ClassVar
 
 from hata.arrays import Framework
@@ -27,6 +29,8 @@ class ReferenceBackend(Backend):
         """Say what the kernels lack here."""
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed; pip install numba"
+        if _uncompiled():
+            return "NUMBA_DISABLE_JIT is set, and kernels run compiled only; unset it"
         return None
 
     def __init__(self) -> None:
@@ -106,6 +110,18 @@ class ReferenceBackend(Backend):
             q_codes, fresh, dense_below, lengths, starts, budget, key_norms, scale, softcap,
             sink_logits, return_lse, self.config(problem),
         )  # fmt: skip
+
+
+def _uncompiled() -> bool:
+    """Whether numba would run its functions as plain Python."""
+    numba = sys.modules.get("numba")
+    if numba is not None:
+        return bool(numba.config.DISABLE_JIT)
+    try:
+        return bool(int(os.environ.get("NUMBA_DISABLE_JIT") or 0))
+    except ValueError:
+        # numba, too, goes on as if it were not set
+        return False
 
 
 # Items of work for each thread, so that one that starts late or is held up costs little. Fewer and

@@ -18,6 +18,7 @@ import hashlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 from numba import cfunc, from_dtype, njit, types
 from numba.core import config
+from numba.core.caching import FunctionCache
+from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 from .intrinsics import call_address, fetch_add, load_acquire, load_i64, store_64
@@ -106,11 +109,49 @@ REVISION = _revision()
 
 def _compiled(body: Callable, *arguments: Any) -> Any:
     signature = types.void(*arguments)
+    cached = cfunc(signature, cache=True, **_OPTIONS)
+    plain = cfunc(signature, **_OPTIONS)
     try:
-        return cfunc(signature, cache=True, **_OPTIONS)(body)
+        return cached(body)
+    except NumbaError:
+        raise
+    except Exception as error:
+        # unpickling damaged files may raise anything
+        first = error
+    try:
+        cache = FunctionCache(body)
     except RuntimeError:
         # no folder that the cache could be written to
-        return cfunc(signature, **_OPTIONS)(body)
+        return plain(body)
+    try:
+        # an empty index in place of this kernel's; its code is then written anew
+        cache.flush()
+        made = cached(body)
+    except NumbaError:
+        raise
+    except Exception:
+        made = plain(body)
+    _warn_of_cache(cache.cache_path, first)
+    return made
+
+
+_warning = threading.Lock()
+_warned: set[str] = set()
+
+
+def _warn_of_cache(folder: str, error: Exception) -> None:
+    """Warn of a cache folder, once in a process, however many kernels lie there."""
+    with _warning:
+        if folder in _warned:
+            return
+        _warned.add(folder)
+    warnings.warn(
+        f"numba's cache folder {folder} holds damaged files or cannot be written "
+        f"({type(error).__name__}: {error}): those of HATA's kernels are compiled anew; if this "
+        "comes again, clear the folder, or set NUMBA_CACHE_DIR to one that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _make_helper(revision: int) -> Any:

@@ -1,10 +1,14 @@
 """The CPU kernels against the NumPy oracle: odd shapes, ties everywhere, every keyword."""
 
+import errno
 import importlib
 import itertools
+import os
+import re
 import threading
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
@@ -12,6 +16,7 @@ import hata
 from hata.backend import use_config
 
 oracle = importlib.import_module("hata.backends.reference.oracle")
+schedule = importlib.import_module("hata.backends.reference.schedule")
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
@@ -349,3 +354,77 @@ def test_garbage_in_bounds_touches_no_other_row(name, value):
     np.testing.assert_array_equal(out, right if whole else [right[0], np.zeros_like(right[1])])
     np.testing.assert_array_equal(codes[0], expected[0])
     assert codes[1].any() == whole
+
+
+# numba's cache on disk.
+
+DAMAGE = {
+    "empty index": ("*.nbi", lambda data: b""),
+    "half an index": ("*.nbi", lambda data: data[: len(data) // 2]),
+    "empty code": ("*.nbc", lambda data: b""),
+    "half the code": ("*.nbc", lambda data: data[: len(data) // 2]),
+    "zeros for code": ("*.nbc", lambda data: bytes(len(data))),
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, of which nothing was said yet."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(schedule, "_warned", set())
+    return tmp_path
+
+
+def small_kernels():
+    """Compile or load two kernels that compile fast; how many of them were loaded."""
+    made = (
+        schedule._compiled(schedule._make_helper(schedule.REVISION), numba.int64),
+        schedule._compiled(schedule._make_lead(schedule.REVISION), *(numba.int64,) * 5),
+    )
+    assert all(kernel.address for kernel in made)
+    return sum(kernel.cache_hits for kernel in made)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_caches_are_made_anew(cache, damage):
+    assert small_kernels() == 0
+    assert small_kernels() == 2
+    kind, spoil = DAMAGE[damage]
+    damaged = sorted(cache.rglob(kind))
+    assert len(damaged) == 2
+    stranger = damaged[0].with_name("stranger" + damaged[0].name)
+    for file in (*damaged, stranger):
+        file.write_bytes(spoil(damaged[0].read_bytes()))
+    kept = stranger.read_bytes()
+    folder = re.escape(str(damaged[0].parent))
+    with pytest.warns(RuntimeWarning, match=f"numba's cache folder {folder}") as said:
+        assert small_kernels() == 0
+    assert len(said) == 1
+    assert small_kernels() == 2
+    assert stranger.read_bytes() == kept
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_caches_that_cannot_be_written_are_done_without(cache, damaged, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if damaged:
+        small_kernels()
+        for file in cache.rglob("*.nbi"):
+            file.write_bytes(b"")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.warns(RuntimeWarning, match="cannot be written") as said:
+        assert small_kernels() == 0
+    assert len(said) == 1
+    # It is said once in a process.
+    assert small_kernels() == 0
+
+
+def test_no_folder_for_a_cache_at_all(cache, monkeypatch):
+    nowhere = cache / "file"
+    nowhere.write_text("")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(nowhere))
+    monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
+    assert small_kernels() == 0
+    assert small_kernels() == 0
