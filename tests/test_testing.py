@@ -77,27 +77,80 @@ def test_a_suite_of_an_unknown_backend_says_so(tmp_path):
     assert "Did you mean 'reference'?" in done.stdout
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_only_what_is_declared_skips(case, tmp_path):
-    planted, more, code, expected = CASES[case]
+def suite(tmp_path, source, test, wanted):
+    """Run a part of the suite against a backend of one module, installed as a plug-in."""
     site = tmp_path / "site"
     info = site / "mine-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "mine.py").write_text(BACKEND.replace("PLANTED", planted) + more)
+    (site / "mine.py").write_text(source)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[hata.backends]\nmine = mine:Mine\n")
-    (tmp_path / "test_mine.py").write_text(TEST)
+    (tmp_path / "test_mine.py").write_text(test)
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    return subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
             "--import-mode=importlib", "-c", os.devnull, "--rootdir", str(tmp_path),
-            "-k", "test_encode and not depends", "test_mine.py",
+            "-k", wanted, "test_mine.py",
         ],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_is_declared_skips(case, tmp_path):
+    planted, more, code, expected = CASES[case]
+    source = BACKEND.replace("PLANTED", planted) + more
+    done = suite(tmp_path, source, TEST, "test_encode and not depends")
     assert done.returncode == code, done.stdout + done.stderr
     assert expected in done.stdout
     if case in ("absent", "unsupported"):
         assert "passed" not in done.stdout.splitlines()[-1]
+
+
+# The reference, but for what it copies. The process was larger once, as after other tests: its
+# high-water mark says nothing of a copy.
+COPYING = """
+import numpy as np
+from hata.backends.reference import ReferenceBackend
+
+class Mine(ReferenceBackend):
+    name = "mine"
+    frameworks = frozenset({FRAMEWORK})
+
+    def launch_hash_attend(self, problem, fw, q, keys, *more):
+        return super().launch_hash_attend(problem, fw, q, COPY_KEYS, *more)
+
+    def launch_hamming_topk(self, problem, fw, q_codes, k_codes, *more):
+        return super().launch_hamming_topk(problem, fw, q_codes, COPY_CODES, *more)
+
+np.ones(1 << 26)
+"""
+WIDE = TEST + "    wide_slots = 2**17 + 64\n"
+KEPT = {"COPY_KEYS": "keys", "COPY_CODES": "k_codes"}
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured on Linux alone"
+)
+@pytest.mark.parametrize(
+    ("framework", "copies", "expected"),
+    [
+        ("numpy", {}, "1 passed"),
+        ("numpy", {"COPY_KEYS": "keys.copy()"}, "hash_attend took"),
+        ("torch", {"COPY_KEYS": "keys.clone()"}, "hash_attend took"),
+        ("numpy", {"COPY_CODES": "np.ascontiguousarray(k_codes)"}, "hamming_topk took"),
+    ],
+)
+def test_hidden_copies_are_found(framework, copies, expected, tmp_path):
+    if framework == "torch":
+        pytest.importorskip("torch")
+    source = COPYING.replace("FRAMEWORK", repr(framework))
+    for name, text in {**KEPT, **copies}.items():
+        source = source.replace(name, text)
+    done = suite(tmp_path, source, WIDE, "fault_20")
+    assert done.returncode == bool(copies), done.stdout + done.stderr
+    assert expected in done.stdout
+    if copies:
+        assert "something was copied" in done.stdout

@@ -54,6 +54,7 @@ class Harness:
     max_slots: ClassVar[int] = 200
     max_head_dim: ClassVar[int] = 576
     max_examples: ClassVar[int] = 25
+    wide_slots: ClassVar[int] = 2**21 + 64
 
     # Set-up.
 

@@ -7,7 +7,10 @@ the elements is poisoned, so that reading it shows and writing it can be found.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +102,20 @@ class Placed:
         return buffer
 
 
+@dataclass
+class Growth:
+    """The most memory that was taken at a time, in bytes, or `None` where no one can tell."""
+
+    bytes: int | None = None
+
+
+def _high_water() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    return int(found["VmHWM"].split()[0]) << 10
+
+
 # Arguments of an op by name: a `Placed` each, or `None` where one is left out.
 Arrays = dict[str, Any]
 
@@ -156,6 +173,20 @@ class Kit:
     def free_bytes(self) -> int:
         """Free memory of the device; a CPU's is taken where it is touched, so all is free there."""
         return 1 << 62
+
+    @contextmanager
+    def growth(self) -> Iterator[Growth]:
+        """How much memory the calls in a `with` block take beyond what was taken before."""
+        growth = Growth()
+        try:
+            # Linux: the process's high-water mark begins anew. It may have been higher long before.
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _high_water()
+        except (OSError, LookupError):
+            yield growth
+            return
+        yield growth
+        growth.bytes = _high_water() - before
 
     def adapter(self) -> adapters.Framework:
         """The ops' adapter of this framework."""
@@ -224,6 +255,21 @@ class TorchKit(Kit):
 
         return super().free_bytes() if self.device == "cpu" else torch.cuda.mem_get_info()[0]
 
+    @contextmanager
+    def growth(self) -> Iterator[Growth]:
+        """See `Kit`; on a GPU it is what torch allocates."""
+        if self.device == "cpu":
+            with super().growth() as growth:
+                yield growth
+            return
+        import torch
+
+        growth = Growth()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        yield growth
+        growth.bytes = torch.cuda.max_memory_allocated(self.device) - before
+
     def get(self, array: Any) -> np.ndarray:
         """See `Kit`."""
         import torch
@@ -264,6 +310,22 @@ class CuPyKit(Kit):
         import cupy
 
         return cupy.cuda.runtime.memGetInfo()[0]
+
+    @contextmanager
+    def growth(self) -> Iterator[Growth]:
+        """See `Kit`; it is all that CuPy allocates, freed or not, since CuPy keeps no peak."""
+        import cupy
+
+        growth = Growth(0)
+
+        class Count(cupy.cuda.MemoryHook):
+            name = "hata growth"
+
+            def malloc_postprocess(self, **given: Any) -> None:
+                growth.bytes = (growth.bytes or 0) + given["mem_size"]
+
+        with Count():
+            yield growth
 
     def get(self, array: Any) -> np.ndarray:
         """See `Kit`."""

@@ -18,4 +18,6 @@ class BackendSuite(ValueFaults, InputFaults, TorchFaults):
         max_slots: Most keys in a drawn case.
         max_head_dim: Largest head size in a drawn case.
         max_examples: Drawn cases per test, framework and dtype.
+        wide_slots: Slots of the arrays that 32-bit offsets do not reach, some 5 KiB each. With
+            fewer, on a small machine, fault 20 still sees copies, but no offset that is too small.
     """
