@@ -10,8 +10,8 @@ more than one token, runs the model's own attention. See `attach` for what can b
 
 try:
     from hata.hf.attachment import Handle, attach, check_model, detach
-    from hata.hf.report import LayerReport, Report
     from hata.hf.policy import DEFAULT_SELECTION
+    from hata.hf.report import LayerReport, Report
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "transformers"):
         raise
@@ -20,4 +20,12 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["DEFAULT_SELECTION", "Handle", "LayerReport", "Report", "attach", "check_model", "detach"]
+__all__ = [
+    "DEFAULT_SELECTION",
+    "Handle",
+    "LayerReport",
+    "Report",
+    "attach",
+    "check_model",
+    "detach",
+]

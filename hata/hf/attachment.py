@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import warnings
@@ -86,7 +87,15 @@ def attach(
     """
     _check_version()
     model = models.inside(model)
-    if check or (check is None and not models.is_tested(model.config)):
+    models.attention_modules(models.decoder_of(model), type(model).__name__)
+    untested = check is None and not models.is_tested(model.config)
+    if untested and not model.can_generate():
+        warnings.warn(
+            f"{type(model).__name__}: this family is not tested, and cannot be checked either, "
+            "because this part of it does not generate; attach the model with its output layer",
+            stacklevel=2,
+        )
+    elif check or untested:
         with warnings.catch_warnings():
             # Whatever there is to say is said below.
             warnings.simplefilter("ignore")
@@ -104,6 +113,7 @@ def _attach(
 ) -> Handle:
     """`attach`; `forced` hashes however short the context is."""
     decoder = models.decoder_of(model)
+    modules = models.attention_modules(decoder, type(model).__name__)
     config = decoder.config.get_text_config()
     name = Path(str(getattr(model, "name_or_path", ""))).name
     policy = resolve(config, name, encoder, profile, selection)
@@ -117,7 +127,6 @@ def _attach(
             f"model: got {type(model).__name__} in {model.dtype}, supported are "
             f"{', '.join(map(str, _DTYPES))}; convert it with model.to(dtype)"
         )
-    modules = models.attention_modules(decoder)
     layers = []
     for i, (chosen, why) in enumerate(
         zip(policy.selections, models.why_dense(config), strict=True)
@@ -148,9 +157,9 @@ def check_model(
 ) -> list[Checked]:
     """Hold a model with hash attention against its own answers, nothing left out.
 
-    A few tokens are generated with a dynamic cache, with a static one, and from two prompts of which
-    one has left padding. Every layer that can be hashed is, with a budget that covers the context,
-    and every hashed step is compared with what the model's own attention makes of it.
+    A few tokens are generated with a dynamic cache, with a static one, and from two prompts of
+    which one has left padding. Every layer that can be hashed is, with a budget that covers the
+    context, and every hashed step is compared with what the model's own attention makes of it.
 
     Args:
         model: As for `attach`; not attached.
@@ -163,6 +172,7 @@ def check_model(
         AttachError: They differ; names the layer where it begins.
     """
     inner = models.inside(model)
+    models.attention_modules(models.decoder_of(inner), type(inner).__name__)
     loaded = load_encoder(encoder)
     every = Selection(bits=64 if loaded is None else loaded.bits, k=4096, dense_layers=0)
 
@@ -310,7 +320,7 @@ class Handle:
             weights = getattr(decoder.config, "output_attentions", False)
         step = passes.current()
         step.begin(kwargs.get("attention_mask") is not None, bool(weights))
-        cache = _cache_among(kwargs)
+        cache = models.cache_among(kwargs)
         if cache is not None:
             if torch.compiler.is_compiling():
                 from torch._dynamo.comptime import comptime
@@ -323,7 +333,8 @@ class Handle:
     def _after(self, decoder: Any, args: Any, output: Any) -> None:
         """Forward hook of the decoder, also after an exception."""
         passes.current().end()
-        if not self._record.met and not torch.compiler.is_compiling():
+        failed = output is None
+        if not (failed or self._record.met or torch.compiler.is_compiling()):
             self._record.complain(self._plans[0][0], report.NEVER_CALLED)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -332,16 +343,19 @@ class Handle:
         A compiled step cannot look at the values of its mask, and would compile the taking over of
         its cache as well.
         """
-        own = self._prepare_before or type(self._model).prepare_inputs_for_generation
-        made = own(*args, **kwargs) if self._prepare_before else own(self._model, *args, **kwargs)
-        cache = _cache_among(made)
+        own: Any = self._prepare_before
+        if own is None:
+            cls: Any = type(self._model)
+            own = functools.partial(cls.prepare_inputs_for_generation, self._model)
+        made = own(*args, **kwargs)
+        cache = models.cache_among(made)
         if cache is not None and cache.is_compileable:
             self._take_over(cache)
             mask = made.get("attention_mask")
             mask = mask.get("full_attention") if isinstance(mask, dict) else mask
             inputs = made.get("input_ids")
             inputs = made.get("inputs_embeds") if inputs is None else inputs
-            if is_known(mask) and inputs is not None:
+            if isinstance(mask, torch.Tensor) and is_known(mask) and inputs is not None:
                 self._foresee(cache, mask, inputs.shape[1])
         return made
 
@@ -373,8 +387,8 @@ class Handle:
             while len(layers) <= self._plans[-1][0]:
                 layers.append(DynamicLayer())
         for i, plan in self._plans:
-            layer = layers[i] if i < len(layers) else None
-            kind = type(layer)
+            layer: Any = layers[i] if i < len(layers) else None
+            kind: Any = type(layer)
             if kind is HashDynamicLayer or kind is HashStaticLayer:
                 if layer.plan is not plan:
                     layers[i] = kind(plan, layer)
@@ -397,14 +411,6 @@ def _take_over_now(context: Any) -> None:
         for name in ("self", "cache")
     )
     handle.value._take_over(cache.value)
-
-
-def _cache_among(arguments: dict[str, Any]) -> Cache | None:
-    """The cache of a forward pass, whatever its argument is called."""
-    for value in arguments.values():
-        if isinstance(value, Cache):
-            return value
-    return None
 
 
 def _check_version() -> None:

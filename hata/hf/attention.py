@@ -77,9 +77,12 @@ class HashedAttention:
             (self._record.compiled if compiling else self._record.dense)(why)
             return own(module, query, key, value, attention_mask, *rest, **kwargs)
         sinks = kwargs.get("s_aux")
+        starts = None
+        if attention_mask is not None and step.masked:
+            starts = step.first_visible(attention_mask)
         out = layer.attend(
             query,
-            step.first_visible(attention_mask) if attention_mask is not None and step.masked else None,
+            starts,
             kwargs.get("scaling"),
             kwargs.get("softcap"),
             None if sinks is None else sinks.detach(),

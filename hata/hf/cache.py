@@ -20,7 +20,6 @@ A layer that is pickled becomes transformers' own, with its keys and values alon
 from __future__ import annotations
 
 import copy
-import copyreg
 from contextlib import nullcontext
 from typing import Any
 
@@ -111,13 +110,13 @@ class _Coded:
             twin._mark()
         return twin
 
-    def _plain(self, kind: type, names: tuple[str, ...]) -> tuple[Any, ...]:
-        """What pickle needs to make a layer of transformers of this one, without room to grow."""
+    def _state(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """What pickle keeps of this layer: what transformers' own has, without room to grow."""
         state = {name: getattr(self, name) for name in names if hasattr(self, name)}
         for name in ("keys", "values"):
             if isinstance(state[name], torch.Tensor):
                 state[name] = state[name].clone(memory_format=torch.contiguous_format)
-        return copyreg.__newobj__, (kind,), state  # type: ignore[attr-defined]
+        return state
 
     def _buffers(self, keys: torch.Tensor, slots: int) -> None:
         """Allocate codes and norms for `slots` keys."""
@@ -216,7 +215,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._plain(DynamicLayer, DYNAMIC)
+        return DynamicLayer, (), self._state(DYNAMIC)
 
     def total(self) -> int:
         """Keys so far."""
@@ -375,7 +374,7 @@ class HashStaticLayer(_Coded, StaticLayer):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._plain(StaticLayer, STATIC)
+        return StaticLayer, (self.max_cache_len,), self._state(STATIC)
 
     def total(self) -> int:
         """Keys so far; reads it from the device."""
@@ -524,7 +523,7 @@ class _Room:
             buffer is None
             or buffer.shape[SLOTS] < total
             or buffer.shape[0] != new.shape[0]
-            or (count and (held.data_ptr() != buffer.data_ptr() or held.stride() != buffer.stride()))
+            or (count and not _is_start(held, buffer))
             or (count < self.shown and _holders(buffer) > _OWN_HOLDERS)
         ):
             like = held if count else new
@@ -545,6 +544,11 @@ class _Room:
         twin = memo[id(self)] = _Room()
         twin.buffer, twin.shown = copy.deepcopy(self.buffer, memo), self.shown
         return twin
+
+
+def _is_start(held: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether a tensor shows the first slots of a buffer."""
+    return held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
 
 
 def _holders(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hata.errors import AttachError
 from hata.hf.attention import HashedAttention
-from hata.hf.intercept import Function
+from hata.hf.intercept import Function, Interception
 
 PROMPT = 24
 NEW = 4
@@ -129,15 +129,17 @@ def _prompt(model: Any, padded: bool) -> dict[str, torch.Tensor]:
 def _watched(model: Any, way: str) -> Iterator[list[int]]:
     """Compare every hashed step with what the model's own function makes of it."""
     compared: list[int] = []
-    modules = [one for one in model.modules() if isinstance(vars(one).get("_hata"), HashedAttention)]
-    for module in modules:
-        vars(module)["_hata"] = _Compared(vars(module)["_hata"], type(model).__name__, way, compared)
+    name = type(model).__name__
+    handlers = {
+        module: _Compared(handler, name, way, compared)
+        for module in model.modules()
+        if isinstance(handler := vars(module).get("_hata"), HashedAttention)
+    }
+    interception = Interception(handlers)
     try:
         yield compared
     finally:
-        for module in modules:
-            if isinstance(vars(module).get("_hata"), _Compared):
-                vars(module)["_hata"] = vars(module)["_hata"].inner
+        interception.close()
 
 
 class _Compared:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.modeling_utils import AttentionInterface
 
-# What an attention module calls: `(module, query, key, value, mask, ..., **more) -> (out, weights)`.
+# What an attention module calls: `(module, query, key, value, mask, **more) -> (out, weights)`.
 Function = Callable[..., tuple[Any, Any]]
 # What answers in its place: the function it would have called comes first.
 Handler = Callable[..., tuple[Any, Any]]

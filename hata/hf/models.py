@@ -76,8 +76,12 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def attention_modules(decoder: PreTrainedModel) -> dict[int, list[nn.Module]]:
+def attention_modules(decoder: PreTrainedModel, name: str = "") -> dict[int, list[nn.Module]]:
     """The self-attention modules of each layer that goes through the attention interface.
+
+    Args:
+        decoder: The decoder.
+        name: What errors call the model; its class unless given.
 
     Raises:
         AttachError: There is none, or they are not causal.
@@ -87,11 +91,10 @@ def attention_modules(decoder: PreTrainedModel) -> dict[int, list[nn.Module]]:
         index = getattr(module, "layer_idx", None)
         if type(index) is int and calls_interface(module) and "Cross" not in type(module).__name__:
             found[index].append(module)
-    kind = type(decoder).__name__
+    kind = name or type(decoder).__name__
     if not found:
         raise AttachError(
-            f"model: got {kind}, in which no module was found that calls the attention interface; "
-            "this architecture is not supported"
+            f"model: got {kind}, in which no module calls the attention interface, {_SUPPORTED}"
         )
     if not any(getattr(one, "is_causal", True) for modules in found.values() for one in modules):
         raise AttachError(f"model: got {kind}, whose attention is not causal, {_SUPPORTED}")
@@ -108,32 +111,47 @@ def why_dense(config: Any) -> list[str]:
     layers: list[Any] = list(DynamicCache(config=text).layers)
     # Layers that share the cache of others have none of their own in some releases.
     layers += [None] * (text.num_hidden_layers - len(layers))
-    known = DENSE.get(text.model_type, "")
-    return [known or _why_not_cached(layer) for layer in layers[: text.num_hidden_layers]]
+    of_all = DENSE.get(text.model_type, "")
+    if not of_all and getattr(text, "kv_lora_rank", None):
+        of_all = LATENT
+    found = []
+    for layer in layers[: text.num_hidden_layers]:
+        why = _why_not_cached(layer)
+        found.append(why if why and why != of_all else of_all)
+    return found
 
 
 def _why_not_cached(layer: Any) -> str:
+    """Why a layer whose cache layer is of this kind cannot be hashed, if so."""
     if type(layer) is DynamicLayer:
         return ""
-    if layer is None or type(layer).__name__ == "DummyLayer":
+    kind = type(layer).__name__
+    if layer is None or kind == "DummyLayer":
         return "it has no cache of its own"
+    if "Linear" in kind:
+        return "linear attention or a state space, by itself or beside its attention"
     if getattr(layer, "is_sliding", False):
         return "it attends to a sliding window"
-    return f"its cache is a {type(layer).__name__}, not one of keys and values alone"
+    if "Indexed" in kind:
+        return "it selects keys by an indexer of its own"
+    return f"its cache is a {kind}, not one of keys and values alone"
 
 
 def is_tested(config: Any) -> bool:
     """Whether a model is of a family that is tested, see docs/models.md."""
-    return config.get_text_config().model_type in TESTED
+    model_type = config.get_text_config().model_type
+    return model_type in TESTED or model_type in DENSE
 
 
-# Families whose layers cannot be hashed, and why; found by `make test-models`.
-DENSE: dict[str, str] = {
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
+# Families none of whose layers can be hashed, for reasons that their configuration does not show.
+DENSE = {
+    "diffllama": "it attends to parts of its values, twice",
+    "doge": "its masks add learned numbers to the logits, other ones for each head",
+    "hrm_text": "each of its attention modules writes to several cache layers, one per cycle",
+    "jetmoe": "it attends to repetitions of its keys and values",
 }
-# Families that hash as they should.
-TESTED = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt2"))
+# Families that hash, as `make test-models` has seen.
+TESTED = frozenset(["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt2"])
 
 
 def cache_argument(model: nn.Module) -> str:
@@ -146,4 +164,8 @@ def cache_argument(model: nn.Module) -> str:
 
 def cache_among(values: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments or in the output of a forward pass, whatever it is called."""
-    return next((value for value in values.values() if isinstance(value, Cache)), None)
+    # A loop, because torch.compile follows it.
+    for value in values.values():
+        if isinstance(value, Cache):
+            return value
+    return None

@@ -30,22 +30,21 @@ class Pass:
         starts: First visible key per row, `[B]` int64 on the device.
     """
 
-    layer: Any = None
-    why: str | None = None
-    masked = True
-    weights = False
-    mask: torch.Tensor | None = None
-    left: bool | None = None
-    starts: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.begin(masked=True, weights=False)
 
     def begin(self, masked: bool, weights: bool) -> None:
         """A decoder starts."""
-        self.layer = self.why = None
         self.masked, self.weights = masked, weights
+        self.end()
 
     def end(self) -> None:
         """It is done: no cache and no mask outlives its owner."""
-        self.layer = self.why = self.mask = self.left = self.starts = None
+        self.layer: Any = None
+        self.why: str | None = None
+        self.mask: torch.Tensor | None = None
+        self.left: bool | None = None
+        self.starts: torch.Tensor | None = None
 
     def hides_left_padding_alone(self, mask: torch.Tensor, total: int) -> bool:
         """`is_left_padding`, read once per mask."""
@@ -67,7 +66,7 @@ class Pass:
             self.left = self.starts = None
 
 
-class _ThreadPass(Pass, threading.local):
+class _ThreadPass(threading.local, Pass):
     """One per thread."""
 
 

@@ -37,7 +37,9 @@ MASK = "a mask of a kind that is not known (boolean, additive or [B, S] are)"
 BIAS = "a mask that adds numbers to the logits"
 WEIGHTS = "attention weights are asked for; leave output_attentions out"
 NOT_CACHED = "keys and values that are not those of the layer's cache"
-DTYPES = "queries, keys and values of several dtypes; autocast leaves them so: load the model in one"
+DTYPES = (
+    "queries, keys and values of several dtypes, as autocast leaves them; load the model in one"
+)
 NEVER_CALLED = (
     "its attention never came through the attention interface; this release of transformers, or "
     "this model, works in a way that is not known"

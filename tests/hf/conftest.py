@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
+from hata.hf.models import cache_among  # noqa: E402
 
 SIZES = {
     "vocab_size": 97,
@@ -70,8 +71,13 @@ FAMILIES = {
 
 
 def build(family, **changes):
-    """A freshly made model of random weights; the same every time."""
-    config_name, model_name, extra = FAMILIES[family]
+    """A freshly made model of random weights; the same every time.
+
+    Args:
+        family: One of `FAMILIES`, or a configuration, a class and sizes like those.
+        **changes: Sizes that differ.
+    """
+    config_name, model_name, extra = FAMILIES[family] if isinstance(family, str) else family
     sizes = {**SIZES, **extra, **changes}
     attention = sizes.pop("attn_implementation", None)
     if family == "gpt2":
@@ -151,7 +157,7 @@ def answer():
                 **inputs, **settings, output_logits=True, return_dict_in_generate=True
             )
         return SimpleNamespace(
-            tokens=out.sequences, logits=torch.stack(out.logits), cache=out.past_key_values
+            tokens=out.sequences, logits=torch.stack(out.logits), cache=cache_among(out)
         )
 
     return run

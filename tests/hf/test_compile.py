@@ -3,11 +3,15 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 from transformers import CompileConfig, StaticCache  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
+from hata.hf.models import cache_argument  # noqa: E402
+
+# What this release calls the cache.
+CACHE = cache_argument(transformers.LlamaForCausalLM)
 
 ALL_KEYS = hata.Selection(bits=64, k=200, dense_layers=1)
 FEW = hata.Selection(bits=64, k=5, dense_layers=1)
@@ -33,12 +37,12 @@ def test_static_cache_in_one_full_graph(policy, padded, tiny, prompts):
         cache = StaticCache(config=model.config, max_cache_len=40)
         logits = []
         with torch.no_grad():
-            out = model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+            out = model(inputs["input_ids"], attention_mask=mask, **{CACHE: cache})
             seen = mask
             for token in steps:
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
                 made = model.prepare_inputs_for_generation(
-                    token, past_key_values=cache, attention_mask=seen, use_cache=True
+                    token, **{CACHE: cache}, attention_mask=seen, use_cache=True
                 )
                 out = decode(**made)
                 logits.append(out.logits)

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
 from hata.encoder import Encoder, Hidden, ModelShape, QueryHash  # noqa: E402
 from hata.evaluate import decoding  # noqa: E402
 from hata.evaluate.selectors import Coded, lowest_first  # noqa: E402
+from hata.hf.models import cache_argument  # noqa: E402
 from hata.hf.plan import LayerPlan  # noqa: E402
+
+# What this release calls the cache.
+CACHE = cache_argument(transformers.LlamaForCausalLM)
 
 LAYERS, H, HKV, D = 3, 4, 2, 16
 POLICY = decoding.Policy(0.25, 1, 0, 0, 64)
@@ -98,9 +102,9 @@ def test_a_cropped_cache_is_hashed_anew(tiny, prompts, answer, always_hash):
     with hata.hf.attach(model, KINDS["networks"], selection=SELECTION):
         expected = answer(model, ids)
         cache = DynamicCache(config=model.config)
-        first = answer(model, ids[:, :25], past_key_values=cache, max_new_tokens=4)
+        first = answer(model, ids[:, :25], **{CACHE: cache}, max_new_tokens=4)
         cache.crop(25 - cache.get_seq_length())
-        got = answer(model, ids, past_key_values=first.cache)
+        got = answer(model, ids, **{CACHE: first.cache})
     torch.testing.assert_close(got.logits, expected.logits, rtol=1e-3, atol=1e-3)
 
 
@@ -125,11 +129,11 @@ def test_compiled_whole(tiny, prompts):
         cache = StaticCache(config=model.config, max_cache_len=40)
         seen, found = torch.ones_like(ids), []
         with torch.no_grad():
-            model(ids, attention_mask=seen, past_key_values=cache)
+            model(ids, attention_mask=seen, **{CACHE: cache})
             for token in prompts.of(1, 3).split(1, 1):
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
                 made = model.prepare_inputs_for_generation(
-                    token, past_key_values=cache, attention_mask=seen, use_cache=True
+                    token, **{CACHE: cache}, attention_mask=seen, use_cache=True
                 )
                 found.append(decode(**made).logits)
         return torch.cat(found, 1)

@@ -5,10 +5,14 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
+from hata.hf.models import cache_among, cache_argument  # noqa: E402
+
+# What this release calls the cache.
+CACHE = cache_argument(transformers.LlamaForCausalLM)
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ALL_KEYS = hata.Selection(bits=64, k=200, dense_layers=1)
@@ -86,7 +90,7 @@ def two_turns(model, cache, ids, more):
     first = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=6,
         do_sample=False,
     )
@@ -94,7 +98,7 @@ def two_turns(model, cache, ids, more):
     return model.generate(
         second,
         attention_mask=torch.ones_like(second),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=6,
         do_sample=False,
         output_logits=True,
@@ -136,13 +140,13 @@ def test_crop_then_continue(tiny, prompts, by_brute_force):
         cache = DynamicCache(config=model.config)
         logits = []
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
             if detour:
                 for token in prompts.of(1, 9)[0]:
-                    model(token.view(1, 1), past_key_values=cache)
+                    model(token.view(1, 1), **{CACHE: cache})
                 cache.crop(-9)
             for token in other[0]:
-                logits.append(model(token.view(1, 1), past_key_values=cache).logits)
+                logits.append(model(token.view(1, 1), **{CACHE: cache}).logits)
         return torch.cat(logits)
 
     with hata.hf.attach(model, selection=few):
@@ -155,8 +159,8 @@ def test_a_cache_without_a_config_is_taken_over(tiny, prompts, always_hash, call
     model, ids = tiny("llama"), prompts.of(1, 12)
     cache = DynamicCache()
     with hata.hf.attach(model, selection=ALL_KEYS), torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, :-1], **{CACHE: cache})
+        model(ids[:, -1:], **{CACHE: cache})
     assert len(calls) == 2
     assert cache.get_seq_length() == 12
 
@@ -169,11 +173,11 @@ def test_a_copied_cache_is_independent(tiny, prompts):
     few = hata.Selection(bits=64, k=6, dense_layers=1)
 
     def go_on(cache, tail):
-        return torch.cat([model(t.view(1, 1), past_key_values=cache).logits for t in tail[0]])
+        return torch.cat([model(t.view(1, 1), **{CACHE: cache}).logits for t in tail[0]])
 
     with hata.hf.attach(model, selection=few), torch.no_grad():
         prefix = DynamicCache(config=model.config)
-        model(ids, past_key_values=prefix)
+        model(ids, **{CACHE: prefix})
         alone = [go_on(copy.deepcopy(prefix), tail) for tail in tails]
         shallow = copy.copy(prefix)
         shallow.layers = [copy.copy(layer) for layer in prefix.layers]
@@ -183,7 +187,7 @@ def test_a_copied_cache_is_independent(tiny, prompts):
         for step in range(5):
             for i, fork in enumerate(forks):
                 token = tails[i][:, step : step + 1]
-                together[i].append(model(token, past_key_values=fork).logits)
+                together[i].append(model(token, **{CACHE: fork}).logits)
     for i in range(2):
         assert torch.equal(alone[i], torch.cat(together[i]))
 
@@ -193,10 +197,10 @@ def test_inputs_embeds_and_positional_arguments(tiny, prompts, always_hash, call
     with torch.no_grad():
         own = model.model(ids).last_hidden_state[:, -1]
         with hata.hf.attach(model, selection=ALL_KEYS):
-            cache = model.model(ids[:, :-1], use_cache=True).past_key_values
+            cache = cache_among(model.model(ids[:, :-1], use_cache=True))
             embeds = model.get_input_embeddings()(ids[:, -1:])
             by_embeds = model.model(
-                inputs_embeds=embeds, past_key_values=copy.deepcopy(cache)
+                inputs_embeds=embeds, **{CACHE: copy.deepcopy(cache)}
             ).last_hidden_state[:, -1]
             positional = model.model(ids[:, -1:], None, None, cache).last_hidden_state[:, -1]
     assert len(calls) == 4

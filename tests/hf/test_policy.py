@@ -116,7 +116,7 @@ def test_selections_chosen_with_another_encoder_warn(tiny, tmp_path):
         with pytest.warns(UserWarning, match=f"chosen with encoder random, not with {name}"):
             handle = attached(tiny("llama"), encoder, profile=profile)
         assert handle.selections == (None, few, few)
-        assert "2 of 3 layers hashed (dense: 0)" in repr(handle)
+        assert "2 of 3 layers planned to hash (dense: 0)" in repr(handle)
     attached(tiny("llama"), made, profile=profile)
 
 

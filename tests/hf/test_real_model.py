@@ -10,6 +10,10 @@ transformers = pytest.importorskip("transformers")
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
 from hata.evaluate import tasks  # noqa: E402
+from hata.hf.models import cache_argument  # noqa: E402
+
+# What this release calls the cache.
+CACHE = cache_argument(transformers.LlamaForCausalLM)
 
 LENGTH = 768
 
@@ -42,14 +46,14 @@ def test_needles_at_a_sixteenth_of_the_context(model, prompts):
         ids = torch.tensor([prompt.tokens])
         prefix = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids[:, :-1], past_key_values=prefix, logits_to_keep=1)
+            model(ids[:, :-1], **{CACHE: prefix}, logits_to_keep=1)
         for way in right:
             handle = hata.hf.attach(model, selection=selection) if way == "hash" else None
             cache = copy.deepcopy(prefix)
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=6,
                 do_sample=False,
             )
