@@ -253,8 +253,8 @@ class ValueFaults(Properties):
         given = {name: placed.array for name, placed in wide.items()}
         given |= {"keys": keys, "values": values, "key_codes": key_codes}
         starts = kit.put(np.array(first))
-        # Half of what a copy of the codes, the smallest of them, would take: a part of it may lie in
-        # memory that was taken before.
+        # Half of what a copy of the codes, the smallest of them, would take: a part of it may lie
+        # in memory that was taken before.
         most = 8 * case.slots * 16 // 2
         options = {"k": 8, "fresh": 20, "starts": starts, "return_lse": True}
         (out, lse), known = self.frugal(kit, most, "hash_attend", **given, **options)
