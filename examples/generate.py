@@ -30,7 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
-    DynamicCache,
+    Cache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -40,6 +40,7 @@ import hata
 import hata.hf
 from hata.commandline import Parser
 from hata.evaluate.tasks import DIGITS, needles, source_text
+from hata.hf.models import cache_among, cache_argument
 
 
 def main() -> int:
@@ -142,14 +143,14 @@ def attachment(model: Any, args: argparse.Namespace) -> Any:
         # Where a ratio is given, k is a bound that is not reached.
         k = args.k or max(args.needle or 0, 4096)
         selection = hata.Selection(bits=args.bits or 256, k=k, ratio=ratio)
-    with hata.hf.attach(model, args.encoder, selection=selection) as handle:
+    with hata.hf.attach(model, args.encoder, selection=selection, strict=True) as handle:
         encoder = handle.encoder
 
     def attach() -> hata.hf.Handle:
         with warnings.catch_warnings():
-            # Whatever there is to say was said above.
+            # Whatever there is to say was said above, and the model was checked.
             warnings.simplefilter("ignore")
-            return hata.hf.attach(model, encoder, selection=selection)
+            return hata.hf.attach(model, encoder, selection=selection, strict=True, check=False)
 
     return attach
 
@@ -173,29 +174,30 @@ class Clock(StoppingCriteria):
         return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
 
 
-def prefill(model: Any, ids: torch.Tensor) -> tuple[DynamicCache, float]:
+def prefill(model: Any, ids: torch.Tensor) -> tuple[Cache, float]:
     """A cache of all tokens but the last, which the first decode step brings; and the seconds."""
-    cache = DynamicCache(config=model.config)
     start = time.perf_counter()
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = cache_among(model(ids[:, :-1], use_cache=True, logits_to_keep=1))
+    if cache is None:
+        raise ValueError(f"--model: {type(model).__name__} gives no cache to go on from")
     if ids.is_cuda:
         torch.cuda.synchronize()
     return cache, time.perf_counter() - start
 
 
 def answer(
-    model: Any, ids: torch.Tensor, cache: DynamicCache, tokens: int
+    model: Any, ids: torch.Tensor, cache: Cache, tokens: int
 ) -> tuple[torch.Tensor, list[float]]:
     """The next tokens, greedily, and the seconds of each step but the first."""
     clock = Clock()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
+        **{cache_argument(model): cache},
     )
     return out[0, ids.shape[1] :], clock.steps
 

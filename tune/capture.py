@@ -68,13 +68,16 @@ def load_layout(model: str) -> Layout:
     """Read the head layout of a model folder, and nothing else of it.
 
     Raises:
-        CaptureError: it is no folder of a decoder model.
+        CaptureError: it is no folder of a decoder model, or of one that no layer can be hashed of.
     """
+    from hata.learn.hashable import check_config
+
     config = load_config(model)
     try:
         shape = Encoder.random(config, 32).shape
     except ValueError as error:
         raise CaptureError(f"--model: {model}: {first_line(error)}") from None
+    check_config(config)
     text = config.get_text_config()
     dtype = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
     return Layout(
@@ -118,11 +121,11 @@ def capture(
         on_sequence: Called with how many are read.
 
     Raises:
-        CaptureError: the model cannot be loaded or has no attention that can be seen.
+        CaptureError: the model cannot be loaded, or no layer of it can be hashed.
     """
     import torch
 
-    from hata.learn import recorder
+    from hata.learn import hashable, recorder
 
     layout = load_layout(model)
     ids = token_sequences(model, text, sequences, layout.context)
@@ -131,30 +134,18 @@ def capture(
     scales: dict[int, float] = {}
 
     def keep(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        if layer in dense:
+            return
         q.setdefault(layer, []).append(query[:, :, -QUERIES:].float().cpu().numpy())
         keys.setdefault(layer, []).append(key.float().cpu().numpy())
         scales[layer] = scale
 
     seen = recorder.Recorder(keep)
     language_model = recorder.load_model(user_path(model), device)
+    dense = hashable.dense_layers(language_model)
     for number, row in enumerate(ids):
         recorder.read(language_model, torch.from_numpy(row)[None], seen)
         on_sequence(number + 1)
-    if not q and seen.refused:
-        raise CaptureError(
-            f"--model: no layer of {type(language_model).__name__} can be hashed: "
-            f"{next(iter(seen.refused.values()))}"
-        )
-    if not q:
-        raise CaptureError(
-            f"--model: {type(language_model).__name__} does not use the attention interface of "
-            "transformers, so hash attention cannot run in it"
-        )
-    dense = {
-        layer: seen.refused.get(layer, "it has no attention of its own")
-        for layer in range(layout.layers)
-        if layer not in q
-    }
     probes = {
         layer: Probe(np.concatenate(q[layer]), np.concatenate(keys[layer]), scales[layer])
         for layer in q

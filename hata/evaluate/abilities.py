@@ -12,6 +12,7 @@ import torch
 
 from hata.evaluate import decoding, report, selectors, tasks
 from hata.learn import text as texts
+from hata.learn.hashable import dense_layers
 
 
 def check_prompts(
@@ -53,8 +54,7 @@ def tables(
         progress: Told what happens.
     """
     model = decoding.load(options.model, device, options.dtype)
-    for shape in {encoder.shape for _, encoder, _ in encoders}:
-        decoding.check_cache(model, shape)
+    dense = dense_layers(model)
     batch = options.batch or (1 if device == "cpu" else 20)
     others: dict[str, Any] = {
         "exact": selectors.Exact(), "pages": selectors.Pages(), "window": selectors.Window()
@@ -76,7 +76,7 @@ def tables(
             )
             ways = [decoding.dense()]
             ways += [
-                decoding.simulated(model, selector, policy)
+                decoding.simulated(model, selector, policy, dense)
                 for method, selector in others.items()
                 if method in options.methods
             ]

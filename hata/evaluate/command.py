@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
     from hata.evaluate import abilities, report, tasks
     from hata.learn.checks import check_device
+    from hata.learn.hashable import check_config
     from hata.learn.progress import Progress
 
     if unknown := set(options.tasks) - set(tasks.TASKS):
@@ -108,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
     places = parse_places(options.at)
     _check(options, places)
     config = texts.load_config(options.model)
+    check_config(config)
     _check_length(config, max(tokens for tokens, _ in places))
     encoders = _encoders(options, config)
     folder = _folder(options.out) if options.out else None
@@ -136,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
         found = _mass(options, encoders, read, places, device, progress)
         if not found:
             raise texts.CaptureError(
-                f"--model: no layer of {options.model} shows its queries and keys, or all have "
-                "sliding windows; there is nothing to compare"
+                "--encoder: got none that hashes a layer of this model that can be hashed; there "
+                "is nothing to compare"
             )
         tell(report.retained_tables(found))
     if options.tasks or options.perplexity:

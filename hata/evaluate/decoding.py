@@ -9,26 +9,23 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 import hata.hf
-from hata.encoder import Encoder, ModelShape
+from hata.encoder import Encoder
 from hata.evaluate.selectors import Asked, Selector
-from hata.hf.attachment import hashable_layers
+from hata.hf.intercept import Function, Interception
+from hata.hf.models import attention_modules, cache_among, cache_argument
 from hata.learn.text import CaptureError, first_line
 from hata.selection import Selection
-
-_NAME = "hata_simulated"
 
 
 class Policy(NamedTuple):
@@ -88,40 +85,69 @@ def attached(name: str, model: Any, encoder: Encoder, bits: int, policy: Policy)
 
     def opened() -> AbstractContextManager[Any]:
         with warnings.catch_warnings():
-            # Whatever there is to say of the encoder is in the tables.
+            # Whatever there is to say of the encoder is in the tables. `dense_layers` has checked
+            # the model.
             warnings.simplefilter("ignore")
-            return hata.hf.attach(model, encoder, selection=selection)
+            return hata.hf.attach(model, encoder, selection=selection, check=False)
 
     return Way(name, bits, opened)
 
 
-def simulated(model: Any, selector: Selector, policy: Policy) -> Way:
-    """Decode steps whose keys a selector chooses, by a mask over dense attention.
+def simulated(model: Any, selector: Selector, policy: Policy, dense: Collection[int] = ()) -> Way:
+    """Decode steps whose keys a selector chooses, by a mask for the model's own attention.
 
-    Layers that the adapter leaves dense, such as those with sliding windows, stay so here.
+    Args:
+        model: Of `load`.
+        selector: What chooses.
+        policy: How much.
+        dense: Layers that the adapter leaves dense, and that stay so here.
     """
-    hashable = hashable_layers(model.config)
+
+    def attend(
+        own: Function,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        if query.shape[2] == 1:
+            chosen = _chosen(selector, module.layer_idx, query, key, policy)
+            mask = _masked(mask, chosen, query.dtype, own is sdpa_attention_forward)
+        return own(module, query, key, value, mask, *rest, **kwargs)
 
     @contextmanager
     def opened() -> Iterator[None]:
-        def attend(
-            module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
-        ) -> tuple[Any, Any]:
-            layer = module.layer_idx
-            if query.shape[2] == 1 and layer >= policy.dense_layers and hashable[layer]:
-                mask = _chosen(selector, layer, query, key, policy)
-            return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-        before = model.config._attn_implementation
-        AttentionInterface.register(_NAME, attend)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        model.set_attn_implementation(_NAME)
+        found = attention_modules(model.get_decoder())
+        taken = Interception(
+            {
+                module: attend
+                for layer, modules in found.items()
+                if layer >= policy.dense_layers and layer not in dense
+                for module in modules
+            }
+        )
         try:
             yield
         finally:
-            model.set_attn_implementation(before)
+            taken.close()
 
     return Way(selector.name, selector.bits, opened)
+
+
+def _masked(
+    mask: torch.Tensor | None, chosen: torch.Tensor, dtype: torch.dtype, boolean: bool
+) -> torch.Tensor:
+    """A mask that also hides what was not chosen, of its kind; without one, `boolean` or to add."""
+    if mask is None:
+        if boolean:
+            return chosen
+        mask = torch.zeros((), dtype=dtype, device=chosen.device)
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return torch.where(chosen, mask, torch.finfo(mask.dtype).min)
 
 
 def _chosen(
@@ -163,30 +189,12 @@ def load(model: str | Path, device: str, dtype: str | None) -> Any:
         raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
 
 
-def check_cache(model: Any, shape: ModelShape) -> None:
-    """Raise `CaptureError` unless the model's cache holds keys of these sizes, which are hashed.
-
-    Multi-head latent attention caches what keys are made of; hash attention would stay dense.
-    """
-    cache = prefilled(model, torch.zeros((1, 2), dtype=torch.int64, device=model.device))
-    layers: list[Any] = list(cache.layers)
-    for i, (layer, hashed) in enumerate(zip(layers, hashable_layers(model.config), strict=False)):
-        if not hashed:
-            continue
-        _, heads, _, size = layer.keys.shape
-        if (heads, size) != (shape.kv_heads, shape.head_dim):
-            raise CaptureError(
-                f"--model: the cache of layer {i} holds {heads} heads of size {size}, "
-                f"expected {shape.kv_heads} of size {shape.head_dim} to hash; it caches what keys "
-                "are made of (latent attention), and cannot be compared"
-            )
-
-
-def prefilled(model: Any, ids: torch.Tensor) -> DynamicCache:
+def prefilled(model: Any, ids: torch.Tensor) -> Cache:
     """A cache of all tokens but the last."""
-    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = cache_among(model(ids[:, :-1], use_cache=True, logits_to_keep=1))
+    if cache is None:
+        raise CaptureError(f"--model: {type(model).__name__} gives no cache to go on from")
     return cache
 
 
@@ -211,9 +219,9 @@ def answers(
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=copy.deepcopy(cache),
                 max_new_tokens=tokens,
                 do_sample=False,
+                **{cache_argument(model): copy.deepcopy(cache)},
             )
         found[way.name, way.bits] = out[:, ids.shape[1] :].tolist()
     return found
@@ -234,12 +242,12 @@ def losses(
     cache = prefilled(model, ids[:, :first])
     found = {}
     for way in ways:
-        running = copy.deepcopy(cache)
+        running = {cache_argument(model): copy.deepcopy(cache)}
         total = torch.zeros((), dtype=torch.float64, device=ids.device)
         with way.open(), torch.inference_mode():
             for place in range(first - 1, ids.shape[1] - 1):
                 step = ids[:, place : place + 1]
-                logits = model(step, past_key_values=running, use_cache=True).logits[:, -1]
+                logits = model(step, use_cache=True, **running).logits[:, -1]
                 wanted = ids[:, place + 1 : place + 2]
                 total -= logits.double().log_softmax(-1).gather(1, wanted).mean()
         found[way.name, way.bits] = float(total) / last

@@ -17,7 +17,7 @@ import torch
 
 from hata.evaluate.mass import group_mass, hidden_keys
 from hata.evaluate.selectors import Asked, Exact, Selector
-from hata.learn import recorder
+from hata.learn import hashable, recorder
 from hata.learn.text import CaptureError
 
 QUERIES = 256
@@ -100,7 +100,7 @@ def evaluate(
 ) -> list[Kept]:
     """Let a model read, and measure every selector on every layer as it does.
 
-    Nothing is stored: each layer is measured while the model attends.
+    Nothing is stored: each layer that can be hashed is measured while the model attends.
 
     Args:
         model: Of `hata.learn.recorder.load_model`.
@@ -109,10 +109,16 @@ def evaluate(
         budgets: In keys.
         queries: How many of the last queries are looked at.
         on_sequence: Called with how many are read.
+
+    Raises:
+        CaptureError: No layer can be hashed, or one attends with what is not finite.
     """
     sums: dict[tuple[str, int, int], Sums] = {}
+    dense = hashable.dense_layers(model)
 
     def visit(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        if layer in dense:
+            return
         last = q[0, :, -queries:].float().unflatten(0, (keys.shape[1], -1))
         if not (last.isfinite().all() and keys.isfinite().all()):
             raise CaptureError(f"layer {layer}: queries or keys are not finite; mend the model")

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hata.learn import recorder
+from hata.hf.models import NO_ATTENTION
+from hata.learn import hashable, recorder
 from hata.learn.text import CaptureError, first_line
 
 # Queries before this position see too few keys to choose among.
@@ -105,11 +106,11 @@ def capture(
         on_sequence: Called with the number of each sequence that is done.
 
     Raises:
-        CaptureError: No layer was shown, one attends with nothing to learn from, or files cannot be
-            written.
+        CaptureError: No layer can be hashed, one attends with nothing to learn from, or files
+            cannot be written.
     """
     wanted = set(layers)
-    unusable = recorder.cached_otherwise(model)
+    dense = hashable.dense_layers(model)
     for sequence in sequences:
         first = asked[sequence] if sequence < len(asked) else None
         where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence, first))
@@ -124,7 +125,7 @@ def capture(
             where: torch.Tensor = where,
             seen: set[int] = seen,
         ) -> None:
-            if layer not in wanted or layer in unusable:
+            if layer not in wanted or layer in dense:
                 return
             seen.add(layer)
             kept = q[0, :, where.to(q.device)]  # [H, n, D]
@@ -137,17 +138,13 @@ def capture(
             with _written(file_of(folder, layer, sequence)) as part:
                 save_file(tensors, part, metadata={"scale": repr(scale)})
 
-        shown = recorder.Recorder(keep)
-        recorder.read(model, torch.from_numpy(ids[sequence])[None], shown)
-        absent = {
-            layer: (unusable | shown.refused).get(layer, "it has no attention of its own")
-            for layer in sorted(wanted - seen)
-        }
+        recorder.read(model, torch.from_numpy(ids[sequence])[None], recorder.Recorder(keep))
+        absent = {layer: dense.get(layer, NO_ATTENTION) for layer in sorted(wanted - seen)}
         if not seen:
             why = next(iter(absent.values()), "none was asked for")
             raise CaptureError(
-                f"--model: no layer of {type(model).__name__} can be hashed: {why}; expected a "
-                "decoder whose attention goes through the attention interface of transformers"
+                f"--layers: got none of {type(model).__name__} that can be hashed: {why}; name "
+                "others"
             )
         # Written last: it says that all files of this sequence are whole. What other layers were
         # found to be stays known.

@@ -214,11 +214,13 @@ def _learn(options: argparse.Namespace) -> int:
 def _read(options: argparse.Namespace, recipe: Any) -> _Asked:
     """The model's sizes and the sequences to learn from."""
     from hata.learn.checks import check_codes, shape_of, tokens_of
+    from hata.learn.hashable import check_config
     from hata.learn.plan import LearnError
     from hata.learn.recall import planted
 
     config = texts.load_config(options.model)
     shape = shape_of(config)
+    check_config(config)
     check_codes(options.query_codes, shape)
     layers = parse_layers(options.layers, shape.num_layers)
     tokens = tokens_of(options.tokens, config, recipe, TOKENS)

@@ -17,7 +17,9 @@ from hata.evaluate import decoding, harness, report, retained, tasks
 from hata.evaluate.command import parse_places
 from hata.evaluate.mass import hidden_keys
 from hata.evaluate.selectors import Asked, Coded, Exact, Pages, Window, lowest_first
+from hata.hf.models import LATENT
 from hata.learn import recorder
+from hata.learn.hashable import dense_layers
 from hata.learn.text import CaptureError
 
 KV, G, Q, S, D = 2, 2, 5, 90, 16
@@ -384,29 +386,33 @@ def test_every_row_has_a_name_of_its_own(tiny, text, encoders, tmp_path, capsys,
 
 def test_latent_attention_is_not_decoded(latent, text, capsys):
     words = ["eval", "--model", str(latent), "--text", str(text), "--device", "cpu", "--no-mass"]
-    status = cli.main([*words, "--perplexity", "4", "--at", "128:32", "--sequences", "2"])
-    if not recorder.cached_otherwise(recorder.load_model(latent, "cpu")):
-        # A release of transformers that caches whole keys.
-        assert status == 0
-        return
-    assert status == 2
-    assert "(latent attention), and cannot be compared" in capsys.readouterr().err
+    assert cli.main([*words, "--perplexity", "4", "--at", "128:32", "--sequences", "2"]) == 2
+    assert f"no layer of DeepseekV3ForCausalLM can be hashed: {LATENT}\n" in capsys.readouterr().err
 
 
 def test_layers_with_windows_stay_dense_in_every_way():
     """What the adapter leaves alone is left alone where a selector stands in for it."""
-    config = transformers.MistralConfig(
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Qwen3Config(
         vocab_size=384, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=32,
+        use_sliding_window=True, layer_types=kinds,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.MistralForCausalLM(config).eval()
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    dense = dense_layers(model)
+    assert dense == {0: "it attends to a sliding window"}
     ids = torch.randint(3, 259, (1, 100), generator=torch.Generator().manual_seed(0))
-    ways = [
-        decoding.dense(), decoding.simulated(model, Window(1), decoding.Policy(0.1, 0, 1, 1, 128))
-    ]  # fmt: skip
-    nats = decoding.losses(model, ids, ways, 4)
-    assert len(set(nats.values())) == 1
+    asked = set()
+
+    class Watched(Window):
+        def choose(self, one, k):
+            asked.add(one.layer)
+            return super().choose(one, k)
+
+    policy = decoding.Policy(0.1, 0, 1, 1, 128)
+    decoding.losses(model, ids, [decoding.simulated(model, Watched(1), policy, dense)], 4)
+    assert asked == {1}
 
 
 def test_places():
@@ -433,7 +439,7 @@ def test_the_harness_is_attached(model, encoders, monkeypatch):
     selection = hata.Selection(bits=32, k=16, dense_layers=0)
     wrapped = harness.harness_model(model, encoder, selection=selection, batch_size=4)
     assert seen == {"batch_size": 4}
-    assert wrapped.model.config._attn_implementation == "hata"
+    assert "attached LlamaForCausalLM: 2 of 2 layers" in repr(wrapped.hata_handle)
     wrapped.hata_handle.detach()
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(CaptureError, match="needs lm-evaluation-harness"):
