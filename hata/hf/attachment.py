@@ -349,7 +349,7 @@ class Handle:
             own = functools.partial(cls.prepare_inputs_for_generation, self._model)
         made = own(*args, **kwargs)
         cache = models.cache_among(made)
-        if cache is not None and cache.is_compileable:
+        if cache is not None and getattr(cache, "is_compileable", False):
             self._take_over(cache)
             mask = made.get("attention_mask")
             mask = mask.get("full_attention") if isinstance(mask, dict) else mask
@@ -378,6 +378,8 @@ class Handle:
         Returns:
             Why that cannot be done for all of them.
         """
+        if not hasattr(cache, "layers"):
+            return f"a cache of another kind: {type(cache).__name__}"
         if getattr(cache, "offloading", False):
             return "an offloaded cache"
         why = None

@@ -257,12 +257,12 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         codes: Any = self.codes
         norms: Any = self.norms
         if codes is None or codes.shape[SLOTS] < total:
+            before = (codes, norms)
             self._buffers(self.keys, _capacity(total))
-            if self.coded:
-                self.codes[:, :, : self.coded] = codes[:, :, : self.coded]
-                if norms is not None:
-                    self.norms[:, :, : self.coded] = norms[:, :, : self.coded]
             codes, norms = self.codes, self.norms
+            for made, was in zip((codes, norms), before, strict=True):
+                if self.coded and was is not None:
+                    made[:, :, : self.coded] = was[:, :, : self.coded]
         if self.coded < length:
             new = slice(self.coded, length)
             hata.encode(

@@ -159,7 +159,7 @@ def test_unsupported_head_size_is_refused_at_attach(fresh):
 @pytest.mark.parametrize("version", ["5.16.2", "5.25.0", "6.0.0.dev0"])
 def test_fault_64_untested_transformers_warns_once(version, tiny, monkeypatch):
     monkeypatch.setattr("hata.hf.attachment._version_known", False)
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("hata.hf.attachment.transformers.__version__", version)
     with pytest.warns(UserWarning, match=r"outside the range .* 5\.17 to 5\.24"):
         hata.hf.attach(tiny("llama")).detach()
     with warnings.catch_warnings():
