@@ -104,15 +104,9 @@ def simulated(model: Any, selector: Selector, policy: Policy, dense: Collection[
     """
 
     def attend(
-        own: Function,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        *rest: Any,
-        **kwargs: Any,
+        own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
+        query, key, value, mask, *rest = args
         if query.shape[2] == 1:
             chosen = _chosen(selector, module.layer_idx, query, key, policy)
             mask = _masked(mask, chosen, query.dtype, own is sdpa_attention_forward)

@@ -28,7 +28,7 @@ from hata.hf.intercept import Interception
 from hata.hf.padding import is_known, is_left_padding
 from hata.hf.plan import LayerPlan
 from hata.hf.policy import load_encoder, resolve
-from hata.hf.report import LayerRecord, Record, Report
+from hata.hf.report import LayerRecord, LayerReport, Record, Report
 from hata.profile import Profile
 from hata.selection import Selection
 from hata.words import ranges
@@ -173,11 +173,11 @@ def check_model(
     """
     inner = models.inside(model)
     models.attention_modules(models.decoder_of(inner), type(inner).__name__)
-    loaded = load_encoder(encoder)
-    every = Selection(bits=64 if loaded is None else loaded.bits, k=4096, dense_layers=0)
+    made = load_encoder(encoder) or Encoder.random(inner.config, 64)
+    every = Selection(bits=made.bits, k=4096, dense_layers=0)
 
     def attached() -> Handle:
-        return _attach(inner, loaded or "random", None, every, strict=False, forced=True)
+        return _attach(inner, made, None, every, strict=False, forced=True)
 
     return compare(inner, attached)
 
@@ -228,12 +228,13 @@ class Handle:
         self._decoder = decoder = model.get_decoder()
         self._layers = tuple(layers)
         self._plans = [(i, layer.plan) for i, layer in enumerate(layers) if layer.plan is not None]
-        self._record = Record(self._name, len(layers), strict)
+        self._record = Record(self._name, strict)
+        self._records = {i: LayerRecord(self._record, i) for i, _ in self._plans}
         self._arguments = list(inspect.signature(decoder.forward).parameters)
         self._attached = True
         self._interception = Interception(
             {
-                module: HashedAttention(plan, LayerRecord(self._record, i))
+                module: HashedAttention(plan, self._records[i]).answer
                 for i, plan in self._plans
                 for module in models.attention_modules(decoder)[i]
             }
@@ -271,7 +272,9 @@ class Handle:
         return Report(
             self._name,
             tuple(
-                self._record.of(i, layer.plan and layer.plan.selection, layer.why)
+                self._records[i].told(layer.plan.selection)
+                if layer.plan is not None
+                else LayerReport(i, None, layer.why, 0, {}, 0, ())
                 for i, layer in enumerate(self._layers)
             ),
         )
@@ -333,8 +336,9 @@ class Handle:
     def _after(self, decoder: Any, args: Any, output: Any) -> None:
         """Forward hook of the decoder, also after an exception."""
         passes.current().end()
-        failed = output is None
-        if not (failed or self._record.met or torch.compiler.is_compiling()):
+        if self._record.met or output is None or torch.compiler.is_compiling():
+            return
+        if self._interception.is_in_place():
             self._record.complain(self._plans[0][0], report.NEVER_CALLED)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

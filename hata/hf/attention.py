@@ -10,6 +10,7 @@ keys they were not made of.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -45,48 +46,44 @@ _KNOWN = frozenset(
 
 
 class HashedAttention:
-    """The handler of one attention module, see `hata.hf.intercept`."""
+    """What one planned layer attends with; `answer` is its handler, see `hata.hf.intercept`."""
 
-    __slots__ = ("_plan", "_record")
+    __slots__ = ("_known", "_plan", "_record")
 
     def __init__(self, plan: LayerPlan, record: LayerRecord) -> None:
         self._plan = plan
         self._record = record
+        # The function that was found to be known last.
+        self._known: Function | None = None
 
-    def __call__(
-        self,
-        own: Function,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any = None,
-        *rest: Any,
-        **kwargs: Any,
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashedAttention:
+        twin = memo[id(self)] = HashedAttention(self._plan, copy.deepcopy(self._record, memo))
+        return twin
+
+    def answer(
+        self, own: Function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """transformers' attention signature: `query [B, H, T, D]` -> `([B, T, H, Dv], None)`."""
+        """Attention of `query [B, H, T, D]` -> `([B, T, H, Dv], None)`, or what `own` returns."""
         compiling = torch.compiler.is_compiling()
-        step = passes.current()
+        step = passes.of_compiler if compiling else passes.of_thread
         layer, step.layer = step.layer, None
-        if query.shape[2] == 1:
-            why = self._why_dense(step, layer, module, query, key, value, attention_mask)
-            why = why or self._why_unknown(own, module, rest, kwargs)
+        if len(args) != 4:
+            why = "arguments of its attention that are not known"
+        elif args[0].size(2) != 1:
+            why = self._why_several(step, layer, module, args)
         else:
-            why = self._why_several(step, layer, module, query, key, attention_mask)
+            why = self._why_dense(step, layer, module, args)
+            if why is None:
+                why = self._why_unknown(own, module, kwargs, compiling)
         if why is not None:
             (self._record.compiled if compiling else self._record.dense)(why)
-            return own(module, query, key, value, attention_mask, *rest, **kwargs)
+            return own(module, *args, **kwargs)
+        query, _, _, mask = args
+        starts = None if mask is None or not step.masked else step.first_visible(mask)
         sinks = kwargs.get("s_aux")
-        starts = None
-        if attention_mask is not None and step.masked:
-            starts = step.first_visible(attention_mask)
-        out = layer.attend(
-            query,
-            starts,
-            kwargs.get("scaling"),
-            kwargs.get("softcap"),
-            None if sinks is None else sinks.detach(),
-        )
+        if sinks is not None:
+            sinks = sinks.detach()
+        out = layer.attend(query, starts, kwargs.get("scaling"), kwargs.get("softcap"), sinks)
         if compiling:
             self._record.compiled(report.HASHED)
         else:
@@ -94,20 +91,14 @@ class HashedAttention:
         return out.transpose(1, 2).contiguous(), None
 
     def _why_dense(
-        self,
-        step: passes.Pass,
-        layer: Any,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
+        self, step: passes.Pass, layer: Any, module: nn.Module, args: tuple[Any, ...]
     ) -> str | None:
-        """Why a step of one token runs dense; `None` where it is hashed."""
+        """Why a step of one token runs dense, as far as its tensors tell; `None` for hashing."""
         plan = self._plan
+        query, key, value, mask = args
         if module.training:
             return report.TRAINING
-        if not isinstance(layer, HashStaticLayer) and key.shape[2] <= plan.dense_below:
+        if type(layer) is not HashStaticLayer and key.size(2) <= plan.dense_below:
             return report.SHORT
         if layer is None:
             return step.why or report.NOT_CACHED
@@ -117,7 +108,8 @@ class HashedAttention:
             return layer.why
         if layer.keys is not key or layer.values is not value:
             return report.NOT_CACHED
-        if not query.dtype == key.dtype == value.dtype:
+        dtype = query.dtype
+        if key.dtype != dtype or value.dtype != dtype:
             return report.DTYPES
         if torch.is_grad_enabled() and (
             query.requires_grad or key.requires_grad or value.requires_grad
@@ -128,19 +120,14 @@ class HashedAttention:
         return None if mask is None else _why_masked(step, layer, mask)
 
     def _why_several(
-        self,
-        step: passes.Pass,
-        layer: Any,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
+        self, step: passes.Pass, layer: Any, module: nn.Module, args: tuple[Any, ...]
     ) -> str:
         """Why a step of several tokens runs dense; looks at its mask, for the steps that follow."""
+        _, key, _, mask = args
         if module.training:
             return report.TRAINING
         if layer is None:
-            lost = step.why == report.NO_CACHE and key.shape[2] > self._plan.dense_below
+            lost = step.why == report.NO_CACHE and key.size(2) > self._plan.dense_below
             return report.NO_CACHE if lost else report.PREFILL
         if mask is None:
             layer.left_padded = True
@@ -153,17 +140,19 @@ class HashedAttention:
         return report.PREFILL
 
     def _why_unknown(
-        self, own: Function, module: nn.Module, rest: tuple[Any, ...], kwargs: dict[str, Any]
+        self, own: Function, module: nn.Module, kwargs: dict[str, Any], compiling: bool
     ) -> str | None:
-        """Why a call runs the model's own function: it asks for more than ours is known to do."""
-        if rest:
-            return "arguments of its attention that are not known"
+        """Why a call may ask for more than attention, as far as its function and options tell."""
         for name, given in kwargs.items():
             if name not in _KNOWN and given is not None and given is not False:
                 return f"an argument of its attention that is not known: {name}"
+        if own is self._known and not compiling:
+            return None
         home = getattr(getattr(own, "func", own), "__module__", None) or ""
         if not home.startswith("transformers.") and home != type(module).__module__:
             return f"an attention function of its own: {getattr(own, '__qualname__', own)}"
+        if not compiling:
+            self._known = own
         return None
 
 

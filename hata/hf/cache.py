@@ -81,33 +81,31 @@ class _Coded:
         self.placed = plan.on(keys)
         return True
 
-    def _mark(self) -> None:
+    def _mark(self, compiling: bool) -> None:
         """From here on, codes are of the keys as they are now."""
-        self._coded_keys = self.keys
-        self._version = None if torch.compiler.is_compiling() else _version_of(self.keys)
+        keys = self._coded_keys = self.keys
+        self._version = None if compiling else _version_of(keys)
 
-    def _untouched(self) -> bool:
+    def _untouched(self, compiling: bool) -> bool:
         """Whether the keys are those that were marked."""
         keys = self.keys
         if keys is not self._coded_keys:
             return False
-        if torch.compiler.is_compiling() or self._version is None:
-            return True
-        return self._version == _version_of(keys)
+        return compiling or self._version is None or self._version == _version_of(keys)
 
     def _keep(self, operation: Any, *args: Any) -> None:
         """Do what moves keys and codes alike, without losing the codes."""
-        untouched = self._untouched()
+        untouched = self._untouched(compiling=False)
         operation(*args)
         if untouched:
-            self._mark()
+            self._mark(compiling=False)
 
     def _copied(self, copy_of: Any) -> Any:
         """A copy, with every attribute that this layer has copied by a function."""
         twin = type(self).__new__(type(self))
         vars(twin).update({name: copy_of(value) for name, value in vars(self).items()})
-        if self._untouched():
-            twin._mark()
+        if self._untouched(compiling=False):
+            twin._mark(compiling=False)
         return twin
 
     def _state(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -150,21 +148,30 @@ class _Coded:
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         selection, placed = self.plan.selection, self.placed
-        budget = {
-            "lengths": lengths,
-            "starts": starts,
-            "ratio": selection.ratio,
-            "k_min": selection.k_min,
-            "sink": selection.sink,
-            "recent": selection.recent,
-            "key_norms": norms,
-        }
-        rest = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         q_codes = placed.query_codes(query)
         if placed.key_heads != self.plan.kv_heads:
             # One key code per query head: no fused op knows those, the three steps do.
-            indices = hata.hamming_topk(q_codes, codes, selection.k, **budget)
-            return hata.sparse_attend(query, self.keys, self.values, indices, **rest)
+            indices = hata.hamming_topk(
+                q_codes,
+                codes,
+                selection.k,
+                lengths=lengths,
+                starts=starts,
+                ratio=selection.ratio,
+                k_min=selection.k_min,
+                sink=selection.sink,
+                recent=selection.recent,
+                key_norms=norms,
+            )
+            return hata.sparse_attend(
+                query,
+                self.keys,
+                self.values,
+                indices,
+                scale=scale,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
         return hata.hash_attend(
             query,
             self.keys,
@@ -178,8 +185,16 @@ class _Coded:
             q_codes=q_codes,
             fresh=fresh,
             dense_below=self.plan.dense_below,
-            **budget,
-            **rest,
+            lengths=lengths,
+            starts=starts,
+            ratio=selection.ratio,
+            k_min=selection.k_min,
+            sink=selection.sink,
+            recent=selection.recent,
+            key_norms=norms,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
         )
 
 
@@ -201,6 +216,8 @@ class HashDynamicLayer(_Coded, DynamicLayer):
             _take(self, filled, DYNAMIC)
         self.plan = plan
         self.coded = 0
+        # Slots that there is room for codes of.
+        self._coded_room = 0
         self._rooms: tuple[_Room, _Room] | None = None
 
     def __copy__(self) -> HashDynamicLayer:
@@ -225,10 +242,11 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values; keys of a step of several tokens are encoded."""
-        if not self._untouched():
+        compiling = torch.compiler.is_compiling()
+        if self.keys is not self._coded_keys or not self._untouched(compiling):
             self._forget()
         recorded = key_states.requires_grad or value_states.requires_grad
-        if not torch.compiler.is_compiling() and not (recorded and torch.is_grad_enabled()):
+        if not compiling and not (recorded and torch.is_grad_enabled()):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             rooms = self._rooms or (_Room(), _Room())
@@ -238,17 +256,17 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         else:
             super().update(key_states, value_states, *args, **kwargs)
             self._rooms = None
-        self._mark()
+        self._mark(compiling)
         if self.placed is not None or (self.why is None and self._fits(self.keys)):
-            length = self.keys.shape[SLOTS]
-            if key_states.shape[SLOTS] > 1 and length > self.plan.dense_below:
-                self._encode_up_to(length)
-        passes.current().layer = self
+            several = key_states.size(SLOTS) > 1
+            if several and self.keys.size(SLOTS) > self.plan.dense_below:
+                self._encode_up_to(self.keys.size(SLOTS))
+        (passes.of_compiler if compiling else passes.of_thread).layer = self
         return self.keys, self.values
 
     def _forget(self) -> None:
         """The keys are others than those that codes were made of."""
-        self.coded = 0
+        self.coded = self._coded_room = 0
         self.placed = self.codes = self.norms = self.why = None
 
     def _encode_up_to(self, length: int) -> None:
@@ -258,7 +276,8 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         norms: Any = self.norms
         if codes is None or codes.shape[SLOTS] < total:
             before = (codes, norms)
-            self._buffers(self.keys, _capacity(total))
+            self._coded_room = _capacity(total)
+            self._buffers(self.keys, self._coded_room)
             codes, norms = self.codes, self.norms
             for made, was in zip((codes, norms), before, strict=True):
                 if self.coded and was is not None:
@@ -283,15 +302,16 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hash attention of one query per row, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
-        length = self.keys.shape[SLOTS]
+        length = self.keys.size(SLOTS)
         # The newest key is left to `hash_attend` where it can hash it.
         fresh = int(self.placed.plain_keys)
-        self.coded = min(self.coded, length - fresh)
-        self._encode_up_to(length - fresh)
+        if self.coded != length - fresh or length > self._coded_room:
+            self.coded = min(self.coded, length - fresh)
+            self._encode_up_to(length - fresh)
         out = self._attend(
             query,
-            self.codes[:, :, :length],
-            None if self.norms is None else self.norms[:, :, :length],
+            self.codes.narrow(SLOTS, 0, length),
+            None if self.norms is None else self.norms.narrow(SLOTS, 0, length),
             fresh,
             None,
             starts,
@@ -334,7 +354,7 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         self._forget()
         self._rooms = None
         self.left_padded = self.foreseen = None
-        self._mark()
+        self._mark(compiling=False)
 
     def offload(self) -> None:
         """Move to host memory."""
@@ -387,7 +407,7 @@ class HashStaticLayer(_Coded, StaticLayer):
         self._start()
 
     def _start(self) -> None:
-        self._mark()
+        self._mark(torch.compiler.is_compiling())
         if not self._fits(self.keys):
             return
         plan = self.plan
@@ -408,7 +428,7 @@ class HashStaticLayer(_Coded, StaticLayer):
         if self.codes is not None:
             self._write(torch.arange(self.max_cache_len, device=self.device), self.keys)
         self.pending = False
-        self._mark()
+        self._mark(torch.compiler.is_compiling())
 
     def _write(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         """Encode `keys` into `slots`."""
@@ -431,14 +451,22 @@ class HashStaticLayer(_Coded, StaticLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values; keys of a step of several tokens are encoded."""
-        if self.is_initialized and not self._untouched():
+        compiling = torch.compiler.is_compiling()
+        keys, version = self.keys, self._version
+        # As `_untouched` and `_mark`, which would take a call each.
+        if keys is not self._coded_keys or (
+            version is not None and not compiling and version != keys._version
+        ):
             self._encode_all()
         if self.pending:
             # The last decode step ran dense: its key is encoded now.
             self._catch_up()
         super().update(key_states, value_states, *args, **kwargs)
-        self._mark()
-        tokens = key_states.shape[SLOTS]
+        if compiling or version is None:
+            self._mark(compiling)
+        else:
+            self._version = keys._version
+        tokens = key_states.size(SLOTS)
         if self.codes is None:
             pass
         elif tokens > 1:
@@ -446,7 +474,7 @@ class HashStaticLayer(_Coded, StaticLayer):
             self._write(slots, key_states.to(self.keys.dtype))
         else:
             self.pending = True
-        passes.current().layer = self
+        (passes.of_compiler if compiling else passes.of_thread).layer = self
         return self.keys, self.values
 
     def attend(
@@ -486,7 +514,7 @@ class HashStaticLayer(_Coded, StaticLayer):
         self.pending = False
         self.left_padded = self.foreseen = None
         if self.is_initialized:
-            self._mark()
+            self._mark(compiling=False)
 
     def offload(self) -> None:
         """Move to host memory."""
@@ -504,11 +532,13 @@ class HashStaticLayer(_Coded, StaticLayer):
 class _Room:
     """A buffer with room to grow into, and how much of it was ever shown."""
 
-    __slots__ = ("buffer", "shown")
+    __slots__ = ("buffer", "last", "shown", "slots")
 
     def __init__(self) -> None:
         self.buffer: Any = None
-        self.shown = 0
+        # The view that was returned last.
+        self.last: Any = None
+        self.shown = self.slots = 0
 
     def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Append along the slots; returns a view of all.
@@ -516,39 +546,50 @@ class _Room:
         The buffer is written to only behind what `held` shows of it, and where nobody else can hold
         what was shown of it before.
         """
-        count = held.shape[SLOTS] if held.dim() == 4 else 0
-        total = count + new.shape[SLOTS]
+        count = self.shown
+        if held is not self.last:
+            count = held.size(SLOTS) if held.dim() == 4 else 0
+            # Nor do we hold it any more.
+            self.last = None
+            if not count or not self._can_go_on(held, count):
+                self.slots = 0
+        more = new.size(SLOTS)
+        total = count + more
+        if total > self.slots:
+            self._make(held, new, count, total)
         buffer = self.buffer
-        if (
-            buffer is None
-            or buffer.shape[SLOTS] < total
-            or buffer.shape[0] != new.shape[0]
-            or (count and not _is_start(held, buffer))
-            or (count < self.shown and _holders(buffer) > _OWN_HOLDERS)
-        ):
-            like = held if count else new
-            # Made where versions are counted, and may be written to whatever mode comes later.
-            with torch.inference_mode(False):
-                buffer = self.buffer = torch.empty(
-                    (*new.shape[:2], _capacity(total), new.shape[3]),
-                    dtype=like.dtype,
-                    device=like.device,
-                )
-            if count:
-                buffer[:, :, :count] = held
-        buffer[:, :, count:total] = new
+        buffer.narrow(SLOTS, count, more).copy_(new)
         self.shown = total
-        return buffer[:, :, :total]
+        self.last = buffer.narrow(SLOTS, 0, total)
+        return self.last
+
+    def _can_go_on(self, held: torch.Tensor, count: int) -> bool:
+        """Whether `held` is the beginning of the buffer, and nobody holds what follows."""
+        buffer = self.buffer
+        return (
+            buffer is not None
+            and held.shape[:2] == buffer.shape[:2]
+            and held.data_ptr() == buffer.data_ptr()
+            and held.stride() == buffer.stride()
+            and (count == self.shown or _holders(buffer) <= _OWN_HOLDERS)
+        )
+
+    def _make(self, held: torch.Tensor, new: torch.Tensor, count: int, total: int) -> None:
+        like = held if count else new
+        self.slots = _capacity(total)
+        # Made where versions are counted, and may be written to whatever mode comes later.
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(
+                (*new.shape[:2], self.slots, new.shape[3]), dtype=like.dtype, device=like.device
+            )
+        if count:
+            self.buffer.narrow(SLOTS, 0, count).copy_(held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Room:
         twin = memo[id(self)] = _Room()
-        twin.buffer, twin.shown = copy.deepcopy(self.buffer, memo), self.shown
+        twin.buffer, twin.last = copy.deepcopy((self.buffer, self.last), memo)
+        twin.shown, twin.slots = self.shown, self.slots
         return twin
-
-
-def _is_start(held: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether a tensor shows the first slots of a buffer."""
-    return held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
 
 
 def _holders(tensor: torch.Tensor) -> int:

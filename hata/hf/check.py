@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hata.errors import AttachError
 from hata.hf.attention import HashedAttention
-from hata.hf.intercept import Function, Interception
+from hata.hf.intercept import Function, Handler, Interception, handler_of
 
 PROMPT = 24
 NEW = 4
@@ -130,11 +130,11 @@ def _watched(model: Any, way: str) -> Iterator[list[int]]:
     """Compare every hashed step with what the model's own function makes of it."""
     compared: list[int] = []
     name = type(model).__name__
-    handlers = {
-        module: _Compared(handler, name, way, compared)
-        for module in model.modules()
-        if isinstance(handler := vars(module).get("_hata"), HashedAttention)
-    }
+    handlers: dict[Any, Handler] = {}
+    for module in model.modules():
+        handler = handler_of(module)
+        if handler is not None and isinstance(getattr(handler, "__self__", None), HashedAttention):
+            handlers[module] = _Compared(handler, name, way, compared).answer
     interception = Interception(handlers)
     try:
         yield compared
@@ -145,13 +145,16 @@ def _watched(model: Any, way: str) -> Iterator[list[int]]:
 class _Compared:
     """A handler that computes both answers, and compares those that were hashed."""
 
-    def __init__(self, inner: HashedAttention, model: str, way: str, compared: list[int]) -> None:
-        self.inner = inner
+    def __init__(self, inner: Handler, model: str, way: str, compared: list[int]) -> None:
+        self._inner = inner
         self._model = model
         self._way = way
         self._compared = compared
 
-    def __call__(self, own: Function, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def answer(
+        self, own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """See `hata.hf.intercept.Handler`."""
         ran: list[bool] = []
 
         def dense(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -159,7 +162,7 @@ class _Compared:
             return own(*args, **kwargs)
 
         dense.__module__ = getattr(getattr(own, "func", own), "__module__", "")
-        got = self.inner(dense, module, *args, **kwargs)
+        got = self._inner(dense, module, args, kwargs)
         if not ran:
             expected = own(module, *args, **kwargs)
             self._compare(module.layer_idx, expected[0], got[0])

@@ -13,6 +13,7 @@ without handlers are not used with them, nor the other way round.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -26,8 +27,9 @@ from transformers.modeling_utils import AttentionInterface
 
 # What an attention module calls: `(module, query, key, value, mask, **more) -> (out, weights)`.
 Function = Callable[..., tuple[Any, Any]]
-# What answers in its place: the function it would have called comes first.
-Handler = Callable[..., tuple[Any, Any]]
+# What answers in its place, `(function, module, args, kwargs)`: the function that would have been
+# called, and with what. One that takes the place of none calls `function(module, *args, **kwargs)`.
+Handler = Callable[[Function, nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
 
 _lock = threading.Lock()
 # Who watches an interface object; those that are gone leave by themselves.
@@ -41,7 +43,8 @@ class Interception:
     """
 
     def __init__(self, handlers: Mapping[nn.Module, Handler]) -> None:
-        self._before = {module: vars(module).get("_hata") for module in handlers}
+        self._before = {module: handler_of(module) for module in handlers}
+        self._handlers = dict(handlers)
         self._interfaces = _interfaces(handlers)
         for module, handler in handlers.items():
             vars(module)["_hata"] = handler
@@ -56,13 +59,17 @@ class Interception:
                     interface.__class__ = _watching(type(interface))
                 watchers.add(self)
 
+    def is_in_place(self) -> bool:
+        """Whether these handlers are the ones that answer now."""
+        return all(handler_of(one) == handler for one, handler in self._handlers.items())
+
     def close(self) -> None:
         """Take the handlers off; a second call does nothing."""
         for module, before in self._before.items():
             vars(module).pop("_hata", None)
             if before is not None:
                 vars(module)["_hata"] = before
-        self._before = {}
+        self._before, self._handlers = {}, {}
         with _lock:
             for interface in self._interfaces:
                 watchers = _watchers.get(id(interface), WeakSet())
@@ -74,10 +81,16 @@ class Interception:
     def __deepcopy__(self, memo: dict[int, Any]) -> Interception:
         # Part of the copy of a model: the modules are copied with it, interfaces are not.
         twin = memo[id(self)] = object.__new__(Interception)
-        twin._before = {memo.get(id(module), module): None for module in self._before}
+        twin._before = {copy.deepcopy(module, memo): None for module in self._before}
+        twin._handlers = {module: handler_of(module) for module in twin._before}
         twin._interfaces = self._interfaces
         twin.watch()
         return twin
+
+
+def handler_of(module: nn.Module) -> Handler | None:
+    """The handler that is set on a module."""
+    return vars(module).get("_hata")
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -90,7 +103,7 @@ def _answer(function: Function, module: nn.Module, *args: Any, **kwargs: Any) ->
     handler = getattr(module, "_hata", None)
     if handler is None:
         return function(module, *args, **kwargs)
-    return handler(function, module, *args, **kwargs)
+    return handler(function, module, args, kwargs)
 
 
 @functools.cache
@@ -100,9 +113,9 @@ def _watching(cls: type[AttentionInterface]) -> type[AttentionInterface]:
     class Watching(cls):
         watches = cls
 
-        def get_interface(self, *args: Any, **kwargs: Any) -> Function:
+        def get_interface(self, attn_implementation: Any, default: Any) -> Function:
             """The function of an implementation, behind a look at the module that calls it."""
-            return functools.partial(_answer, super().get_interface(*args, **kwargs))
+            return functools.partial(_answer, cls.get_interface(self, attn_implementation, default))
 
     return Watching
 

@@ -70,11 +70,11 @@ class _ThreadPass(threading.local, Pass):
     """One per thread."""
 
 
-_of_thread = _ThreadPass()
+of_thread = _ThreadPass()
 # While torch.compile follows the code; it follows one thread at a time.
-_compiled = Pass()
+of_compiler = Pass()
 
 
 def current() -> Pass:
     """The pass of this thread."""
-    return _compiled if torch.compiler.is_compiling() else _of_thread
+    return of_compiler if torch.compiler.is_compiling() else of_thread

@@ -7,6 +7,7 @@ captured or compiled, and not how often they ran.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import warnings
@@ -110,7 +111,7 @@ class Report:
 
 
 class Record:
-    """Counts of one attached model, and what it has warned of.
+    """What one attached model has said of itself, and whether it may go on.
 
     Attributes:
         model: Class of the model.
@@ -118,101 +119,108 @@ class Record:
         met: Whether any planned attention was seen to run.
     """
 
-    def __init__(self, model: str, layers: int, strict: bool) -> None:
+    def __init__(self, model: str, strict: bool) -> None:
         self.model = model
         self.strict = strict
         self.met = False
-        self._enter()
-        self._counts: list[Counter[str]] = [Counter() for _ in range(layers)]
-        self._hashed = [0] * layers
-        self._captured = [0] * layers
-        self._compiled: list[set[str]] = [set() for _ in range(layers)]
         self._warned: set[str] = set()
 
-    def _enter(self) -> None:
-        torch._dynamo.assume_constant_result(_note_compiled)
-        self.number = next(_numbers)
-        _records[self.number] = self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        # A copy of a model counts for itself, from the beginning.
-        twin = memo[id(self)] = Record(self.model, len(self._hashed), self.strict)
+        # A copy of a model speaks for itself, from the beginning.
+        twin = memo[id(self)] = Record(self.model, self.strict)
         return twin
-
-    def hashed(self, layer: int, captured: bool) -> None:
-        """A step of this layer ran hash attention."""
-        with _counting:
-            (self._captured if captured else self._hashed)[layer] += 1
-        self.met = True
-
-    def dense(self, layer: int, why: str) -> None:
-        """A step of this planned layer ran dense; warns the first time it is not as planned."""
-        with _counting:
-            self._counts[layer][why] += 1
-        self.met = True
-        if why not in _AS_PLANNED and (self.strict or why not in self._warned):
-            self.complain(layer, why)
 
     def complain(self, layer: int, why: str) -> None:
         """Say, or raise where the attachment is strict, that a planned layer cannot be hashed."""
+        if why in _AS_PLANNED or not (self.strict or why not in self._warned):
+            return
         self._warned.add(why)
         told = f"{self.model}: layer {layer} was to be hashed, but attends densely: {why}"
         if self.strict:
             raise AttachError(told)
         warnings.warn(f"{told}. handle.report() counts such steps", stacklevel=2)
 
-    def compiled(self, layer: int, what: str) -> None:
-        """This layer was compiled, hashed or dense."""
-        self._compiled[layer].add(what)
-        self.met = True
-        if what not in (HASHED, *_AS_PLANNED) and (self.strict or what not in self._warned):
-            self.complain(layer, what)
-
-    def of(self, layer: int, selection: Selection | None, why: str) -> LayerReport:
-        """What is known of a layer."""
-        with _counting:
-            return LayerReport(
-                layer,
-                selection,
-                why,
-                self._hashed[layer],
-                dict(self._counts[layer]),
-                self._captured[layer],
-                tuple(sorted(self._compiled[layer])),
-            )
-
 
 class LayerRecord:
-    """A record as one layer writes to it."""
+    """What one planned layer did, counted."""
 
-    __slots__ = ("_layer", "record")
+    __slots__ = (
+        "__weakref__",
+        "_captured",
+        "_compiled",
+        "_dense",
+        "_hashed",
+        "_layer",
+        "_number",
+        "record",
+    )
 
     def __init__(self, record: Record, layer: int) -> None:
         self.record = record
         self._layer = layer
+        self._hashed = self._captured = 0
+        self._dense: Counter[str] = Counter()
+        self._compiled: set[str] = set()
+        # See `_note_compiled`.
+        torch._dynamo.assume_constant_result(_note_compiled)
+        self._number = next(_numbers)
+        _records[self._number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
+        twin = memo[id(self)] = LayerRecord(copy.deepcopy(self.record, memo), self._layer)
+        return twin
 
     def hashed(self, query: torch.Tensor) -> None:
-        """See `Record.hashed`."""
+        """A step ran hash attention."""
         captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
-        self.record.hashed(self._layer, captured)
+        with _counting:
+            if captured:
+                self._captured += 1
+            else:
+                self._hashed += 1
+        self.record.met = True
 
     def dense(self, why: str) -> None:
-        """See `Record.dense`."""
-        self.record.dense(self._layer, why)
+        """A step ran dense; says so the first time that it was not planned."""
+        with _counting:
+            self._dense[why] += 1
+        self.record.met = True
+        if why not in _AS_PLANNED:
+            self.record.complain(self._layer, why)
 
     def compiled(self, what: str) -> None:
-        """Note, while torch.compile follows the code, what it compiles."""
-        _note_compiled(self.record.number, self._layer, what)
+        """Note, while torch.compile follows the code, what it compiles: `HASHED`, or why not."""
+        _note_compiled(self._number, what)
+
+    def note_compiled(self, what: str) -> None:
+        """The same, outside of what is compiled."""
+        self._compiled.add(what)
+        self.record.met = True
+        if what != HASHED:
+            self.record.complain(self._layer, what)
+
+    def told(self, selection: Selection) -> LayerReport:
+        """All of it."""
+        with _counting:
+            return LayerReport(
+                self._layer,
+                selection,
+                "",
+                self._hashed,
+                dict(self._dense),
+                self._captured,
+                tuple(sorted(self._compiled)),
+            )
 
 
 # While torch.compile follows the code it runs a function for real only where it is marked and all
 # arguments are numbers and strings, so records go by numbers there.
 _numbers = itertools.count()
-_records: WeakValueDictionary[int, Record] = WeakValueDictionary()
+_records: WeakValueDictionary[int, LayerRecord] = WeakValueDictionary()
 
 
-def _note_compiled(number: int, layer: int, what: str) -> bool:
+def _note_compiled(number: int, what: str) -> bool:
     record = _records.get(number)
     if record is not None:
-        record.compiled(layer, what)
+        record.note_compiled(what)
     return True

@@ -34,21 +34,15 @@ class Recorder:
         self.visit = visit
 
     def __call__(
-        self,
-        own: Function,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *rest: Any,
-        **kwargs: Any,
+        self, own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
         """See `hata.hf.intercept.Handler`."""
+        query, key = args[:2]
         if query.shape[2] == key.shape[2]:
             scaling = kwargs.get("scaling")
             scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
             self.visit(module.layer_idx, query, key, scale)
-        return own(module, query, key, value, *rest, **kwargs)
+        return own(module, *args, **kwargs)
 
 
 def load_model(model: str | Path, device: str, config: Any = None) -> Any:
