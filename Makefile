@@ -18,16 +18,15 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 LOCKED := $(PIP) --constraint constraints.txt
 INSTALLED := .venv/.installed
 
-# The adapter is tested with two releases of transformers: the one in .venv, and this one, which
-# lies beside it and is put in front of it.
-OTHER_TRANSFORMERS := 5.17.0
-OTHER_DIR := .compat/transformers-$(OTHER_TRANSFORMERS)
-OTHER_INSTALLED := $(OTHER_DIR)/.installed
+# The adapter is tested with three releases of transformers: the one in .venv, and these, which lie
+# beside it and are put in front of it.
+OTHER_TRANSFORMERS := 5.17.0 5.23.0
+OTHER_INSTALLED := $(OTHER_TRANSFORMERS:%=.compat/transformers-%/.installed)
 
 PYTEST := NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help install tune encoder test test-main test-other lint lint-imports format clean
+.PHONY: help install tune encoder test test-main test-other test-models lint lint-imports format clean
 .DELETE_ON_ERROR:
 # Two test runs side by side would only slow each other down.
 .NOTPARALLEL:
@@ -47,9 +46,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(LOCKED) --no-build-isolation --editable '.[dev]' >&2
 	@touch $@
 
-$(OTHER_INSTALLED): $(INSTALLED) Makefile
-	@rm -rf $(OTHER_DIR)
-	@$(PIP) --no-deps --target $(OTHER_DIR) transformers==$(OTHER_TRANSFORMERS) >&2
+.compat/transformers-%/.installed: $(INSTALLED) Makefile
+	@rm -rf $(@D)
+	@$(PIP) --no-deps --target $(@D) transformers==$* >&2
 	@touch $@
 
 # The tuner's last line is the profile's absolute path, alone.
@@ -66,11 +65,18 @@ encoder: $(INSTALLED)
 test: test-main test-other
 
 test-main: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -m "not models"
 
-test-other: $(OTHER_INSTALLED)
-	HATA_EXPECT_TRANSFORMERS=$(OTHER_TRANSFORMERS) PYTHONPATH=$(CURDIR)/$(OTHER_DIR) \
-		$(PYTEST) -m hf
+test-other: $(OTHER_TRANSFORMERS:%=test-with-%)
+
+test-with-%: .compat/transformers-%/.installed
+	HATA_EXPECT_TRANSFORMERS=$* PYTHONPATH=$(CURDIR)/.compat/transformers-$* \
+		$(PYTEST) -m "hf and not models"
+
+# Every causal language model of transformers, tiny; prints the table of docs/models.md, and writes
+# it with the release in .venv.
+test-models: $(INSTALLED)
+	HATA_MODELS_TABLE=docs/models.md $(PYTEST) tests/hf/test_models.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check

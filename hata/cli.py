@@ -1,4 +1,4 @@
-"""The `hata` command: info, tune, learn, eval, convert and profile.
+"""The `hata` command: info, tune, check, learn, eval, convert and profile.
 
 `hata tune` is the program `python -m tune`; the library knows it by name only. `hata profile`
 imports no array framework.
@@ -21,6 +21,7 @@ import hata
 from hata import device, registry
 from hata.commandline import Parser
 from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
+from hata.evaluate import check_command
 from hata.evaluate import command as eval_command
 from hata.learn import command as learn_command
 from hata.problem import Problem
@@ -92,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     commands.add_parser("tune", help="tune for this machine and write a profile", add_help=False)
+
+    check = commands.add_parser(
+        "check",
+        help="hold a model with hash attention against its own answers",
+        description="Generate a few tokens with hash attention that leaves nothing out, and by the "
+        "model alone: with a dynamic cache, a static one, and left padding. A difference is an "
+        "error that names the layer where it begins.",
+    )
+    check_command.add_arguments(check)
+    check.set_defaults(run=_check)
 
     learn = commands.add_parser(
         "learn",
@@ -168,6 +179,11 @@ def _convert(options: argparse.Namespace) -> int:
     encoder.save(options.out)
     print(f"{options.out}: {encoder!r}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    _need_torch()
+    return check_command.run(options)
 
 
 def _learn(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 from hypothesis import settings
 
 # What the tests read from the outside; every other HATA_* variable would change what is tested.
-OURS = {"HATA_TEST_MODEL", "HATA_EXPECT_TRANSFORMERS"}
+OURS = {"HATA_TEST_MODEL", "HATA_EXPECT_TRANSFORMERS", "HATA_MODELS_TABLE"}
+
+# Of the table of docs/models.md.
+TABLE_HEADER = "| family | attached | notes |\n| --- | --- | --- |"
 
 # Repeatable by default; `--hypothesis-profile=search` looks for new failures.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
@@ -47,6 +51,32 @@ def pytest_report_header():
     """Name what is being tested against."""
     model = os.environ.get("HATA_TEST_MODEL", "not set: tests that need a model skip")
     return [f"transformers: {transformers_version()}", f"HATA_TEST_MODEL: {model}"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was found of families of models, as a table; into a file where one is named."""
+    told = {
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "family"
+    }
+    if not told:
+        return
+    rows = [
+        "| `{}` | {} | {} |".format(*(part.replace("|", "/") for part in one.split("|", 2)))
+        for one in sorted(told)
+    ]
+    table = [TABLE_HEADER, *rows]
+    terminalreporter.section("families of models")
+    terminalreporter.write_line("\n".join(table))
+    path = os.environ.get("HATA_MODELS_TABLE")
+    if path is not None:
+        page = Path(path)
+        intro = page.read_text(encoding="utf-8").partition(TABLE_HEADER)[0]
+        intro = re.sub(r"transformers [\d.]+", f"transformers {transformers_version()}", intro)
+        page.write_text(intro + "\n".join(table) + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items):

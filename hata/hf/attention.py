@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hata.hf import passes, report
 from hata.hf.cache import HashStaticLayer
@@ -80,10 +81,13 @@ class HashedAttention:
             return own(module, *args, **kwargs)
         query, _, _, mask = args
         starts = None if mask is None or not step.masked else step.first_visible(mask)
-        sinks = kwargs.get("s_aux")
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        if own is sdpa_attention_forward:
+            # It knows neither, and so does a model that runs it: earlier releases ignore them.
+            softcap = sinks = None
         if sinks is not None:
             sinks = sinks.detach()
-        out = layer.attend(query, starts, kwargs.get("scaling"), kwargs.get("softcap"), sinks)
+        out = layer.attend(query, starts, kwargs.get("scaling"), softcap, sinks)
         if compiling:
             self._record.compiled(report.HASHED)
         else:

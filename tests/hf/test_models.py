@@ -29,7 +29,7 @@ WAYS = {
 LATER = [name for name in families.names() if name not in families.REPRESENTATIVE]
 ALL = [
     *families.REPRESENTATIVE,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in LATER),
+    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.models]) for name in LATER),
 ]
 
 
@@ -133,10 +133,12 @@ def test_family(name, told, calls, monkeypatch):
         assert kinds == {models.DENSE[name]}
 
 
-def test_the_table_is_what_the_adapter_knows(repo_root):
-    """The families that are listed as hashed are those that attach takes for tested."""
+def test_the_table_holds_what_the_adapter_knows(repo_root):
+    """Families that attach takes for tested are listed as hashed; others, as what they are."""
     table = (repo_root / "docs" / "models.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w-]+)` \| (\w+)", table, re.MULTILINE))
     assert len(rows) >= 130
-    assert {name for name, verdict in rows.items() if verdict == "hashed"} == models.TESTED
+    hashed = {name for name, verdict in rows.items() if verdict == "hashed"}
+    assert hashed >= models.TESTED
+    assert len(models.TESTED) >= 120
     assert all(rows[name] == "dense" for name in models.DENSE)
