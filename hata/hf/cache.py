@@ -452,17 +452,17 @@ class HashStaticLayer(_Coded, StaticLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values; keys of a step of several tokens are encoded."""
         compiling = torch.compiler.is_compiling()
-        keys, version = self.keys, self._version
+        keys = self.keys
+        # What is compiled must not depend on how often keys were written into.
+        version = None if compiling else self._version
         # As `_untouched` and `_mark`, which would take a call each.
-        if keys is not self._coded_keys or (
-            version is not None and not compiling and version != keys._version
-        ):
+        if keys is not self._coded_keys or (version is not None and version != keys._version):
             self._encode_all()
         if self.pending:
             # The last decode step ran dense: its key is encoded now.
             self._catch_up()
         super().update(key_states, value_states, *args, **kwargs)
-        if compiling or version is None:
+        if version is None:
             self._mark(compiling)
         else:
             self._version = keys._version

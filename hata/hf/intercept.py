@@ -28,7 +28,8 @@ from transformers.modeling_utils import AttentionInterface
 # What an attention module calls: `(module, query, key, value, mask, **more) -> (out, weights)`.
 Function = Callable[..., tuple[Any, Any]]
 # What answers in its place, `(function, module, args, kwargs)`: the function that would have been
-# called, and with what. One that takes the place of none calls `function(module, *args, **kwargs)`.
+# called, and with what: query, key, value and mask come first in `args`. A handler that wants
+# nothing else calls `function(module, *args, **kwargs)`.
 Handler = Callable[[Function, nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
 
 _lock = threading.Lock()
@@ -103,7 +104,24 @@ def _answer(function: Function, module: nn.Module, *args: Any, **kwargs: Any) ->
     handler = getattr(module, "_hata", None)
     if handler is None:
         return function(module, *args, **kwargs)
+    if len(args) < len(_TENSORS):
+        args, kwargs = _by_position(args, kwargs)
     return handler(function, module, args, kwargs)
+
+
+_TENSORS = ("query", "key", "value", "attention_mask")
+
+
+def _by_position(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors that a module passes by name, where handlers look for them."""
+    given, rest = list(args), dict(kwargs)
+    for name in _TENSORS[len(args) :]:
+        if name not in rest:
+            break
+        given.append(rest.pop(name))
+    return tuple(given), rest
 
 
 @functools.cache

@@ -128,7 +128,7 @@ REPRESENTATIVE = (
     *("llama", "phi3", "olmo2", "qwen3", "gemma2", "gpt_oss", "cohere2", "llama4_text"),
     *("gemma3n_text", "gemma4_text", "mixtral", "glm4_moe", "deepseek_v3", "deepseek_v32"),
     *("minimax", "qwen3_next", "jamba", "falcon_h1", "lfm2", "gpt2", "gpt_neox", "opt"),
-    *("bloom", "mpt", "bart"),
+    *("bloom", "afmoe", "bart"),
 )
 
 
