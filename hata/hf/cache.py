@@ -461,12 +461,19 @@ class HashStaticLayer(_Coded, StaticLayer):
         if self.pending:
             # The last decode step ran dense: its key is encoded now.
             self._catch_up()
-        super().update(key_states, value_states, *args, **kwargs)
+        tokens = key_states.size(SLOTS)
+        if tokens == 1 and self.is_initialized and not compiling:
+            # As transformers' own does, with two operations less: the slot is the length.
+            slot = self.cumulative_length.reshape(1)
+            keys.index_copy_(SLOTS, slot, key_states)
+            self.values.index_copy_(SLOTS, slot, value_states)
+            self.cumulative_length.add_(1)
+        else:
+            super().update(key_states, value_states, *args, **kwargs)
         if version is None:
             self._mark(compiling)
         else:
             self._version = keys._version
-        tokens = key_states.size(SLOTS)
         if self.codes is None:
             pass
         elif tokens > 1:
