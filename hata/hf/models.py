@@ -62,7 +62,10 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         raise AttachError(f"model: got {kind}, an encoder-decoder model, {_SUPPORTED}")
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):
-        raise AttachError(f"model: got {kind}, {_SUPPORTED}")
+        raise AttachError(
+            f"model: got {kind}, whose get_decoder() is a {type(decoder).__name__} and no model, "
+            f"{_SUPPORTED}"
+        )
     if "_hata_handle" in vars(decoder):
         raise AttachError(
             f"model: this {kind} is already attached; call detach() on the handle that attach "
