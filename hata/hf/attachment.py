@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import os
 import warnings
@@ -246,9 +245,8 @@ class Handle:
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, always_call=True),
             ]
-            self._prepare_before = vars(model).get("prepare_inputs_for_generation")
             if hasattr(model, "prepare_inputs_for_generation"):
-                vars(model)["prepare_inputs_for_generation"] = self._prepare
+                vars(model)["prepare_inputs_for_generation"] = _Prepare(self, model)
 
     def detach(self) -> None:
         """Give the model its own attention back; a second call does nothing.
@@ -262,10 +260,9 @@ class Handle:
             hook.remove()
         self._interception.close()
         vars(self._decoder).pop("_hata_handle", None)
-        if vars(self._model).get("prepare_inputs_for_generation") == self._prepare:
-            del vars(self._model)["prepare_inputs_for_generation"]
-            if self._prepare_before is not None:
-                vars(self._model)["prepare_inputs_for_generation"] = self._prepare_before
+        prepare = vars(self._model).get("prepare_inputs_for_generation")
+        if isinstance(prepare, _Prepare):
+            prepare.leave(self._model)
 
     def report(self) -> Report:
         """What every layer did since it was attached, counted where Python ran it."""
@@ -284,6 +281,12 @@ class Handle:
         twin = memo[id(self)] = object.__new__(Handle)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
+
+    def __reduce__(self) -> Any:
+        raise AttachError(
+            f"model: this {self._name} is attached and cannot be pickled; detach it first, or save "
+            "it with save_pretrained"
+        )
 
     def __enter__(self) -> Handle:
         return self
@@ -341,27 +344,22 @@ class Handle:
         if self._interception.is_in_place():
             self._record.complain(self._plans[0][0], report.NEVER_CALLED)
 
-    def _prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`prepare_inputs_for_generation`: where masks of compiled steps are made.
+    def prepared(self, made: dict[str, Any]) -> None:
+        """Look at the inputs that were made for a step.
 
         A compiled step cannot look at the values of its mask, and would compile the taking over of
         its cache as well.
         """
-        own: Any = self._prepare_before
-        if own is None:
-            cls: Any = type(self._model)
-            own = functools.partial(cls.prepare_inputs_for_generation, self._model)
-        made = own(*args, **kwargs)
         cache = models.cache_among(made)
-        if cache is not None and getattr(cache, "is_compileable", False):
-            self._take_over(cache)
-            mask = made.get("attention_mask")
-            mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-            inputs = made.get("input_ids")
-            inputs = made.get("inputs_embeds") if inputs is None else inputs
-            if isinstance(mask, torch.Tensor) and is_known(mask) and inputs is not None:
-                self._foresee(cache, mask, inputs.shape[1])
-        return made
+        if cache is None or not getattr(cache, "is_compileable", False):
+            return
+        self._take_over(cache)
+        mask = made.get("attention_mask")
+        mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+        inputs = made.get("input_ids")
+        inputs = made.get("inputs_embeds") if inputs is None else inputs
+        if isinstance(mask, torch.Tensor) and is_known(mask) and inputs is not None:
+            self._foresee(cache, mask, inputs.shape[1])
 
     def _foresee(self, cache: Cache, mask: torch.Tensor, tokens: int) -> None:
         """Look at a mask before the step that is given it."""
@@ -405,6 +403,31 @@ class Handle:
             else:
                 why = f"a cache layer of another kind: {kind.__name__}"
         return why
+
+
+class _Prepare:
+    """`prepare_inputs_for_generation` of an attached model: where masks of compiled steps are made.
+
+    It has the signature of the model's own, which transformers looks at.
+    """
+
+    def __init__(self, handle: Handle, model: Any) -> None:
+        self._handle = handle
+        # One that somebody has set on this very model.
+        self._set = vars(model).get("prepare_inputs_for_generation")
+        self._own = model.prepare_inputs_for_generation
+        self.__signature__ = inspect.signature(self._own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = self._own(*args, **kwargs)
+        self._handle.prepared(made)
+        return made
+
+    def leave(self, model: Any) -> None:
+        """Give the model its own back."""
+        del vars(model)["prepare_inputs_for_generation"]
+        if self._set is not None:
+            vars(model)["prepare_inputs_for_generation"] = self._set
 
 
 def _take_over_now(context: Any) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hata.errors import AttachError
 from hata.hf import passes, report
 from hata.hf.cache import HashStaticLayer
 from hata.hf.intercept import Function
-from hata.hf.padding import can_look, is_known, only_hides
+from hata.hf.padding import can_look, is_known
 from hata.hf.plan import LayerPlan
 from hata.hf.report import LayerRecord
 
@@ -60,6 +61,12 @@ class HashedAttention:
     def __deepcopy__(self, memo: dict[int, Any]) -> HashedAttention:
         twin = memo[id(self)] = HashedAttention(self._plan, copy.deepcopy(self._record, memo))
         return twin
+
+    def __reduce__(self) -> Any:
+        raise AttachError(
+            "model: it is attached and cannot be pickled; detach it first, or save it with "
+            "save_pretrained"
+        )
 
     def answer(
         self, own: Function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,7 +146,7 @@ class HashedAttention:
             # Its values cannot be read; they may have been where it was made.
             layer.left_padded, layer.foreseen = layer.foreseen, None
         else:
-            layer.left_padded = None
+            layer.left_padded = layer.only_hides = None
             _why_masked(step, layer, mask)
         return report.PREFILL
 
@@ -164,13 +171,15 @@ def _why_masked(step: passes.Pass, layer: Any, mask: Any) -> str | None:
     """Why a mask keeps a decode step dense, if it does; looks at it where it can be read."""
     if not is_known(mask):
         return report.MASK
+    # On a CPU every step looks; elsewhere one that comes with several tokens, or the first.
     look = can_look(mask)
+    always = look and mask.device.type == "cpu"
     if mask.dim() == 4 and mask.dtype != torch.bool:
-        if layer.only_hides is None and look:
-            layer.only_hides = only_hides(mask)
+        if always or (look and layer.only_hides is None):
+            layer.only_hides = step.only_hides(mask)
         if not layer.only_hides:
             return report.UNSEEN if layer.only_hides is None else report.BIAS
-    if look and (layer.left_padded is None or mask.device.type == "cpu"):
+    if always or (look and layer.left_padded is None):
         layer.left_padded = step.hides_left_padding_alone(mask, layer.total())
     if layer.left_padded is None and step.masked:
         return report.UNSEEN

@@ -20,7 +20,8 @@ A layer that is pickled becomes transformers' own, with its keys and values alon
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,7 +97,8 @@ class _Coded:
     def _keep(self, operation: Any, *args: Any) -> None:
         """Do what moves keys and codes alike, without losing the codes."""
         untouched = self._untouched(compiling=False)
-        operation(*args)
+        with _versioned():
+            operation(*args)
         if untouched:
             self._mark(compiling=False)
 
@@ -106,6 +108,8 @@ class _Coded:
         vars(twin).update({name: copy_of(value) for name, value in vars(self).items()})
         if self._untouched(compiling=False):
             twin._mark(compiling=False)
+        else:
+            twin._coded_keys = None
         return twin
 
     def _state(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -127,10 +131,11 @@ class _Coded:
 
     def _on_rows(self, operation: Any) -> None:
         """Apply an operation on batch rows to codes and norms."""
-        if self.codes is not None:
-            self.codes = operation(self.codes)
-        if self.norms is not None:
-            self.norms = operation(self.norms)
+        with _versioned():
+            if self.codes is not None:
+                self.codes = operation(self.codes)
+            if self.norms is not None:
+                self.norms = operation(self.norms)
 
     def _on_device(self, device: Any) -> None:
         self._on_rows(lambda x: x.to(device, non_blocking=True))
@@ -245,8 +250,8 @@ class HashDynamicLayer(_Coded, DynamicLayer):
         compiling = torch.compiler.is_compiling()
         if self.keys is not self._coded_keys or not self._untouched(compiling):
             self._forget()
-        recorded = key_states.requires_grad or value_states.requires_grad
-        if not compiling and not (recorded and torch.is_grad_enabled()):
+        # Where gradients are recorded, others may have kept what the room shows.
+        if not compiling and not torch.is_grad_enabled():
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             rooms = self._rooms or (_Room(), _Room())
@@ -565,6 +570,10 @@ class _Room:
         if total > self.slots:
             self._make(held, new, count, total)
         buffer = self.buffer
+        if buffer.dtype != new.dtype:
+            # As under autocast for a while: transformers' own promotes.
+            self.slots, self.last = 0, None
+            return torch.cat([held, new], dim=SLOTS)
         buffer.narrow(SLOTS, count, more).copy_(new)
         self.shown = total
         self.last = buffer.narrow(SLOTS, 0, total)
@@ -585,7 +594,7 @@ class _Room:
         like = held if count else new
         self.slots = _capacity(total)
         # Made where versions are counted, and may be written to whatever mode comes later.
-        with torch.inference_mode(False):
+        with _versioned():
             self.buffer = torch.empty(
                 (*new.shape[:2], self.slots, new.shape[3]), dtype=like.dtype, device=like.device
             )
@@ -616,8 +625,18 @@ def _version_of(tensor: Any) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+@contextmanager
+def _versioned() -> Iterator[None]:
+    """Tensors that are made here count their versions, and may be written to in any mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 def _outside_inference_mode() -> Any:
-    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+    return nullcontext() if torch.compiler.is_compiling() else _versioned()
 
 
 def _take(layer: Any, filled: Any, names: tuple[str, ...]) -> None:

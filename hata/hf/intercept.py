@@ -66,10 +66,17 @@ class Interception:
 
     def close(self) -> None:
         """Take the handlers off; a second call does nothing."""
+        others = {one for watchers in _watchers.values() for one in watchers if one is not self}
         for module, before in self._before.items():
-            vars(module).pop("_hata", None)
-            if before is not None:
-                vars(module)["_hata"] = before
+            mine = self._handlers[module]
+            if handler_of(module) == mine:
+                vars(module).pop("_hata", None)
+                if before is not None:
+                    vars(module)["_hata"] = before
+            for other in others:
+                # One that was set after this one must not bring it back.
+                if other._before.get(module) == mine:
+                    other._before[module] = before
         self._before, self._handlers = {}, {}
         with _lock:
             for interface in self._interfaces:
