@@ -181,7 +181,9 @@ def test_a_shipped_profile_is_not_to_be_written(capsys, file, monkeypatch):
     assert found.retune("reference") == PROFILE.retune("reference")
 
 
-@pytest.mark.parametrize("command", ["info", "learn", "eval", "convert", "profile", "tune"])
+@pytest.mark.parametrize(
+    "command", ["info", "check", "learn", "eval", "convert", "profile", "tune"]
+)
 def test_every_command_says_what_it_is_for(capsys, monkeypatch, command):
     # `hata tune` runs it as a program of its own.
     monkeypatch.delitem(sys.modules, "tune.__main__", raising=False)

@@ -147,7 +147,7 @@ def test_command_exists(page, command, options):
             source = (ROOT / script).read_text()
             for option in given:
                 assert f'"{option}"' in source, option
-        case ["hata", "learn" | "eval" as verb, *_]:
+        case ["hata", "learn" | "eval" | "check" as verb, *_]:
             assert given <= options("hata.cli", verb)
         case ["hata", "info", *_]:
             assert given <= {"--json"}

@@ -311,3 +311,32 @@ def test_check_leaves_a_model_in_training_as_it_was(fresh):
     hata.hf.check_model(model)
     assert model.training
     assert not model.model.layers[0].training
+
+
+@pytest.fixture
+def saved(fresh, tmp_path):
+    """A folder with a tiny model."""
+    fresh("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_command_checks_a_model(saved, capsys):
+    from hata import cli
+
+    assert cli.main(["check", "--model", str(saved), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{way:13} equal; 9 steps of layers ran hash attention"
+        for way in ("dynamic", "static", "left padding")
+    ]
+
+
+def test_the_command_tells_what_differs_in_a_line(saved, capsys, monkeypatch):
+    from hata import cli
+
+    # No error is small enough.
+    monkeypatch.setattr("hata.hf.check._TOLERANCE", {torch.float32: -1.0})
+    assert cli.main(["check", "--model", str(saved), "--device", "cpu"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("hata check: error: check: LlamaForCausalLM, dynamic: hash attention")
+    assert "from layer 0 on" in told
+    assert told.count("\n") == 1
