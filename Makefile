@@ -28,6 +28,8 @@ PYTEST := NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --d
 MAKEFLAGS += --no-print-directory
 .PHONY: help install tune encoder test test-main test-other test-models lint lint-imports format clean
 .DELETE_ON_ERROR:
+# Made by a pattern, and kept.
+.SECONDARY: $(OTHER_INSTALLED)
 # Two test runs side by side would only slow each other down.
 .NOTPARALLEL:
 
