@@ -12,7 +12,7 @@ import operator
 from typing import Any
 
 from hata.arrays import ITEMSIZE, Framework, framework
-from hata.backend import Budget
+from hata.call import Budget
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 
 MAX_HEAD_DIM = 576
@@ -27,18 +27,20 @@ _SMALLEST = 2.0**-126
 
 
 class Arrays:
-    """Checks the arrays of one call and remembers their framework and device."""
+    """Checks the arrays of one call, by name, and remembers their framework and device."""
 
-    def __init__(self, name: str, x: Any) -> None:
-        self.fw = framework(name, x)
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.first = call._fields[0]
+        self.fw = framework(self.first, call[0])
         self.device = ""
-        self.first = name
         self.wide = False
 
     def take(
-        self, name: str, x: Any, dtypes: tuple[str, ...], ndim: int | tuple[int, ...]
+        self, name: str, dtypes: tuple[str, ...], ndim: int | tuple[int, ...]
     ) -> tuple[int, ...]:
         """Check one array's framework, dtype, device, rank and strides; return its shape."""
+        x = getattr(self.call, name)
         fw = framework(name, x)
         if fw is not self.fw:
             raise HataDTypeError(
@@ -73,7 +75,26 @@ class Arrays:
                 f"{name}: requires a gradient, but HATA's ops have no backward; call them under "
                 "torch.no_grad() or detach the tensor"
             )
+        if name in self.call.written():
+            self._writable(name, x)
         return shape
+
+    def given(self, name: str) -> bool:
+        """Whether an argument is there."""
+        return getattr(self.call, name) is not None
+
+    def expect(
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str
+    ) -> tuple[int, ...]:
+        """Check one array and its whole shape; `why` says what that follows from."""
+        got = self.take(name, dtypes, len(shape))
+        if got != shape:
+            raise HataShapeError(f"{name}: got shape {list(got)}, expected {list(shape)} ({why})")
+        return got
+
+    def dtype(self, name: str) -> str:
+        """dtype name of an array that was taken."""
+        return self.fw.dtype(getattr(self.call, name))
 
     def _strides(self, name: str, x: Any, shape: tuple[int, ...]) -> None:
         strides = self.fw.strides(x)
@@ -97,7 +118,7 @@ class Arrays:
         extent = sum((n - 1) * s for s, n in zip(strides, shape, strict=True))
         self.wide |= extent >= 2**31
 
-    def writable(self, name: str, x: Any) -> None:
+    def _writable(self, name: str, x: Any) -> None:
         """Check that the call may write into `x`, each element once."""
         if self.fw.foreign:
             raise HataDTypeError(
@@ -120,8 +141,11 @@ class Arrays:
                 )
             step = stride * size
 
-    def aligned(self, x: Any) -> bool:
+    def aligned(self, *names: str) -> bool:
         """Whether rows are 16-byte aligned and a head's rows contiguous over the tokens."""
+        return all(self._aligned(getattr(self.call, name)) for name in names)
+
+    def _aligned(self, x: Any) -> bool:
         shape, strides = self.fw.shape(x), self.fw.strides(x)
         if 0 in shape:
             return True
@@ -148,12 +172,6 @@ def extent(fw: Framework, x: Any) -> tuple[int, bool]:
             dense &= stride <= elements
             elements += stride * (size - 1)
     return elements * ITEMSIZE[fw.dtype(x)], dense
-
-
-def equal(name: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
-    """Check a whole shape; `why` says what it follows from."""
-    if shape != expected:
-        raise HataShapeError(f"{name}: got shape {list(shape)}, expected {list(expected)} ({why})")
 
 
 def multiple(name: str, heads: int, kv_heads: int) -> None:
@@ -245,15 +263,16 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def budget(k: Any, ratio: Any, k_min: Any, sink: Any, recent: Any) -> Budget:
-    """Check the budget arguments.
+def budget(call: Any) -> Budget:
+    """Check the budget arguments of a call.
 
     Raises:
         HataShapeError: k < 1, a negative size, `sink + recent > k`, ratio outside (0, 1].
         HataDTypeError: an argument is no int (k, k_min, sink, recent) or no float (ratio).
     """
-    k = whole("k", k, 1)
-    k_min, sink, recent = count("k_min", k_min), whole("sink", sink, 0), whole("recent", recent, 0)
+    k, ratio = whole("k", call.k, 1), call.ratio
+    k_min, sink = count("k_min", call.k_min), whole("sink", call.sink, 0)
+    recent = whole("recent", call.recent, 0)
     if sink + recent > k:
         raise HataShapeError(
             f"sink + recent: got {sink} + {recent}, expected at most k = {k}; they count within "

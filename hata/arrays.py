@@ -7,13 +7,15 @@ Requirements this module meets:
 - the ops never convert: torch, CuPy and NumPy arrays are used through pointers and strides, and
   what an op returns is allocated by the caller's framework;
 - JAX arrays are immutable and opaque, so they are viewed as arrays of another framework on the way
-  in (NumPy on the CPU, DLPack on a GPU) and turned back on the way out.
+  in (NumPy on the CPU, DLPack on a GPU) and turned back on the way out;
+- a `Layout` says how an array lies and holds none: calls of those are checked and planned for like
+  others, so that kernels can be compiled ahead.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hata.errors import HataDTypeError
@@ -71,9 +73,54 @@ class Framework:
         """A new array with undefined contents on the device of `like`."""
         raise NotImplementedError
 
-    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `op` with foreign arrays (only where `foreign`)."""
+    def signatures(self, arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        """Signatures of the arrays of a call, and their addresses (0 for `None`)."""
+        signatures = [None if x is None else self.signature(x) for x in arrays]
+        return signatures, [0 if x is None else self.pointer(x) for x in arrays]
+
+    def call(self, run: Callable[[Any], Any], call: Any) -> Any:
+        """Run a call of foreign arrays (only where `foreign`)."""
         raise NotImplementedError
+
+
+class Layout:
+    """How an array lies, without the array: dense, or with rows that are aligned to nothing.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype by name.
+        device: Kind of its device.
+        aligned: Whether rows are dense; else each is an element longer than its data.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: str, device: str = "cuda", aligned: bool = True
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        steps, step = [1], shape[-1] + (not aligned)
+        for size in reversed(shape[:-1]):
+            steps.append(step)
+            step *= size
+        self.strides = tuple(reversed(steps))
+
+
+class _Layouts(Framework):
+    name = "layout"
+
+    def signature(self, x: Any) -> tuple:
+        return x.shape, x.strides, x.dtype, x.device
+
+    def device(self, x: Any) -> str:
+        return x.device
+
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return x.strides
+
+    def pointer(self, x: Any) -> int:
+        return 0
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        return Layout(shape, dtype, like.device)
 
 
 class _NumPy(Framework):
@@ -131,13 +178,24 @@ class _Torch(Framework):
         self._names = {getattr(torch, name): name for name in ITEMSIZE}
         self._dtypes = {name: dtype for dtype, name in self._names.items()}
 
-    def signature(self, x: Any) -> tuple:
-        grad = x.requires_grad and self._torch.is_grad_enabled()
-        # The class and the lazy sign too: all else may be that of a tensor that passed.
-        alike = x.__class__, x.is_neg(), x.shape, x.stride(), x.dtype, x.device
-        pointer = x.data_ptr()
-        # No memory at all is not memory that is aligned.
-        return *alike, pointer & 15 if pointer else None, grad
+    def signatures(self, arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        # Flat, since every call waits for this. The class and the lazy sign belong to it: all else
+        # may be that of a tensor that passed.
+        signatures: list[Any] = [self._torch.is_grad_enabled()]
+        addresses = []
+        for x in arrays:
+            if x is None:
+                signatures.append(None)
+                addresses.append(0)
+                continue
+            pointer = x.data_ptr()
+            addresses.append(pointer)
+            signatures += (
+                x.__class__, x.is_neg(), x.shape, x.stride(), x.dtype, x.device, x.requires_grad,
+                # No memory at all is not memory that is aligned.
+                pointer & 15 if pointer else None,
+            )  # fmt: skip
+        return signatures, addresses
 
     def dtype(self, x: Any) -> str:
         return self._names.get(x.dtype) or str(x.dtype).removeprefix("torch.")
@@ -240,8 +298,8 @@ class _JAX(Framework):
             return "it lies on several devices; gather it on one with jax.device_put"
         return None
 
-    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = op(*map(self._enter, args), **{k: self._enter(v) for k, v in kwargs.items()})
+    def call(self, run: Callable[[Any], Any], call: Any) -> Any:
+        result = run(call._make(map(self._enter, call)))
         return tuple(map(self._leave, result)) if isinstance(result, tuple) else self._leave(result)
 
     def _enter(self, x: Any) -> Any:
@@ -268,7 +326,7 @@ _FRAMEWORKS = (
     ("cupy", "ndarray", _CuPy),
     ("jax", "Array", _JAX),
 )
-_by_type: dict[type, Framework] = {}
+_by_type: dict[type, Framework] = {Layout: _Layouts()}
 _loaded: dict[str, Framework] = {}
 
 

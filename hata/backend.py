@@ -1,12 +1,13 @@
 """`Backend`: what somebody who writes a backend implements.
 
-A backend is one class. It declares as class constants what it can take, says in words why it
-cannot run a problem, publishes its knobs as data, and implements launchers. Everything else is
-done for it: arguments arrive checked against the contract in `hata.ops`, in the caller's
-framework, and `self.config(problem)` is the tuned configuration.
+A backend is one class with a method for each op. It declares as class constants what it can take,
+says in words why it cannot run a problem, and publishes its knobs as data. Everything else is done
+for it: a call arrives checked against the contract in `hata.ops` and completed (defaults filled in,
+sizes clipped to S), its arrays in the caller's framework, with the tuned configuration as
+`call.config`.
 
 A backend keeps no mutable state on the device between calls and none in Python in a decode step.
-Outputs and scratch are allocated with `fw.empty`, by the caller's framework, on every call.
+Outputs and workspaces are allocated with `call.fw.empty`, by the caller's framework, on every call.
 
 Register one under the entry-point group `hata.backends` (`name = "package:Class"`) and hold it
 against `hata.testing.BackendSuite`.
@@ -18,46 +19,55 @@ import hashlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Protocol
 
+from hata import checks
 from hata.arrays import Framework
+from hata.call import Call, Encode, HammingTopK, HashAttend, SparseAttend, examples, visible
 from hata.errors import HataDeviceError, HataDTypeError, UnsupportedProblem
 from hata.problem import Problem
 
 # Values are int, str or bool; what each knob is, its backend knows.
 Config = Mapping[str, Any]
 
-_override: ContextVar[tuple[str, str, Config] | None] = ContextVar("hata_config", default=None)
 
+class Override:
+    """A configuration given in a context, told apart by its identity."""
 
-class Budget(NamedTuple):
-    """How many keys a query may attend to.
+    __slots__ = ("backend", "config", "op")
 
-    Attributes:
-        k: Most keys.
-        ratio: `round(ratio * 2**32)`, or -1 where the budget is k.
-        k_min: Fewest keys where a ratio is given.
-        sink: First visible keys that always win.
-        recent: Last visible keys that always win.
-    """
+    def __init__(self, backend: str, op: str, config: Config) -> None:
+        self.backend, self.op, self.config = backend, op, config
 
-    k: int
-    ratio: int = -1
-    k_min: int = 0
-    sink: int = 0
-    recent: int = 0
-
-    def of(self, visible: int) -> int:
-        """The budget of a query that sees `visible` keys (it may exceed `visible`)."""
-        if self.ratio < 0:
-            return self.k
-        return min(
-            self.k, max(1, self.k_min, self.sink + self.recent, (visible * self.ratio) >> 32)
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Override)
+            and (self.backend, self.op) == (other.backend, other.op)
+            and self.config is other.config
         )
+
+    def __hash__(self) -> int:
+        return hash((self.backend, self.op, id(self.config)))
+
+
+override: ContextVar[Override | None] = ContextVar("hata_config", default=None)
+
+
+class Kernel(Protocol):
+    """A kernel in one variant: what `Backend.kernels` lists."""
+
+    def load(self, device: str) -> Any:
+        """Compile and load it on a device, such as `"cuda:0"`, once."""
+
+    def compile(self, sm: int) -> Any:
+        """Compile it for a compute capability (90 is 9.0) into a cache on disk; needs no GPU."""
+
+    def misfit(self, sm: int, smem: int) -> str | None:
+        """Why it cannot run on a GPU with `smem` bytes of shared memory a block, if so."""
 
 
 class Backend(ABC):
@@ -65,7 +75,7 @@ class Backend(ABC):
 
     Class constants:
         name: What `hata.set_backend` takes.
-        devices: Kinds of device it runs on: `"cpu"`, `"cuda"`.
+        devices: Kinds of device it runs on: `"cpu"`, `"cuda"`, or those of a plug-in.
         dtypes: dtype names of data it takes.
         frameworks: Names of the frameworks whose arrays it takes: `"torch"`, `"numpy"`, `"cupy"`.
             JAX arrays arrive as NumPy (CPU) or CuPy (GPU) arrays.
@@ -79,6 +89,56 @@ class Backend(ABC):
     def __init__(self) -> None:
         self._lookup: Callable[[Backend, Problem], Config | None] | None = None
         self._configs: dict[Problem, Config] = {}
+
+    # What the author of a backend implements. Calls arrive checked and completed.
+
+    @abstractmethod
+    def encode(self, call: Encode) -> Any:
+        """Run `hata.encode`: fill `call.out` and `call.norms` where given. Returns the codes."""
+
+    @abstractmethod
+    def hamming_topk(self, call: HammingTopK) -> Any:
+        """Run `hata.hamming_topk`. Returns the indices, `[B, heads, T, call.k]` int32."""
+
+    @abstractmethod
+    def sparse_attend(self, call: SparseAttend) -> tuple[Any, Any]:
+        """Run `hata.sparse_attend`. Returns `(out, lse)`; lse may be `None` if not asked for."""
+
+    def hash_attend(self, call: HashAttend) -> tuple[Any, Any]:
+        """Run `hata.hash_attend`. Returns `(out, lse)`; lse may be `None` if not asked for.
+
+        The default runs the three ops, and reads lengths on the host where keys are fresh or short
+        rows dense: right everywhere, and meant for the CPU.
+        """
+        q, keys, tokens = call.q, call.keys, call.q.shape[2]
+        q_codes = call.q_codes
+        if q_codes is None:
+            q_codes = self._part(call, Encode(q, call.query_projection, call.query_bias))
+        spans = list(visible(call))
+        for b, t, start, stop in spans:
+            if call.fresh and t == tokens - 1:
+                rows = slice(b, b + 1), slice(None), slice(max(start, stop - call.fresh), stop)
+                norms = None if call.key_norms is None else call.key_norms[rows]
+                codes = call.key_codes[rows]
+                self._part(call, Encode(keys[rows], call.projection, call.bias, codes, norms))
+        arrays = q_codes, call.key_codes, call.lengths, call.starts, call.key_norms
+        numbers = call.k, call.ratio, call.k_min, call.sink, call.recent
+        indices = self._part(call, HammingTopK(*arrays, *numbers))
+        if call.dense_below:
+            short = self._part(call, HammingTopK(*arrays, max(call.k, call.dense_below)))
+            for b, t, start, stop in spans:
+                if stop - start > call.dense_below:
+                    short[b, :, t, : call.k] = indices[b, :, t]
+                    short[b, :, t, call.k :] = -1
+            indices = short
+        arrays = q, keys, call.values, indices, call.sink_logits
+        return self._part(call, SparseAttend(*arrays, call.scale, call.softcap, call.return_lse))
+
+    def _part(self, whole: Call, part: Any) -> Any:
+        """Run another op for a part of a call."""
+        route = checks.check(part)
+        route.backend, route.config = self, self.config(route.problem)
+        return getattr(self, part.OP)(part.completed(route))
 
     # What the author of a backend declares.
 
@@ -102,13 +162,17 @@ class Backend(ABC):
         """The configuration of an untuned problem: for each knob one of its allowed values."""
         return {}
 
-    def refusal(self, problem: Problem, config: Config) -> str | None:
-        """Why a configuration cannot run here although each of its values is allowed.
+    def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
+        """Every kernel that a call launches, none of which is launched or loaded.
 
-        Asked of the entry of a profile that would serve, once per problem: kernels may need more
-        shared memory than a GPU has, which no single knob shows. `None`: it can.
+        From this follow `hata.prepare`, compiling ahead and the refusal of configurations that do
+        not fit. The default lists none: then whatever is to be compiled, the first launch compiles.
+
+        Args:
+            call: A call with its route; arrays may be `hata.arrays.Layout`, which have no data.
+            sm: Compute capability to assume (90 is 9.0); `None`: of the device of the arrays.
         """
-        return None
+        return ()
 
     def kernel_hash(self, op: str) -> str:
         """SHA-256 (hex) of the sources behind an op; a tuned entry is valid for one hash only.
@@ -127,121 +191,36 @@ class Backend(ABC):
             digest.update(source.read_bytes())
         return digest.hexdigest()
 
-    def prepare(self, problem: Problem) -> None:
-        """Compile and load all that a launch of this problem needs. May run kernels."""
-        return None
-
-    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
-        """Compile and load all that one call needs, and run nothing of it: `hata.prepare`.
-
-        The default prepares the problem. A backend overrides it whose kernels depend on more than
-        that, such as the alignment of an array or the heads of given query codes.
-
-        Args:
-            launcher: Name of the method that the call would go to.
-            problem: First argument of that method.
-            fw: Second argument.
-            *args: All others. Nothing may be written into them.
-        """
-        self.prepare(problem)
-
-    def compile(self, problem: Problem, sm: int) -> None:
-        """Compile what launches of this problem need into a cache on disk; needs no GPU.
-
-        The tuner calls it for configurations that it will try (`use_config`), in several processes
-        at a time, in which no GPU is visible and `missing` was not asked. Whatever it does not do,
-        the first launch does: the default does nothing.
-
-        Args:
-            problem: What will be launched.
-            sm: Compute capability of the GPU as one number (90 is 9.0).
-        """
-        return None
-
-    # What the author of a backend implements. Arguments are those of `hata.ops`, checked.
-
-    @abstractmethod
-    def launch_encode(
-        self,
-        problem: Problem,
-        fw: Framework,
-        x: Any,
-        projection: Any,
-        bias: Any,
-        out: Any,
-        norms: Any,
-    ) -> Any:
-        """Run `hata.encode`; `out` and `norms` are given or `None`. Returns the codes."""
-
-    @abstractmethod
-    def launch_hamming_topk(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q_codes: Any,
-        k_codes: Any,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        per_head: bool,
-    ) -> Any:
-        """Run `hata.hamming_topk`. Returns the indices, `[B, heads, T, budget.k]` int32."""
-
-    @abstractmethod
-    def launch_sparse_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        indices: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.sparse_attend`. Returns `(out, lse)`; lse may be `None` if not asked for."""
-
-    @abstractmethod
-    def launch_hash_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        key_codes: Any,
-        projection: Any,
-        bias: Any,
-        query_projection: Any,
-        query_bias: Any,
-        q_codes: Any,
-        fresh: int,
-        dense_below: int,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.hash_attend`. Returns `(out, lse)`; lse may be `None` if not asked for.
-
-        Both projections are arrays, also where the caller gave none: then they are one of the right
-        shape, in q's dtype, with undefined contents, `q_codes` is given and `fresh` is 0.
-        """
-
     # What every backend has.
+
+    def prepare(self, call: Any) -> None:
+        """Compile and load what a call launches, on the device of its arrays."""
+        for kernel in self.kernels(call):
+            kernel.load(call.route.device)
+
+    def ahead(self, problem: Problem, config: Config, sm: int) -> list[Kernel]:
+        """Every kernel that calls which pose a problem may launch where the capability is `sm`."""
+        found: dict[Kernel, None] = {}
+        for call in examples(problem):
+            route = checks.check(call)
+            route.backend, route.config = self, config
+            found |= dict.fromkeys(self.kernels(call.completed(route), sm))
+        return list(found)
+
+    def refusal(self, problem: Problem, config: Config, sm: int, smem: int) -> str | None:
+        """Why a configuration cannot run although each of its values is allowed, if so.
+
+        Kernels may need more shared memory than the `smem` bytes that a block has on a GPU, which
+        no single knob shows; they are compiled to see.
+        """
+        reasons = (kernel.misfit(sm, smem) for kernel in self.ahead(problem, config, sm))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def config(self, problem: Problem) -> Config:
         """The configuration in force for a problem: the profile's, else the default."""
-        override = _override.get()
-        if override is not None and override[0] == self.name and override[1] == problem.op:
-            return override[2]
+        given = override.get()
+        if given is not None and given.backend == self.name and given.op == problem.op:
+            return given.config
         configs = self._configs
         config = configs.get(problem)
         if config is None:
@@ -259,7 +238,7 @@ class Backend(ABC):
         """Raise unless this backend runs `problem` on arrays of `fw`. Memoised by the caller."""
         kind = device.partition(":")[0]
         if kind not in self.devices:
-            fix = "reference" if kind == "cpu" else "triton"
+            fix = "numba" if kind == "cpu" else "triton"
             raise HataDeviceError(
                 f"backend {self.name!r}: got arrays on {device}, expected "
                 f"{' or '.join(sorted(self.devices))}; move the arrays, or "
@@ -292,8 +271,8 @@ def _in_package(backend_class: type[Backend]) -> bool:
 @contextmanager
 def use_config(backend: str, op: str, config: Config) -> Iterator[None]:
     """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
-    token = _override.set((backend, op, config))
+    token = override.set(Override(backend, op, config))
     try:
         yield
     finally:
-        _override.reset(token)
+        override.reset(token)

@@ -1,42 +1,300 @@
-"""The checks of every call, made once per signature.
+"""The checks of every call: what `hata.ops` documents is raised here.
 
-Each function takes an op's arguments, raises what `hata.ops` documents, and returns
-`(framework, problem, device)`. What a check depends on (shapes, strides, dtypes, devices,
-alignment, flags) is its signature; a signature that passed is remembered, so a repeated call costs
-one dictionary look-up, and a comparison of addresses where the call writes into its arguments.
-Values on a device are never read, except under `HATA_CHECK=1`.
+`check` looks at a call as the caller wrote it and says what it poses: a `Route`, with the
+framework, the problem, and the numbers completed. `hata.dispatch` remembers it for calls that look
+alike. Only what may differ between those is looked at in every call: whether an array that is
+written lies apart from all others (`apart`), and under `HATA_CHECK=1` values on the device
+(`values`), which are never read otherwise.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hata.arguments import (
-    Arrays,
-    bits_of,
-    code_width,
-    equal,
-    extent,
-    head_dim,
-    multiple,
-)
-from hata.arrays import Framework, framework
-from hata.backend import Budget
+from hata import arguments
+from hata.arguments import Arrays
+from hata.call import Budget, Call, Route
 from hata.errors import HataDTypeError, HataError, HataShapeError
 from hata.problem import Problem, pow2
-
-Checked = tuple[Framework, Problem, str]
 
 DATA = ("float32", "float16", "bfloat16")
 _LENGTHS = ("int32", "int64")
 # What HATA_CHECK may say.
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True}
 _SWITCH |= {"0": False, "false": False, "no": False, "off": False}
-# A growing cache makes a new signature at every step; the memo is emptied when it is full.
-_MEMO_LIMIT = 4096
-_memo: dict[tuple, tuple[Checked, tuple[_Span, ...]]] = {}
+# Of calls without a budget.
+_NONE = Budget(0)
+
+
+def check(call: Any) -> Route:
+    """Check a call as the caller wrote it.
+
+    Raises:
+        HataShapeError, HataDTypeError, HataDeviceError, HataAutogradError: see `hata.ops`.
+    """
+    arrays = Arrays(call)
+    options, budget, fields = _CHECKS[call.OP](arrays, call)
+    problem = Problem(
+        op=call.OP, device=arrays.device.partition(":")[0], wide=arrays.wide, **fields
+    )
+    given = frozenset(name for name, x in call.arrays().items() if x is not None)
+    route = Route(arrays.fw, problem, arrays.device, options, budget, given)
+    # Tensors on meta have no memory.
+    if arrays.device != "meta":
+        route.spans = _spans(arrays.fw, call)
+    return route
+
+
+Found = tuple[tuple, Budget, dict[str, Any]]
+
+
+def _encode(arrays: Arrays, call: Any) -> Found:
+    b, h, t, d = arrays.take("x", DATA, 4)
+    kv_heads, bits = _projection(arrays, "projection", "bias", "x", d)
+    arguments.multiple("x", h, kv_heads)
+    arguments.head_dim("x", d)
+    why = "x and projection"
+    if arrays.given("out"):
+        arrays.expect("out", ("uint8",), (b, h, t, bits // 8), why)
+    if arrays.given("norms"):
+        arrays.expect("norms", ("float16",), (b, h, t), why)
+    fields = {
+        "dtype": arrays.dtype("x"),
+        "projection_dtype": arrays.dtype("projection"),
+        "batch": pow2(b),
+        "heads": h,
+        "kv_heads": kv_heads,
+        "head_dim": d,
+        "bits": bits,
+        "tokens": pow2(t),
+        "norms": arrays.given("norms"),
+        "aligned": arrays.aligned("x"),
+    }
+    return (), _NONE, fields
+
+
+def _hamming_topk(arrays: Arrays, call: Any) -> Found:
+    per_head = arguments.flag("per_head", call.per_head)
+    budget = arguments.budget(call)
+    b, h, t, width = arrays.take("q_codes", ("uint8",), 4)
+    k_shape = arrays.take("k_codes", ("uint8",), 4)
+    bits = width * 8
+    arguments.bits_of("q_codes", bits)
+    arguments.code_width("k_codes", k_shape, bits, "q_codes")
+    _, kv_heads, s, _ = k_shape
+    if k_shape[0] != b:
+        raise HataShapeError(f"k_codes: got batch {k_shape[0]}, but q_codes has batch {b}")
+    arguments.multiple("q_codes", h, kv_heads)
+    _slots("k_codes", s)
+    _norms_and_lengths(arrays, b, kv_heads, s)
+    fields = {
+        "dtype": "uint8",
+        "batch": pow2(b),
+        "heads": h,
+        "kv_heads": kv_heads,
+        "bits": bits,
+        "k": budget.k,
+        "tokens": t,
+        "slots": pow2(s),
+        "norms": arrays.given("key_norms"),
+        "per_head": per_head,
+        "aligned": arrays.aligned("k_codes"),
+    }
+    # The result has as many columns as k, whatever S is.
+    budget = _clipped(budget, s, budget.k)
+    return (*_of_budget(call, budget), per_head), budget, fields
+
+
+def _sparse_attend(arrays: Arrays, call: Any) -> Found:
+    fields = _attention(arrays)
+    b, h, t, _ = arrays.fw.shape(call.q)
+    kv_heads = fields["kv_heads"]
+    shape = arrays.take("indices", ("int32",), 4)
+    if shape[:3] not in ((b, kv_heads, t), (b, h, t)):
+        raise HataShapeError(
+            f"indices: got shape {list(shape)}, expected [{b}, {kv_heads}, {t}, k] (one "
+            f"selection per KV head) or [{b}, {h}, {t}, k] (one per query head)"
+        )
+    fields |= {
+        "k": shape[3],
+        "per_head": shape[1] != kv_heads,
+        "aligned": arrays.aligned("keys", "values"),
+    }
+    return _of_logits(call, fields["head_dim"]), _NONE, fields
+
+
+def _hash_attend(arrays: Arrays, call: Any) -> Found:
+    fresh = arguments.count("fresh", call.fresh)
+    dense_below = arguments.count("dense_below", call.dense_below)
+    budget = arguments.budget(call)
+    fields = _attention(arrays)
+    b, _, t, d = arrays.fw.shape(call.q)
+    s, kv_heads = arrays.fw.shape(call.keys)[2], fields["kv_heads"]
+    source = "projection"
+    if not arrays.given("projection"):
+        _nothing_encoded(call)
+        source = "q_codes"
+        bits = arrays.take("q_codes", ("uint8",), 4)[3] * 8
+        arguments.bits_of("q_codes", bits)
+    else:
+        heads, bits = _projection(arrays, "projection", "bias", "q", d)
+        _heads("projection", heads, kv_heads)
+    if arrays.given("query_projection"):
+        heads, query_bits = _projection(arrays, "query_projection", "query_bias", "q", d)
+        _heads("query_projection", heads, kv_heads)
+        if query_bits != bits:
+            raise HataShapeError(
+                f"query_projection: got {query_bits} bits, but projection has {bits}"
+            )
+    elif arrays.given("query_bias"):
+        arrays.expect("query_bias", _like(arrays, "q"), (kv_heads, bits), "projection")
+    code_shape = arrays.take("key_codes", ("uint8",), 4)
+    arguments.code_width("key_codes", code_shape, bits, source)
+    codes = b, kv_heads, s, bits // 8
+    arrays.expect("key_codes", ("uint8",), codes, f"keys and {source}")
+    if arrays.given("q_codes"):
+        got = arrays.take("q_codes", ("uint8",), 4)
+        arguments.code_width("q_codes", got, bits, "projection")
+        arguments.multiple("q_codes", got[1], kv_heads)
+        query_codes = b, got[1], t, bits // 8
+        arrays.expect("q_codes", ("uint8",), query_codes, "batch and tokens of q")
+    _norms_and_lengths(arrays, b, kv_heads, s)
+    fields |= {
+        "projection_dtype": arrays.dtype("projection" if source == "projection" else "q"),
+        "bits": bits,
+        "k": budget.k,
+        "norms": arrays.given("key_norms"),
+        "aligned": arrays.aligned("keys", "values", "key_codes"),
+    }
+    # A budget of more keys than there are slots is one of all of them.
+    budget = _clipped(budget, s, max(min(budget.k, s), 1))
+    options = (
+        budget.k, min(dense_below, s), *_of_budget(call, budget)[1:],
+        *_of_logits(call, d)[:2], min(fresh, s), arguments.flag("return_lse", call.return_lse),
+    )  # fmt: skip
+    return options, budget, fields
+
+
+_CHECKS = {
+    "encode": _encode,
+    "hamming_topk": _hamming_topk,
+    "sparse_attend": _sparse_attend,
+    "hash_attend": _hash_attend,
+}
+
+
+def _clipped(budget: Budget, slots: int, k: int) -> Budget:
+    """The same budget in numbers that are no larger than they need to be."""
+    _, ratio, k_min, sink, recent = budget
+    least = budget.least
+    return Budget(k, ratio, min(max(k_min, least), k), min(sink, slots), min(recent, slots))
+
+
+def _of_budget(call: Any, budget: Budget) -> tuple:
+    """k, ratio, k_min, sink and recent."""
+    return budget.k, call.ratio, *budget[2:]
+
+
+def _of_logits(call: Any, head_dim: int) -> tuple:
+    """Scale, softcap and return_lse."""
+    scale = head_dim**-0.5 if call.scale is None else arguments.real("scale", call.scale)
+    return scale, arguments.softcap(call.softcap), arguments.flag("return_lse", call.return_lse)
+
+
+def _like(arrays: Arrays, name: str) -> tuple[str, ...]:
+    """What weights may be in beside data: its dtype, or float32."""
+    return tuple(dict.fromkeys((arrays.dtype(name), "float32")))
+
+
+def _projection(arrays: Arrays, name: str, bias: str, like: str, head_dim: int) -> tuple[int, int]:
+    allowed = _like(arrays, like)
+    kv_heads, d, bits = arrays.take(name, allowed, 3)
+    if d != head_dim:
+        raise HataShapeError(
+            f"{name}: got shape {[kv_heads, d, bits]} ([Hkv, D, r]), but {like} has head "
+            f"size D = {head_dim}"
+        )
+    arguments.bits_of(name, bits)
+    if arrays.given(bias):
+        arrays.expect(bias, allowed, (kv_heads, bits), name)
+    return kv_heads, bits
+
+
+def _slots(name: str, slots: int) -> None:
+    if slots >= 2**31:
+        raise HataShapeError(f"{name}: got {slots} slots, expected less than 2**31")
+
+
+def _norms_and_lengths(arrays: Arrays, batch: int, kv_heads: int, slots: int) -> None:
+    if arrays.given("key_norms"):
+        shape = batch, kv_heads, slots
+        arrays.expect("key_norms", ("float16",), shape, "[B, Hkv, S] of the key codes")
+    for name in ("lengths", "starts"):
+        if not arrays.given(name):
+            continue
+        if isinstance(getattr(arrays.call, name), (int, float)):
+            raise HataDTypeError(
+                f"{name}: got a Python number, expected an int32 or int64 array, [B] or 0-d, on "
+                "the device of the other arguments"
+            )
+        shape = arrays.take(name, _LENGTHS, (0, 1))
+        if shape not in ((), (batch,)):
+            raise HataShapeError(
+                f"{name}: got shape {list(shape)}, expected [{batch}] (one per batch row) or a "
+                "0-d array"
+            )
+
+
+def _attention(arrays: Arrays) -> dict[str, Any]:
+    """Check q, keys, values and sink logits; what they say of the problem."""
+    b, h, t, d = arrays.take("q", DATA, 4)
+    same = (arrays.dtype("q"),)
+    k_shape = arrays.take("keys", same, 4)
+    v_shape = arrays.take("values", same, 4)
+    _, kv_heads, s, _ = k_shape
+    arrays.expect("keys", same, (b, kv_heads, s, d), "batch and head size of q")
+    shape = b, kv_heads, s, v_shape[3]
+    arrays.expect("values", same, shape, "batch, KV heads and slots of keys")
+    arguments.multiple("q", h, kv_heads)
+    arguments.head_dim("q", d)
+    arguments.head_dim("values", v_shape[3])
+    _slots("keys", s)
+    if arrays.given("sink_logits"):
+        arrays.expect("sink_logits", _like(arrays, "q"), (h,), "heads of q")
+    return {
+        "dtype": same[0],
+        "batch": pow2(b),
+        "heads": h,
+        "kv_heads": kv_heads,
+        "head_dim": d,
+        "value_dim": v_shape[3],
+        "tokens": t,
+        "slots": pow2(s),
+    }
+
+
+def _nothing_encoded(call: Any) -> None:
+    """Check that a call without a projection needs none."""
+    need = None
+    if call.fresh:
+        need = f"{call.fresh} fresh keys are to be encoded; pass one, or fresh=0"
+    elif call.q_codes is None:
+        need = "q is to be encoded; pass one, or q_codes"
+    if need is not None:
+        raise HataDTypeError(f"projection: got None, expected an array [Hkv, D, r], since {need}")
+    for name in ("bias", "query_projection", "query_bias"):
+        if getattr(call, name) is not None:
+            raise HataDTypeError(
+                f"{name}: got an array, expected None, since nothing is encoded where projection "
+                f"is None; leave {name} out, or pass a projection"
+            )
+
+
+def _heads(name: str, heads: int, kv_heads: int) -> None:
+    if heads != kv_heads:
+        raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
 
 
 class _Span(NamedTuple):
@@ -48,60 +306,34 @@ class _Span(NamedTuple):
     written: bool
 
 
-def _memoised(
-    named: tuple, scalars: tuple, check: Callable[[], Checked], written: tuple[str, ...] = ()
-) -> Checked:
-    fw = framework(*named[0])
-    try:
-        key = (
-            fw.name,
-            *scalars,
-            *[None if x is None else fw.signature(x) for _, x in named],
-        )
-        entry = _memo.get(key)
-    except (AttributeError, TypeError, RuntimeError, KeyError):
-        # Arrays of another kind, or none at all: the full check says what is wrong.
-        check()
-        raise
-    if entry is None:
-        found = check()
-        # Tensors on meta have no memory.
-        entry = found, () if found[2] == "meta" else _spans(fw, named, written)
-        if len(_memo) >= _MEMO_LIMIT:
-            _memo.clear()
-        _memo[key] = entry
-    found, spans = entry
-    if spans:
-        _apart(fw, spans, named)
-    return found
-
-
-def _spans(fw: Framework, named: tuple, written: tuple[str, ...]) -> tuple[_Span, ...]:
+def _spans(fw: Any, call: Any) -> tuple[_Span, ...]:
     """Spans of all arrays, those first that are written; none where none is."""
+    written = call.written()
     spans = [
-        _Span(i, *extent(fw, x), name in written)
-        for i, (name, x) in enumerate(named)
+        _Span(i, *arguments.extent(fw, x), name in written)
+        for i, (name, x) in enumerate(call.arrays().items())
         if x is not None and 0 not in fw.shape(x)
     ]
     spans.sort(key=lambda span: not span.written)
     return tuple(spans) if spans and spans[0].written else ()
 
 
-def _apart(fw: Framework, spans: tuple[_Span, ...], named: tuple) -> None:
+def apart(call: Call, spans: tuple[_Span, ...], addresses: Sequence[int]) -> None:
     """Raise where an array that is written surely shares memory with another one.
 
     Arrays that are interleaved, such as the keys and codes of one buffer, lie within one another's
     bounds too; only a dense one, or a common first element, shows that memory is shared.
+
+    Raises:
+        HataShapeError: it does.
     """
-    starts = [fw.pointer(named[span.argument][1]) for span in spans]
     for i, span in enumerate(spans):
         if not span.written:
             return
-        start = starts[i]
+        start = addresses[span.argument]
         end = start + span.size
-        for j in range(i + 1, len(spans)):
-            other = spans[j]
-            begin = starts[j]
+        for other in spans[i + 1 :]:
+            begin = addresses[other.argument]
             stop = begin + other.size
             if (
                 begin < end
@@ -112,353 +344,11 @@ def _apart(fw: Framework, spans: tuple[_Span, ...], named: tuple) -> None:
                     or (other.dense and (begin < start or end <= stop))
                 )
             ):
-                name, shared = named[span.argument][0], named[other.argument][0]
+                name, shared = call._fields[span.argument], call._fields[other.argument]
                 raise HataShapeError(
                     f"{name}: got memory that {shared} lies in too, expected memory of its own, "
                     "since the call writes there; pass a copy"
                 )
-
-
-def _lengths(arrays: Arrays, batch: int, lengths: Any, starts: Any) -> None:
-    for name, x in (("lengths", lengths), ("starts", starts)):
-        if x is None:
-            continue
-        if isinstance(x, (int, float)):
-            raise HataDTypeError(
-                f"{name}: got a Python number, expected an int32 or int64 array, [B] or 0-d, on "
-                "the device of the other arguments"
-            )
-        shape = arrays.take(name, x, _LENGTHS, (0, 1))
-        if shape not in ((), (batch,)):
-            raise HataShapeError(
-                f"{name}: got shape {list(shape)}, expected [{batch}] (one per batch row) or a "
-                "0-d array"
-            )
-
-
-def encode(x: Any, projection: Any, bias: Any, out: Any, norms: Any) -> Checked:
-    """Check the arguments of `hata.encode`."""
-    named = (
-        ("x", x),
-        ("projection", projection),
-        ("bias", bias),
-        ("out", out),
-        ("norms", norms),
-    )
-
-    def check() -> Checked:
-        arrays = Arrays("x", x)
-        b, h, t, d = arrays.take("x", x, DATA, 4)
-        kv_heads, bits = _projection(arrays, "projection", projection, "bias", bias, "x", x, d)
-        multiple("x", h, kv_heads)
-        head_dim("x", d)
-        for name, y, dtype, shape in (
-            ("out", out, "uint8", (b, h, t, bits // 8)),
-            ("norms", norms, "float16", (b, h, t)),
-        ):
-            if y is None:
-                continue
-            equal(name, arrays.take(name, y, (dtype,), len(shape)), shape, "x and projection")
-            arrays.writable(name, y)
-        fw = arrays.fw
-        problem = Problem(
-            op="encode",
-            device=arrays.device.partition(":")[0],
-            dtype=fw.dtype(x),
-            projection_dtype=fw.dtype(projection),
-            batch=pow2(b),
-            heads=h,
-            kv_heads=kv_heads,
-            head_dim=d,
-            bits=bits,
-            tokens=pow2(t),
-            norms=norms is not None,
-            aligned=arrays.aligned(x),
-            wide=arrays.wide,
-        )
-        return fw, problem, arrays.device
-
-    return _memoised(named, ("encode",), check, ("out", "norms"))
-
-
-def _projection(
-    arrays: Arrays,
-    name: str,
-    projection: Any,
-    bias_name: str,
-    bias: Any,
-    like_name: str,
-    like: Any,
-    head_dim: int,
-) -> tuple[int, int]:
-    dtype = arrays.fw.dtype(like)
-    allowed = tuple(dict.fromkeys((dtype, "float32")))
-    kv_heads, d, bits = arrays.take(name, projection, allowed, 3)
-    if d != head_dim:
-        raise HataShapeError(
-            f"{name}: got shape {[kv_heads, d, bits]} ([Hkv, D, r]), but {like_name} has head "
-            f"size D = {head_dim}"
-        )
-    bits_of(name, bits)
-    if bias is not None:
-        equal(bias_name, arrays.take(bias_name, bias, allowed, 2), (kv_heads, bits), name)
-    return kv_heads, bits
-
-
-def hamming_topk(
-    q_codes: Any,
-    k_codes: Any,
-    budget: Budget,
-    lengths: Any,
-    starts: Any,
-    key_norms: Any,
-    per_head: bool,
-) -> Checked:
-    """Check the arguments of `hata.hamming_topk`."""
-    named = (
-        ("q_codes", q_codes),
-        ("k_codes", k_codes),
-        ("lengths", lengths),
-        ("starts", starts),
-        ("key_norms", key_norms),
-    )
-
-    def check() -> Checked:
-        arrays = Arrays("q_codes", q_codes)
-        q_shape = arrays.take("q_codes", q_codes, ("uint8",), 4)
-        k_shape = arrays.take("k_codes", k_codes, ("uint8",), 4)
-        b, h, t, width = q_shape
-        bits = width * 8
-        bits_of("q_codes", bits)
-        code_width("k_codes", k_shape, bits, "q_codes")
-        kv_heads, s = k_shape[1], k_shape[2]
-        _batch("k_codes", k_shape[0], b, "q_codes")
-        multiple("q_codes", h, kv_heads)
-        _slots("k_codes", s)
-        _norms(arrays, key_norms, (b, kv_heads, s))
-        _lengths(arrays, b, lengths, starts)
-        problem = Problem(
-            op="hamming_topk",
-            device=arrays.device.partition(":")[0],
-            dtype="uint8",
-            batch=pow2(b),
-            heads=h,
-            kv_heads=kv_heads,
-            bits=bits,
-            k=budget.k,
-            tokens=t,
-            slots=pow2(s),
-            norms=key_norms is not None,
-            per_head=per_head,
-            aligned=arrays.aligned(k_codes),
-            wide=arrays.wide,
-        )
-        return arrays.fw, problem, arrays.device
-
-    return _memoised(named, ("hamming_topk", budget.k, per_head), check)
-
-
-def _batch(name: str, got: int, expected: int, like: str) -> None:
-    if got != expected:
-        raise HataShapeError(f"{name}: got batch {got}, but {like} has batch {expected}")
-
-
-def _slots(name: str, slots: int) -> None:
-    if slots >= 2**31:
-        raise HataShapeError(f"{name}: got {slots} slots, expected less than 2**31")
-
-
-def _norms(arrays: Arrays, key_norms: Any, shape: tuple[int, int, int]) -> None:
-    if key_norms is not None:
-        got = arrays.take("key_norms", key_norms, ("float16",), 3)
-        equal("key_norms", got, shape, "[B, Hkv, S] of the key codes")
-
-
-def _attention(
-    arrays: Arrays, q: Any, keys: Any, values: Any, sink_logits: Any
-) -> tuple[int, int, int, int, int, int, int]:
-    b, h, t, d = arrays.take("q", q, DATA, 4)
-    same = (arrays.fw.dtype(q),)
-    k_shape = arrays.take("keys", keys, same, 4)
-    v_shape = arrays.take("values", values, same, 4)
-    _, kv_heads, s, _ = k_shape
-    equal("keys", k_shape, (b, kv_heads, s, d), "batch and head size of q")
-    equal("values", v_shape, (b, kv_heads, s, v_shape[3]), "batch, KV heads and slots of keys")
-    multiple("q", h, kv_heads)
-    head_dim("q", d)
-    head_dim("values", v_shape[3])
-    _slots("keys", s)
-    if sink_logits is not None:
-        allowed = tuple(dict.fromkeys((*same, "float32")))
-        equal(
-            "sink_logits", arrays.take("sink_logits", sink_logits, allowed, 1), (h,), "heads of q"
-        )
-    return b, h, kv_heads, t, s, d, v_shape[3]
-
-
-def sparse_attend(q: Any, keys: Any, values: Any, indices: Any, sink_logits: Any) -> Checked:
-    """Check the arguments of `hata.sparse_attend`."""
-    named = (
-        ("q", q),
-        ("keys", keys),
-        ("values", values),
-        ("indices", indices),
-        ("sink_logits", sink_logits),
-    )
-
-    def check() -> Checked:
-        arrays = Arrays("q", q)
-        b, h, kv_heads, t, s, d, dv = _attention(arrays, q, keys, values, sink_logits)
-        shape = arrays.take("indices", indices, ("int32",), 4)
-        if shape[:3] not in ((b, kv_heads, t), (b, h, t)):
-            raise HataShapeError(
-                f"indices: got shape {list(shape)}, expected [{b}, {kv_heads}, {t}, k] (one "
-                f"selection per KV head) or [{b}, {h}, {t}, k] (one per query head)"
-            )
-        problem = Problem(
-            op="sparse_attend",
-            device=arrays.device.partition(":")[0],
-            dtype=arrays.fw.dtype(q),
-            batch=pow2(b),
-            heads=h,
-            kv_heads=kv_heads,
-            head_dim=d,
-            value_dim=dv,
-            k=shape[3],
-            tokens=t,
-            slots=pow2(s),
-            per_head=shape[1] != kv_heads,
-            aligned=arrays.aligned(keys) and arrays.aligned(values),
-            wide=arrays.wide,
-        )
-        return arrays.fw, problem, arrays.device
-
-    return _memoised(named, ("sparse_attend",), check)
-
-
-def hash_attend(
-    q: Any,
-    keys: Any,
-    values: Any,
-    key_codes: Any,
-    projection: Any,
-    bias: Any,
-    query_projection: Any,
-    query_bias: Any,
-    q_codes: Any,
-    fresh: int,
-    lengths: Any,
-    starts: Any,
-    budget: Budget,
-    key_norms: Any,
-    sink_logits: Any,
-) -> Checked:
-    """Check the arguments of `hata.hash_attend`."""
-    named = (
-        ("q", q),
-        ("keys", keys),
-        ("values", values),
-        ("key_codes", key_codes),
-        ("projection", projection),
-        ("bias", bias),
-        ("query_projection", query_projection),
-        ("query_bias", query_bias),
-        ("q_codes", q_codes),
-        ("lengths", lengths),
-        ("starts", starts),
-        ("key_norms", key_norms),
-        ("sink_logits", sink_logits),
-    )
-
-    def check() -> Checked:
-        arrays = Arrays("q", q)
-        b, h, kv_heads, t, s, d, dv = _attention(arrays, q, keys, values, sink_logits)
-        source = "projection"
-        if projection is None:
-            _nothing_encoded(q_codes, fresh, bias, query_projection, query_bias)
-            source = "q_codes"
-            bits = arrays.take("q_codes", q_codes, ("uint8",), 4)[3] * 8
-            bits_of("q_codes", bits)
-        else:
-            heads, bits = _projection(arrays, "projection", projection, "bias", bias, "q", q, d)
-            _heads("projection", heads, kv_heads)
-        if query_projection is not None:
-            heads, query_bits = _projection(
-                arrays, "query_projection", query_projection, "query_bias", query_bias, "q", q, d
-            )
-            _heads("query_projection", heads, kv_heads)
-            if query_bits != bits:
-                raise HataShapeError(
-                    f"query_projection: got {query_bits} bits, but projection has {bits}"
-                )
-        elif query_bias is not None:
-            allowed = tuple(dict.fromkeys((arrays.fw.dtype(q), "float32")))
-            got = arrays.take("query_bias", query_bias, allowed, 2)
-            equal("query_bias", got, (kv_heads, bits), "projection")
-        code_shape = arrays.take("key_codes", key_codes, ("uint8",), 4)
-        code_width("key_codes", code_shape, bits, source)
-        equal("key_codes", code_shape, (b, kv_heads, s, bits // 8), f"keys and {source}")
-        _norms(arrays, key_norms, (b, kv_heads, s))
-        if q_codes is not None:
-            got = arrays.take("q_codes", q_codes, ("uint8",), 4)
-            code_width("q_codes", got, bits, "projection")
-            multiple("q_codes", got[1], kv_heads)
-            equal("q_codes", got, (b, got[1], t, bits // 8), "batch and tokens of q")
-        if fresh:
-            arrays.writable("key_codes", key_codes)
-            if key_norms is not None:
-                arrays.writable("key_norms", key_norms)
-        _lengths(arrays, b, lengths, starts)
-        problem = Problem(
-            op="hash_attend",
-            device=arrays.device.partition(":")[0],
-            dtype=arrays.fw.dtype(q),
-            projection_dtype=arrays.fw.dtype(q if projection is None else projection),
-            batch=pow2(b),
-            heads=h,
-            kv_heads=kv_heads,
-            head_dim=d,
-            value_dim=dv,
-            bits=bits,
-            k=budget.k,
-            tokens=t,
-            slots=pow2(s),
-            norms=key_norms is not None,
-            aligned=all(map(arrays.aligned, (keys, values, key_codes))),
-            wide=arrays.wide,
-        )
-        return arrays.fw, problem, arrays.device
-
-    written = ("key_codes", "key_norms") if fresh else ()
-    return _memoised(named, ("hash_attend", budget.k, bool(fresh)), check, written)
-
-
-def _nothing_encoded(
-    q_codes: Any, fresh: int, bias: Any, query_projection: Any, query_bias: Any
-) -> None:
-    """Check that a call without a projection needs none."""
-    need = None
-    if fresh:
-        need = f"{fresh} fresh keys are to be encoded; pass one, or fresh=0"
-    elif q_codes is None:
-        need = "q is to be encoded; pass one, or q_codes"
-    if need is not None:
-        raise HataDTypeError(f"projection: got None, expected an array [Hkv, D, r], since {need}")
-    for name, x in (
-        ("bias", bias),
-        ("query_projection", query_projection),
-        ("query_bias", query_bias),
-    ):
-        if x is not None:
-            raise HataDTypeError(
-                f"{name}: got an array, expected None, since nothing is encoded where projection "
-                f"is None; leave {name} out, or pass a projection"
-            )
-
-
-def _heads(name: str, heads: int, kv_heads: int) -> None:
-    if heads != kv_heads:
-        raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
 
 
 def reads_values() -> bool:
@@ -478,24 +368,28 @@ def reads_values() -> bool:
     return found
 
 
-def values(device: str, slots: int, lengths: Any, starts: Any, indices: Any = None) -> None:
-    """Under `HATA_CHECK=1`: read lengths, starts and indices back and check them.
-
-    On `meta` there is nothing to read.
+def values(call: Any, route: Route) -> None:
+    """Read lengths, starts and indices back, as `HATA_CHECK=1` asks, and check them.
 
     Raises:
         HataShapeError: a length or start outside [0, S], an index >= S; the message names the row.
-        HataError: `HATA_CHECK` says neither yes nor no.
     """
-    if not reads_values() or device == "meta":
+    if route.device == "meta":
         return
-    for name, x in (("lengths", lengths), ("starts", starts)):
+    arrays = call.arrays()
+    keys = arrays.get("keys", arrays.get("k_codes"))
+    if keys is None:
+        return
+    slots = keys.shape[2]
+    for name in ("lengths", "starts"):
+        x = arrays.get(name)
         if x is None:
             continue
         entries = x.tolist()
         for row, value in enumerate(entries if isinstance(entries, list) else [entries]):
             if not 0 <= value <= slots:
                 raise HataShapeError(f"{name}: got {value} in row {row}, expected 0 to S = {slots}")
+    indices = arrays.get("indices")
     if indices is not None and 0 not in indices.shape:
         rows = indices.reshape(indices.shape[0], -1)
         for row in range(rows.shape[0]):

@@ -38,53 +38,20 @@ run), `HataAutogradError` (a gradient is required; there is no backward), `Backe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
-from hata import arguments, checks, registry
+from hata import dispatch
+from hata.call import Encode, HammingTopK, HashAttend, SparseAttend
 from hata.problem import OPS
 
-_within_custom_op: ContextVar[bool] = ContextVar("hata_within_custom_op", default=False)
 
+def _run(call: Any) -> Any:
+    """Run a call, as a custom op where torch has to see it."""
+    if dispatch.is_traced(call[0]):
+        from hata import torch_ops
 
-def _dispatched(x: Any) -> bool:
-    """Whether torch must see this call as a custom op.
-
-    It must where the call is traced, a dispatch mode is active, or `x` is a fake or a wrapper; not
-    where it comes from the custom op. A subclass without a dispatch of its own is a tensor like any
-    other.
-    """
-    # Tensors alone have it. Dynamo follows this code, and must not meet `sys.modules`, which grows
-    # while it looks.
-    if not hasattr(x, "__torch_dispatch__"):
-        return False
-    import torch
-
-    if torch.compiler.is_dynamo_compiling():
-        # Nor must it meet the context variable.
-        return True
-    plain = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._len_torch_dispatch_stack() or type(x).__torch_dispatch__ is not plain:
-        return not _within_custom_op.get()
-    return False
-
-
-@contextmanager
-def within_custom_op() -> Iterator[None]:
-    """Ops called in this context run, whatever modes are active or threads are compiling."""
-    token = _within_custom_op.set(True)
-    try:
-        yield
-    finally:
-        _within_custom_op.reset(token)
-
-
-def _torch_ops() -> Any:
-    from hata import torch_ops
-
-    return torch_ops
+        return torch_ops.run(call)
+    return dispatch.run(call)
 
 
 def encode(x: Any, projection: Any, bias: Any = None, *, out: Any = None, norms: Any = None) -> Any:
@@ -118,13 +85,7 @@ def encode(x: Any, projection: Any, bias: Any = None, *, out: Any = None, norms:
     >>> encode(x, identity)[0, 0, 0]
     array([85, 85,  0,  0], dtype=uint8)
     """
-    if _dispatched(x):
-        return _torch_ops().encode(x, projection, bias, out, norms)
-    fw, problem, device = checks.encode(x, projection, bias, out, norms)
-    if fw.foreign:
-        return fw.call(encode, x, projection, bias)
-    backend = registry.resolve(problem, fw, device)
-    return backend.launch_encode(problem, fw, x, projection, bias, out, norms)
+    return _run(Encode(x, projection, bias, out, norms))
 
 
 def hamming_topk(
@@ -180,34 +141,8 @@ def hamming_topk(
     >>> hamming_topk(q, keys, 2)[0, 0, 0]
     array([1, 2], dtype=int32)
     """
-    per_head = arguments.flag("per_head", per_head)
-    if _dispatched(q_codes):
-        return _torch_ops().hamming_topk(
-            q_codes, k_codes, lengths, starts, key_norms, k, ratio, k_min, sink, recent, per_head
-        )
-    budget = arguments.budget(k, ratio, k_min, sink, recent)
-    fw, problem, device = checks.hamming_topk(
-        q_codes, k_codes, budget, lengths, starts, key_norms, per_head
-    )
-    if fw.foreign:
-        return fw.call(
-            hamming_topk,
-            q_codes,
-            k_codes,
-            k,
-            lengths=lengths,
-            starts=starts,
-            ratio=ratio,
-            k_min=k_min,
-            sink=sink,
-            recent=recent,
-            key_norms=key_norms,
-            per_head=per_head,
-        )
-    checks.values(device, k_codes.shape[2], lengths, starts)
-    return registry.resolve(problem, fw, device).launch_hamming_topk(
-        problem, fw, q_codes, k_codes, lengths, starts, budget, key_norms, per_head
-    )
+    arrays = q_codes, k_codes, lengths, starts, key_norms
+    return _run(HammingTopK(*arrays, k, ratio, k_min, sink, recent, per_head))
 
 
 def sparse_attend(
@@ -252,30 +187,8 @@ def sparse_attend(
     >>> sparse_attend(q, kv, kv, numpy.int32([[[[0, 2, -1]]]])).sum()
     np.float32(16.0)
     """
-    return_lse = arguments.flag("return_lse", return_lse)
-    if _dispatched(q):
-        return _torch_ops().sparse_attend(
-            q, keys, values, indices, sink_logits, scale, softcap, return_lse=return_lse
-        )
-    softcap = arguments.softcap(softcap)
-    fw, problem, device = checks.sparse_attend(q, keys, values, indices, sink_logits)
-    if fw.foreign:
-        return fw.call(
-            sparse_attend,
-            q,
-            keys,
-            values,
-            indices,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            return_lse=return_lse,
-        )
-    checks.values(device, keys.shape[2], None, None, indices)
-    scale = problem.head_dim**-0.5 if scale is None else arguments.real("scale", scale)
-    out, lse = registry.resolve(problem, fw, device).launch_sparse_attend(
-        problem, fw, q, keys, values, indices, scale, softcap, sink_logits, return_lse
-    )
+    call = SparseAttend(q, keys, values, indices, sink_logits, scale, softcap, return_lse)
+    out, lse = _run(call)
     return (out, lse) if return_lse else out
 
 
@@ -357,111 +270,12 @@ def hash_attend(
     >>> hash_attend(one[:, :, :1], one, one, codes, projection, 2, fresh=3).sum()
     np.float32(16.0)
     """
-    fresh = arguments.count("fresh", fresh)
-    dense_below = arguments.count("dense_below", dense_below)
-    return_lse = arguments.flag("return_lse", return_lse)
-    if _dispatched(q):
-        return _torch_ops().hash_attend(
-            q,
-            keys,
-            values,
-            key_codes,
-            projection,
-            bias,
-            query_projection,
-            query_bias,
-            q_codes,
-            lengths,
-            starts,
-            key_norms,
-            sink_logits,
-            k,
-            dense_below,
-            ratio,
-            k_min,
-            sink,
-            recent,
-            scale,
-            softcap,
-            fresh=fresh,
-            return_lse=return_lse,
-        )
-    budget = arguments.budget(k, ratio, k_min, sink, recent)
-    softcap = arguments.softcap(softcap)
-    fw, problem, device = checks.hash_attend(
-        q,
-        keys,
-        values,
-        key_codes,
-        projection,
-        bias,
-        query_projection,
-        query_bias,
-        q_codes,
-        fresh,
-        lengths,
-        starts,
-        budget,
-        key_norms,
-        sink_logits,
-    )
-    if fw.foreign:
-        return fw.call(
-            hash_attend,
-            q,
-            keys,
-            values,
-            key_codes,
-            projection,
-            k,
-            bias=bias,
-            query_projection=query_projection,
-            query_bias=query_bias,
-            q_codes=q_codes,
-            dense_below=dense_below,
-            lengths=lengths,
-            starts=starts,
-            ratio=ratio,
-            k_min=k_min,
-            sink=sink,
-            recent=recent,
-            key_norms=key_norms,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            return_lse=return_lse,
-        )
-    checks.values(device, keys.shape[2], lengths, starts)
-    scale = problem.head_dim**-0.5 if scale is None else arguments.real("scale", scale)
-    if projection is None:
-        # Backends take its shape and dtype for granted, and read none of it.
-        shape = problem.kv_heads, problem.head_dim, problem.bits
-        projection = fw.empty(shape, problem.projection_dtype, q)
-    query_projection = projection if query_projection is None else query_projection
-    query_bias = bias if query_bias is None else query_bias
-    out, lse = registry.resolve(problem, fw, device).launch_hash_attend(
-        problem,
-        fw,
-        q,
-        keys,
-        values,
-        key_codes,
-        projection,
-        bias,
-        query_projection,
-        query_bias,
-        q_codes,
-        fresh,
-        dense_below,
-        lengths,
-        starts,
-        budget,
-        key_norms,
-        scale,
-        softcap,
-        sink_logits,
-        return_lse,
-    )
+    call = HashAttend(
+        q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
+        lengths, starts, key_norms, sink_logits, k, dense_below, ratio, k_min, sink, recent, scale,
+        softcap, fresh, return_lse,
+    )  # fmt: skip
+    out, lse = _run(call)
     return (out, lse) if return_lse else out
 
 
@@ -483,5 +297,5 @@ def prepare(op: str, *args: Any, **kwargs: Any) -> None:
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(map(repr, OPS))}")
-    with registry.preparing():
+    with dispatch.preparing():
         globals()[op](*args, **kwargs)

@@ -18,7 +18,7 @@ import importlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import EntryPoint, entry_points
@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hata.arrays import Framework
 from hata.backend import Backend, Config
 from hata.checks import reads_values
+from hata.device import fingerprint
 from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBackend
-from hata.meta import Meta
 from hata.problem import Problem
 
 if TYPE_CHECKING:
@@ -65,13 +65,14 @@ class _State:
         self.backends: dict[str, Backend] = {}
         self.profile: Profile | None = None
         self.profile_known = False
-        # Memo of decisions, emptied whenever anything above changes.
-        self.chosen: dict[tuple, Backend | Meta] = {}
+        # Memos of decisions, emptied whenever anything above changes: of `resolve`, and of
+        # `hata.dispatch`.
+        self.chosen: dict[tuple, Backend] = {}
+        self.routes: dict[tuple, Any] = {}
 
 
 _state = _State()
 _local: ContextVar[str | None] = ContextVar("hata_backend", default=None)
-_prepare: ContextVar[bool] = ContextVar("hata_prepare", default=False)
 
 
 def _plugins() -> dict[str, EntryPoint]:
@@ -319,8 +320,9 @@ def stale(profile: Profile) -> list[str]:
 
 
 def _forget() -> None:
-    # A new dict: a thread that is choosing by what was in force writes into the old one.
+    # New ones: a thread that is choosing by what was in force writes into the old ones.
     _state.chosen = {}
+    _state.routes = {}
     for backend in _state.backends.values():
         backend.look_up_with(_config_of)
 
@@ -334,8 +336,16 @@ def _match(backend: Backend, problem: Problem) -> Match | None:
         backend.kernel_hash(problem.op),
         problem,
         backend.tunables(problem.op, problem),
-        refuse=lambda config: backend.refusal(problem, config),
+        refuse=lambda config: _refusal(backend, problem, config),
     )
+
+
+def _refusal(backend: Backend, problem: Problem, config: Config) -> str | None:
+    """Why the kernels of a configuration do not fit the GPU that is here, if so."""
+    here = fingerprint(problem.device)
+    if here.sm is None:
+        return None
+    return backend.refusal(problem, config, here.sm, here.smem_optin or 0)
 
 
 def _config_of(backend: Backend, problem: Problem) -> Config | None:
@@ -388,31 +398,12 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
     return able[0]
 
 
-class _Preparation:
-    """Stands in for a backend: a launch prepares itself and runs nothing."""
-
-    def __init__(self, backend: Backend | Meta) -> None:
-        self._backend = backend
-
-    def __getattr__(self, launcher: str) -> Callable[..., Any]:
-        def prepare(problem: Problem, fw: Framework, *args: Any) -> tuple[None, None]:
-            self._backend.prepare_call(launcher, problem, fw, *args)
-            return None, None
-
-        return prepare
+def routes() -> dict[tuple, Any]:
+    """What `hata.dispatch` remembers, for as long as the choices in force stay."""
+    return _state.routes
 
 
-@contextmanager
-def preparing() -> Iterator[None]:
-    """Ops called in this context compile and load what they need, and run nothing."""
-    token = _prepare.set(True)
-    try:
-        yield
-    finally:
-        _prepare.reset(token)
-
-
-def resolve(problem: Problem, fw: Framework, device: str) -> Any:
+def resolve(problem: Problem, fw: Framework, device: str) -> Backend:
     """The backend that runs this problem now.
 
     Raises:
@@ -425,10 +416,7 @@ def resolve(problem: Problem, fw: Framework, device: str) -> Any:
     chosen = _state.chosen
     backend = chosen.get(key)
     if backend is None:
-        if device == "meta":
-            # There is nothing to compute, so no backend is asked whether it could.
-            backend = Meta()
-        elif name == "auto":
+        if name == "auto":
             backend = _automatic(problem, fw, device)
         else:
             try:
@@ -441,7 +429,7 @@ def resolve(problem: Problem, fw: Framework, device: str) -> Any:
         if len(chosen) >= 4096:
             chosen.clear()
         chosen[key] = backend
-    return _Preparation(backend) if _prepare.get() else backend
+    return backend
 
 
 def reset() -> None:

@@ -2,8 +2,7 @@
 
 One file per op: a launcher, and beside it the `.cu` source of its kernel. `row.cu`, `scan.cu`,
 `select.cu` and `attend.cu` hold what kernels share; `compiler` makes machine code and keeps it,
-`device` loads and launches it, `plan` is what a call does again and again. Start reading at
-`hash_attend.cu`.
+`device` loads and launches it. Start reading at `hash_attend.cu`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar
 
-from hata.arrays import Framework
-from hata.backend import Backend, Budget, Config
+from hata.backend import Config
+from hata.launches import LaunchingBackend, LaunchList
 from hata.problem import Problem
 
 OLDEST = 80
 
 
-class CuPyBackend(Backend):
+class CuPyBackend(LaunchingBackend):
     """Raw CUDA compiled by NVRTC, for NVIDIA GPUs from sm_80 up."""
 
     name: ClassVar[str] = "cupy"
@@ -66,113 +65,20 @@ class CuPyBackend(Backend):
 
         return defaults.KNOBS[op]
 
-    def prepare(self, problem: Problem) -> None:
-        """Compile and load what launches of this problem need, on the current device."""
-        from . import device, rehearsal
+    def gpu(self, device: str, sm: int | None) -> Any:
+        """The GPU that is here, or what is known of one of this capability."""
+        from . import device as devices
 
-        gpu = device.current()
-        for kernel in rehearsal.kernels(self, problem, gpu):
-            gpu.load(kernel)
+        return devices.device_of(device) if sm is None else devices.Described(sm)
 
-    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
-        """Compile and load what this call launches, on the device of its arrays."""
-        from . import plan
+    def write(self, launches: LaunchList, call: Any) -> None:
+        """Write the launches of a call."""
+        from . import encode, hamming_topk, hash_attend, sparse_attend
 
-        with plan.preparing():
-            getattr(self, launcher)(problem, fw, *args)
-
-    def compile(self, problem: Problem, sm: int) -> None:
-        """Compile what launches of this problem need into the folder of cubins, without a GPU."""
-        from . import compiler, device, rehearsal
-
-        for kernel in rehearsal.kernels(self, problem, device.Described(sm)):
-            compiler.cubin(kernel.name, kernel.macros, sm)
-
-    def launch_encode(
-        self,
-        problem: Problem,
-        fw: Framework,
-        x: Any,
-        projection: Any,
-        bias: Any,
-        out: Any,
-        norms: Any,
-    ) -> Any:
-        """Run `hata.encode`."""
-        from . import encode
-
-        return encode.launch(problem, self.config(problem), fw, x, projection, bias, out, norms)
-
-    def launch_hamming_topk(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q_codes: Any,
-        k_codes: Any,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        per_head: bool,
-    ) -> Any:
-        """Run `hata.hamming_topk`."""
-        from . import hamming_topk
-
-        return hamming_topk.launch(
-            problem, self.config(problem), fw, q_codes, k_codes, lengths, starts, budget,
-            key_norms, per_head,
-        )  # fmt: skip
-
-    def launch_sparse_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        indices: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.sparse_attend`."""
-        from . import sparse_attend
-
-        return sparse_attend.launch(
-            problem, self.config(problem), fw, q, keys, values, indices, scale, softcap,
-            sink_logits, return_lse,
-        )  # fmt: skip
-
-    def launch_hash_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        key_codes: Any,
-        projection: Any,
-        bias: Any,
-        query_projection: Any,
-        query_bias: Any,
-        q_codes: Any,
-        fresh: int,
-        dense_below: int,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.hash_attend`."""
-        from . import hash_attend
-
-        return hash_attend.launch(
-            problem, self.config(problem), fw, q, keys, values, key_codes, projection, bias,
-            query_projection, query_bias, q_codes, fresh, dense_below, lengths, starts, budget,
-            key_norms, scale, softcap, sink_logits, return_lse,
-        )  # fmt: skip
+        ops = {
+            "encode": encode,
+            "hamming_topk": hamming_topk,
+            "sparse_attend": sparse_attend,
+            "hash_attend": hash_attend,
+        }
+        ops[call.OP].write(launches, call)

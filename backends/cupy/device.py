@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from hata.errors import HataCaptureError
+from hata.launches import NONE, LaunchList
 
 from . import compiler, driver
 from .compiler import Macros
@@ -34,14 +36,16 @@ class Kernel(NamedTuple):
     cluster: int = 1
     together: bool = False
 
+    def load(self, device: str) -> None:
+        """Compile and load it on a device, once."""
+        device_of(device).load(self)
 
-class Launch:
-    """A launch of a kernel, but for its arguments and its stream."""
+    def compile(self, sm: int) -> None:
+        """Compile it into the folder of cubins; needs no GPU."""
+        compiler.cubin(self.name, self.macros, sm)
 
-    def __init__(self, kernel: Kernel, grid: int, shared: int, overlap: bool) -> None:
-        self.kernel, self.grid, self.shared, self.overlap = kernel, grid, shared, overlap
-        # By stream; what it holds is never changed.
-        self.configs: dict[int, tuple[Any, int, Any]] = {}
+    def misfit(self, sm: int, smem: int) -> None:
+        """It always fits: what it needs of shared memory follows from what there is."""
 
 
 # Multiprocessors, and bytes of shared memory that a block may have, of the largest GPU of a compute
@@ -103,6 +107,10 @@ class Device(Described):
             self._check(code, "cuDevicePrimaryCtxRetain")
             self._context = context
         return self._context
+
+    def make_current(self) -> None:
+        """Make it the current GPU of this thread."""
+        self._library.cuCtxSetCurrent(self._primary())
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -192,43 +200,87 @@ class Device(Described):
         self._check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 
-    def launch(self, launch: Launch, data: bytes, stream: int) -> None:
-        """Launch with `data` as the one argument, a struct by value."""
-        found = launch.configs.get(stream)
+
+class Launch:
+    """A launch of a kernel on a GPU, but for addresses and stream.
+
+    What it keeps for a stream is never changed, so threads may share it.
+    """
+
+    def __init__(
+        self, device: Any, kernel: Kernel, grid: int, shared: int, numbers: bytes, overlap: bool
+    ) -> None:
+        self._device, self._kernel, self._numbers = device, kernel, numbers
+        self._size, self._overlap = (grid, shared), overlap
+        self._streams: dict[int, tuple[Any, int, Any, Any]] = {}
+        self._configs: list[Any] = []
+
+    def __call__(self, addresses: tuple[int, ...], stream: int) -> None:
+        """Launch with one argument, a struct by value: the addresses, then the numbers."""
+        found = self._streams.get(stream)
         if found is None:
-            found = launch.configs[stream] = self._prepare(launch, stream)
-        address, function = found[1], found[2]
-        arguments = driver.OneArgument(data)
-        code = self._library.cuLaunchKernelEx(address, function, arguments, None)
+            found = self._streams[stream] = self._prepared(addresses, stream)
+        pack, address, function, start = found
+        arguments = driver.OneArgument(pack(*addresses) + self._numbers)
+        code = start(address, function, arguments, None)
         if code == driver.NO_CONTEXT:
             # A thread that has done nothing on a GPU yet.
-            self._library.cuCtxSetCurrent(self._primary())
-            code = self._library.cuLaunchKernelEx(address, function, arguments, None)
+            self._device.make_current()
+            code = start(address, function, arguments, None)
         if code:
-            self._check(code, f"to launch {launch.kernel.name}")
+            driver.checked(driver.library(), code, f"to launch {self._kernel.name}")
 
-    def _prepare(self, launch: Launch, stream: int) -> tuple[Any, int, Any]:
-        kernel = launch.kernel
-        function = self.load(kernel, stream)
+    def _prepared(self, addresses: tuple[int, ...], stream: int) -> tuple[Any, int, Any, Any]:
+        kernel, (grid, shared) = self._kernel, self._size
+        function = self._device.load(kernel, stream)
+        wanted = (
+            (driver.CLUSTER, "dims", kernel.cluster if kernel.cluster > 1 else 0),
+            (driver.COOPERATIVE, "flag", int(kernel.together)),
+            (driver.OVERLAP, "flag", int(self._overlap)),
+        )
         attributes = (driver.Attribute * 3)()
         count = 0
-        if kernel.cluster > 1:
-            attributes[count].id = driver.CLUSTER
-            attributes[count].value.dims[:] = (kernel.cluster, 1, 1)
-            count += 1
-        if kernel.together:
-            attributes[count].id = driver.COOPERATIVE
-            attributes[count].value.flag = 1
-            count += 1
-        if launch.overlap:
-            attributes[count].id = driver.OVERLAP
-            attributes[count].value.flag = 1
-            count += 1
+        for number, kind, value in wanted:
+            if value:
+                attributes[count].id = number
+                setattr(attributes[count].value, kind, (value, 1, 1) if kind == "dims" else value)
+                count += 1
         config = driver.LaunchConfig(
-            (launch.grid, 1, 1), (kernel.threads, 1, 1), launch.shared, stream, attributes, count
+            (grid, 1, 1), (kernel.threads, 1, 1), shared, stream, attributes, count
         )
-        # The configuration is kept alive beside its address.
-        return config, ctypes.addressof(config), function
+        # Its address stays valid.
+        self._configs.append(config)
+        pack = struct.Struct(f"<{len(addresses)}Q").pack
+        return pack, ctypes.addressof(config), function, driver.library().cuLaunchKernelEx
+
+
+def launch(
+    launches: LaunchList,
+    kernel: Kernel,
+    grid: int,
+    shared: int,
+    fields: Mapping[str, Any],
+    layout: Mapping[str, str],
+    overlap: bool = False,
+) -> None:
+    """Write the launch of a kernel into a list.
+
+    Args:
+        launches: The list.
+        kernel: What to launch.
+        grid: Blocks; a multiple of the kernel's cluster.
+        shared: Bytes of dynamic shared memory.
+        fields: Values of the argument by the names of `layout`; those left out are 0.
+        layout: Name -> `struct` code of the argument's fields, addresses ("P") first.
+        overlap: It may start while the launch before it drains (and waits inside).
+    """
+    addresses = [fields.get(name, NONE) for name, code in layout.items() if code == "P"]
+    numbers = {name: code for name, code in layout.items() if code != "P"}
+    packed = struct.pack("<" + "".join(numbers.values()), *(fields.get(n, 0) for n in numbers))
+    packed += b"\0" * (-len(packed) % 8)
+    overlap = overlap and bool(launches.kernels)
+    start = Launch(launches.gpu, kernel, grid, shared, packed, overlap)
+    launches.launch(kernel, addresses, start)
 
 
 @functools.lru_cache
@@ -237,9 +289,6 @@ def device(ordinal: int) -> Device:
     return Device(ordinal)
 
 
-def current() -> Device:
-    """The GPU that is current on this thread, else the first one."""
-    ordinal = ctypes.c_int(0)
-    # Without a context on this thread the driver refuses, and the first GPU is the default one.
-    failed = driver.library().cuCtxGetDevice(ctypes.byref(ordinal))
-    return device(0 if failed else ordinal.value)
+def device_of(name: str) -> Device:
+    """The GPU of a device's name, such as `"cuda:0"`."""
+    return device(int(name.partition(":")[2] or 0))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hata.arrays import Framework
-from hata.backend import Config
-from hata.problem import Problem
+from hata.call import Encode
+from hata.launches import NONE, Address, LaunchList, View
 
-from .device import Kernel
-from .plan import Address, Plan, View, kind, planned
-from .row import DATA, ITEMSIZE, steps
+from .device import Kernel, launch
+from .row import DATA, kind, steps
 
 _ARRAYS = ("x", "projection", "bias", "codes", "norms")
 _STRIDES = (
@@ -49,69 +47,69 @@ class Job(NamedTuple):
     """Vectors with one projection.
 
     Attributes:
-        x, projection, bias: Arrays; x is `[B, H', T, D]`.
+        x, projection, bias, norms: Names of arrays of the call; x is `[B, H', T, D]`.
         codes, code_steps: Where codes go: an address, and three strides in bytes.
         words: Whether codes are written as aligned words.
-        norms: Array that norms go to, or `None`.
         fresh: 0 for all vectors of x, else how many of each row's last ones.
     """
 
-    x: View
-    projection: View
-    bias: View | None
+    x: str
+    projection: str
+    bias: str
     codes: Address
     code_steps: tuple[int, ...]
     words: bool
-    norms: View | None
+    norms: str = ""
     fresh: int = 0
 
 
 def launch_jobs(
-    plan: Plan,
-    dtype: str,
+    launches: LaunchList,
+    call: Any,
     jobs: list[Job],
-    config: Config,
     spans: dict[str, Any],
-    slots: int = 0,
+    step: bool = False,
     overlap: bool = False,
 ) -> None:
-    """Write the launches of some jobs into a plan: one, unless their variants differ."""
-    launches: dict[tuple[int, ...], list[Job]] = {}
+    """Write the launches of some jobs: one, unless their variants differ; `step`: few vectors."""
+    dtype, config = call.problem.dtype, call.config
+    most_tiles, loops = (1, 1) if step else (config["tiles"], config["loops"])
+    together_by: dict[tuple[int, ...], list[Job]] = {}
     for job in jobs:
-        wide = job.projection.dtype != dtype
-        size = ITEMSIZE[dtype]
-        aligned = not wide and job.x.in_units_of(16, size) and job.projection.in_units_of(16, size)
-        launches.setdefault((int(wide), int(aligned), int(job.words)), []).append(job)
-    for (wide, aligned, words), together in launches.items():
-        kv_heads, depth, bits = together[0].projection.shape
+        x, projection = _given(launches, job.x), _given(launches, job.projection)
+        wide = projection.dtype != dtype
+        aligned = not wide and x.in_units_of(16) and projection.in_units_of(16)
+        together_by.setdefault((int(wide), int(aligned), int(job.words)), []).append(job)
+    for (wide, aligned, words), together in together_by.items():
+        kv_heads, depth, bits = _given(launches, together[0].projection).shape
         ieee = wide or dtype == "float32"
         padded = -(-depth // 32) * 32
         columns = 32 if ieee else config["columns"]
         while bits % columns or (not ieee and padded * columns * 2 > _ROOM):
             columns //= 2
-        warps, tiles = config["encode_warps"], 1 if ieee else config["tiles"]
+        warps, tiles = config["encode_warps"], 1 if ieee else most_tiles
         stages, weights = 1, 0
         if not ieee:
             weights = padded * columns * 2 + columns * 4
-            room = plan.device.shared - weights
+            room = launches.gpu.shared - weights
             warps, tiles, stages = _stages(room, warps, tiles, padded * 16)
-            stages = min(stages, config["loops"])
+            stages = min(stages, loops)
         macros = {
             "D": depth, "R": bits, "N": columns, "WARPS": warps, "TILES": tiles, "STAGES": stages,
             "DATA": DATA[dtype], "WIDE_WEIGHTS": wide, "ALIGNED": aligned, "WORDS": words,
             "OVERLAP": int(overlap),
         }  # fmt: skip
-        fields: dict[str, Any] = {"kv_heads": kv_heads, "slots": slots, **spans}
+        fields: dict[str, Any] = {"kv_heads": kv_heads, **spans}
         grid = 0
         for i, job in enumerate(together):
             rows = 8 * warps * tiles
-            own = _fields(plan, job, dtype, rows, config["loops"])
+            own = _fields(launches, job, dtype, rows, loops)
             own["blocks"] *= kv_heads * (bits // columns)
             grid += own["blocks"]
             fields |= {f"{name}{i}": value for name, value in own.items()}
         kernel = Kernel("encode", tuple(macros.items()), 32 * warps)
         ring = 0 if ieee else warps * stages * tiles * padded * 16
-        plan.launch(kernel, grid, weights + ring, fields, LAYOUT)
+        launch(launches, kernel, grid, weights + ring, fields, LAYOUT)
 
 
 def _stages(room: int, warps: int, tiles: int, tile: int) -> tuple[int, int, int]:
@@ -126,75 +124,55 @@ def _stages(room: int, warps: int, tiles: int, tile: int) -> tuple[int, int, int
             warps //= 2
 
 
-def _fields(plan: Plan, job: Job, dtype: str, rows: int, loops: int) -> dict[str, Any]:
-    batch, heads, tokens, _ = job.x.shape
-    group = heads // job.projection.shape[0]
+def _given(launches: LaunchList, name: str) -> View:
+    found = launches.views[name]
+    assert found is not None
+    return found
+
+
+def _fields(launches: LaunchList, job: Job, dtype: str, rows: int, loops: int) -> dict[str, Any]:
+    x, projection = _given(launches, job.x), _given(launches, job.projection)
+    bias, norms = launches.views[job.bias], launches.views[job.norms] if job.norms else None
+    batch, heads, tokens, _ = x.shape
+    group = heads // projection.shape[0]
     tokens = job.fresh or tokens
     vectors = batch * group * tokens
     return {
-        "x": plan.address(job.x),
-        "projection": plan.address(job.projection),
-        "bias": plan.address(job.bias),
+        "x": launches.address(job.x),
+        "projection": launches.address(job.projection),
+        "bias": launches.address(job.bias),
         "codes": job.codes,
-        "norms": plan.address(job.norms),
-        **steps("x", job.x),
-        **steps("projection", job.projection, 2),
-        **steps("bias", job.bias, 1),
+        "norms": launches.address(job.norms) if job.norms else NONE,
+        **steps("x", x),
+        **steps("projection", projection, 2),
+        **steps("bias", bias, 1),
         **dict(zip(("codes_0", "codes_1", "codes_2"), job.code_steps, strict=True)),
-        **({} if job.norms is None else norm_steps(job.norms)),
+        **steps("norms", norms),
         "vectors": vectors,
         "per_batch": group * tokens,
         "group": group,
         "tokens": tokens,
         "fresh": int(job.fresh > 0),
-        "bias_kind": kind(job.bias, dtype),
+        "bias_kind": kind(bias, dtype),
         "blocks": -(-vectors // (rows * loops)),
         "loops": loops,
     }
 
 
-def norm_steps(norms: View) -> dict[str, int]:
-    """All strides of norms, which have no dense rows of their own."""
-    return steps("norms", norms)
+def dense_codes(heads: int, tokens: int, bits: int) -> tuple[int, ...]:
+    """Strides of newly allocated codes, in bytes."""
+    return heads * tokens * bits // 8, tokens * bits // 8, bits // 8
 
 
-def write_encode(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    x: View,
-    projection: View,
-    bias: View | None,
-    out: View | None,
-    norms: View | None,
-) -> None:
-    """Write the launch of `hata.encode` into a plan."""
-    batch, heads, tokens, _ = x.shape
-    width = projection.shape[2] // 8
+def write(launches: LaunchList, call: Encode) -> None:
+    """Write the launch of `hata.encode`."""
+    out = launches.views["out"]
     if out is None:
-        made = plan.output((batch, heads, tokens, width), "uint8")
-        code_steps, words = (heads * tokens * width, tokens * width, width), True
-        codes = plan.address(made)
+        _, heads, tokens, _ = call.x.shape
+        code_steps, words = dense_codes(heads, tokens, call.problem.bits), True
+        codes = launches.output("codes")
     else:
-        code_steps, words = out.strides[:3], out.in_units_of(4, 1)
-        codes = plan.address(out)
-    job = Job(x, projection, bias, codes, code_steps, words, norms)
-    launch_jobs(plan, problem.dtype, [job], config, {"length_step": -1, "start_step": -1})
-
-
-def launch(
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    x: Any,
-    projection: Any,
-    bias: Any,
-    out: Any,
-    norms: Any,
-) -> Any:
-    """Launch `hata.encode`."""
-    batch, _, tokens, _ = shape = fw.shape(x)
-    if batch * tokens == 0:
-        return fw.empty((*shape[:3], problem.bits // 8), "uint8", x) if out is None else out
-    made = planned(write_encode, problem, config, fw, (x, projection, bias, out, norms))
-    return made[0] if out is None else out
+        code_steps, words = out.strides[:3], out.in_units_of(4)
+        codes = launches.address("out")
+    job = Job("x", "projection", "bias", codes, code_steps, words, "norms")
+    launch_jobs(launches, call, [job], {"length_step": -1, "start_step": -1})

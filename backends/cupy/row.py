@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hata.backend import Budget, Config
-from hata.problem import Problem, pow2
+from hata.launches import Address, LaunchList, View, row_step
+from hata.problem import pow2
 
-from .device import Described, Kernel
-from .plan import Address, Plan, View, row_step
+from .device import Kernel, launch
 from .shapes import Shape, capacity_of, counting
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -68,14 +67,16 @@ class Selecting(NamedTuple):
         return lines(4 * self.sums) + lines(4 * self.bins) + LINE
 
 
-def selecting(
-    group: int, bits: int, codes: View, norms: bool, ahead: int, binary: bool
-) -> Selecting:
-    """Which scan a call takes; `binary`: on binary tensor cores where they serve."""
+def selecting(launches: LaunchList, call: Any, name: str, group: int) -> Selecting:
+    """Which scan of the codes of this name a call takes, for groups of so many query codes."""
+    codes, bits, norms = launches.views[name], call.problem.bits, call.problem.norms
+    assert codes is not None
+    # Where there are binary tensor cores that and.
+    binary = call.config["binary"] and 80 <= launches.gpu.architecture <= 90
     how = counting(group, bits, norms)
     width = bits // 8
     unit = next(
-        (n for n in (16, 4) if width % n == 0 and codes.in_units_of(n, 1)),
+        (n for n in (16, 4) if width % n == 0 and codes.in_units_of(n)),
         1,
     )
     keys = 1
@@ -102,7 +103,9 @@ def selecting(
     }  # fmt: skip
     vectors = keys * width // 16 if unit == 16 else 0
     sums = how.rounds * (how.bins + 8)
-    return Selecting(macros, how.rounds * how.bins, sums, how.itemsize, keys, vectors, ahead)
+    return Selecting(
+        macros, how.rounds * how.bins, sums, how.itemsize, keys, vectors, call.config["ahead"]
+    )
 
 
 class Attending(NamedTuple):
@@ -117,24 +120,27 @@ class Attending(NamedTuple):
 
 
 def attending(
+    launches: LaunchList,
+    call: Any,
     shape: Shape,
-    problem: Problem,
     members: int,
-    aligned: bool,
-    near: bool,
-    softcap: bool,
-    stages: int,
     ringed: int,
     selected: Selecting | None = None,
     weights: int = 0,
 ) -> Attending:
     """Which attention a call takes, for `members` heads that share keys.
 
-    Where there is room, `ringed` warps of a block attend, with `stages` of keys and values on
+    Where there is room, `ringed` warps of a block attend, with some stages of keys and values on
     their way to shared memory; else all do, with plain loads. What can be copied so are rows that
     are whole vectors of 16 bytes (`aligned`) and less than 2**31 elements apart (`near`). Of the
     same kernel, `selected` comes before, with `weights` bytes of a projection.
     """
+    problem, stages = call.problem, call.config["stages"]
+    rows = [view for name in ("keys", "values") if (view := launches.views[name])]
+    q = launches.views["q"]
+    aligned = q is not None and all(x.in_units_of(16) for x in (q, *rows))
+    # Steps between tokens, and places of tokens in vectors of 8 elements, take 32 bits.
+    near = all(0 <= x.strides[2] < 2**31 and x.shape[2] * x.strides[2] < 2**35 for x in rows)
     sums, counters = (4 * selected.sums, 4 * selected.bins + weights) if selected else (0, 0)
     lanes = 64 if problem.value_dim <= 64 else 128
     chunks = 0 if problem.dtype == "float32" else -(-problem.head_dim // 32)
@@ -164,22 +170,23 @@ def attending(
     macros = {
         "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
         "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
-        "SOFTCAP": int(softcap), "NEAR": int(near), "WARPS": warps, "STAGES": stages,
+        "SOFTCAP": int(call.softcap is not None), "NEAR": int(near), "WARPS": warps,
+        "STAGES": stages,
     }  # fmt: skip
     passes = -(-members // heads) * -(-problem.value_dim // lanes)
     left = passes * heads * (lanes + 2) * 4
     return Attending(macros, area, left, queries, partials, stages * stage)
 
 
-def budget_fields(budget: Budget, slots: int) -> dict[str, int]:
+def budget_fields(call: Any) -> dict[str, int]:
     """k, ratio, least, sink and recent as the kernels take them."""
-    least = max(1, budget.k_min, budget.sink + budget.recent)
+    budget = call.budget
     return {
         "k": budget.k,
         "ratio": budget.ratio,
-        "least": min(least, budget.k),
-        "sink": min(budget.sink, slots),
-        "recent": min(budget.recent, slots),
+        "least": budget.least,
+        "sink": budget.sink,
+        "recent": budget.recent,
     }
 
 
@@ -190,19 +197,38 @@ def steps(name: str, x: View | None, axes: int = 3) -> dict[str, int]:
     return {f"{name}_{axis}": x.strides[axis] for axis in range(axes)}
 
 
-def span_fields(plan: Plan, lengths: View | None, starts: View | None) -> dict[str, Address | int]:
+def span_fields(launches: LaunchList) -> dict[str, Address | int]:
     """Lengths and starts as fields of an argument."""
     return {
-        "lengths": plan.address(lengths),
-        "starts": plan.address(starts),
-        "length_step": row_step(lengths),
-        "start_step": row_step(starts),
+        "lengths": launches.address("lengths"),
+        "starts": launches.address("starts"),
+        "length_step": row_step(launches.views["lengths"]),
+        "start_step": row_step(launches.views["starts"]),
     }
 
 
-def is_binary(device: Described, config: Config) -> bool:
-    """Whether a GPU has binary tensor cores that and, and the scan may use them."""
-    return config["binary"] and 80 <= device.architecture <= 90
+def kind(x: View | None, dtype: str) -> int:
+    """A bias or sink logits: absent (0), in the dtype of the data (1), or float32 (2)."""
+    return 0 if x is None else 1 if x.dtype == dtype else 2
+
+
+def attention_fields(launches: LaunchList, call: Any) -> dict[str, Any]:
+    """What every attention takes: its arrays, their strides, its results and numbers."""
+    views = launches.views
+    fields: dict[str, Any] = {
+        "out": launches.output("out"),
+        "sinks": launches.address("sink_logits"),
+        "sinks_kind": kind(views["sink_logits"], call.problem.dtype),
+        "tokens": call.q.shape[2],
+        "slots": call.keys.shape[2],
+        "scale": call.scale,
+        "softcap": call.softcap or 0.0,
+    }
+    if call.return_lse:
+        fields["lse"] = launches.output("lse")
+    for name in ("q", "keys", "values"):
+        fields |= {name: launches.address(name), **steps(name, views[name])}
+    return fields
 
 
 def ring_of(selecting: Selecting, threads: int, room: int) -> tuple[dict[str, int], int]:
@@ -235,32 +261,30 @@ def list_size(k: int, parts: int) -> int:
 
 
 def launch_rows(
-    plan: Plan,
-    name: str,
-    problem: Problem,
-    config: Config,
+    launches: LaunchList,
+    call: Any,
     shape: Shape,
     rows: int,
     fields: dict[str, Any],
     selecting: Selecting | None = None,
     attending: Attending | None = None,
-    more: dict[str, int] | None = None,
-    overlap: bool = False,
-    weights: int = 0,
+    step: tuple[dict[str, int], bool, int] = ({}, False, 0),
 ) -> None:
-    """Write the launch of a kernel that works on rows into a plan, and what it needs of scratch.
+    """Write the launch of a kernel that works on rows, and what it needs of a workspace.
 
-    `weights`: bytes of a projection that lie where the keys to select by will be.
+    `step`: of a decode step, more constants, whether it overlaps with the launch before, and bytes
+    of a projection that lie where the keys to select by will be.
     """
+    more, overlap, weights = step
     macros = {
         "LINE": LINE,
         "PARTS": shape.parts,
         "JOINED": shape.joined,
         "THREADS": shape.threads,
-        **(more or {}),
+        **more,
     }
     # What is compiled goes by the bucket of the slots: a cache that grows takes the same kernel.
-    capacity, most = capacity_of(shape, fields["slots"]), capacity_of(shape, problem.slots)
+    capacity, most = capacity_of(shape, fields["slots"]), capacity_of(shape, call.problem.slots)
     narrow = most < 2**16
     exchange = queries = shared = listed = area = seen = counters = 0
     if attending is not None:
@@ -291,19 +315,21 @@ def launch_rows(
         }  # fmt: skip
         fields["capacity"] = shape.parts * capacity if spill else capacity
         if spill:
-            fields["scores"] = plan.piece(rows * shape.parts * capacity * selecting.itemsize)
+            size = rows * shape.parts * capacity
+            fields["scores"] = launches.piece(size, selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + max(capacity * selecting.itemsize, weights))
     together = shape.joined == 2
     if together:
         seen = lines(area + (attending.left if attending else 0))
-        fields["exchange"] = plan.piece(rows * shape.parts * seen)
-        fields["arrivals"] = plan.piece(rows * 4)
+        fields["exchange"] = launches.piece(rows * shape.parts * seen, 1)
+        fields["arrivals"] = launches.piece(rows)
     macros |= {
         "EXCHANGE": exchange, "AREA": area, "SEEN": seen, "QUERIES": queries, "LISTED": listed,
         "RESIDENT": shape.resident, "OVERLAP": int(overlap and not together),
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
-    kernel = Kernel(name, tuple(macros.items()), shape.threads, cluster, together)
+    kernel = Kernel(call.OP, tuple(macros.items()), shape.threads, cluster, together)
     size = exchange + queries + shared
-    plan.launch(kernel, rows * shape.parts, size, fields, LAYOUT, overlap and not together)
+    overlaps = overlap and not together
+    launch(launches, kernel, rows * shape.parts, size, fields, LAYOUT, overlaps)

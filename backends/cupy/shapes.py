@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hata.backend import Config
 from hata.problem import Problem
 
 from .device import Described
@@ -62,13 +61,12 @@ class Shape(NamedTuple):
     room: int
 
 
-def shape_of(
-    device: Described, problem: Problem, config: Config, rows: int, fixed: int = 0
-) -> Shape:
-    """The shape of a problem's rows on a device, of which there are at most `rows`.
+def shape_of(device: Described, call: Any, rows: int, fixed: int = 0) -> Shape:
+    """The shape of a call's rows on a device, of which there are at most `rows`.
 
     A block needs `fixed` bytes of shared memory whatever its shape is.
     """
+    problem, config = call.problem, call.config
     threads = config["threads"]
     # Rings of all warps take the shared memory of a second block.
     ringed = problem.op == "sparse_attend" and config["stages"]

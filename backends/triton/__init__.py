@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from hata.arrays import Framework
-from hata.backend import Backend, Budget, Config, use_config
+from hata.backend import Config, Kernel
+from hata.launches import LaunchingBackend, LaunchList
 from hata.problem import Problem
 
 OLDEST = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-class TritonBackend(Backend):
+class TritonBackend(LaunchingBackend):
     """Portable GPU kernels in Triton, for NVIDIA GPUs from sm_80 up.
 
     With `TRITON_INTERPRET=1` in the environment of the process it runs CPU tensors in Triton's
@@ -63,123 +64,32 @@ class TritonBackend(Backend):
 
         return defaults.KNOBS[op]
 
-    def refusal(self, problem: Problem, config: Config) -> str | None:
-        """Say why kernels of a configuration do not fit the GPU; they are compiled to see."""
-        if INTERPRETED:
-            return None
-        from hata import device
+    def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
+        """Every kernel that a call launches; the interpreter needs none."""
+        return () if INTERPRETED else super().kernels(call, sm)
 
-        from . import launch, rehearsal
+    def gpu(self, device: str, sm: int | None) -> Any:
+        """The GPU that is here, or one of this capability."""
+        from . import launch
 
-        here = device.fingerprint("cuda")
-        sm = here.sm or 0
-        with use_config(self.name, problem.op, config):
-            kernels = rehearsal.kernels(self, problem, sm)
-        return launch.misfit(kernels, sm, here.smem_optin or 0)
+        if INTERPRETED or sm is not None:
+            return launch.GPU(sm or 90)
+        return launch.gpu(int(device.partition(":")[2] or 0))
 
-    def prepare_call(self, launcher: str, problem: Problem, fw: Framework, *args: Any) -> None:
-        """Compile and load what this call launches, on the device of its arrays."""
-        if INTERPRETED:
-            return
-        import torch
+    def write(self, launches: LaunchList, call: Any) -> None:
+        """Write the launches of a call."""
+        from . import encode, hamming_topk, hash_attend, sparse_attend
 
-        from . import launch, rehearsal
+        ops = {
+            "encode": encode,
+            "hamming_topk": hamming_topk,
+            "sparse_attend": sparse_attend,
+            "hash_attend": hash_attend,
+        }
+        ops[call.OP].write(launches, call)
 
-        kernels = rehearsal.of_call(self, launcher, problem, fw, args)
-        with torch.cuda.device(args[0].device):
-            launch.load_all(kernels, args[0].device.index)
+    def new_list(self, call: Any, gpu: Any) -> LaunchList:
+        """A list that the interpreter runs, where it is to."""
+        from . import launch
 
-    def compile(self, problem: Problem, sm: int) -> None:
-        """Compile what launches of this problem need into Triton's cache, without a GPU."""
-        from . import launch, rehearsal
-
-        launch.compile_all(rehearsal.kernels(self, problem, sm), sm)
-
-    def launch_encode(
-        self,
-        problem: Problem,
-        fw: Framework,
-        x: Any,
-        projection: Any,
-        bias: Any,
-        out: Any,
-        norms: Any,
-    ) -> Any:
-        """Run `hata.encode`."""
-        from . import encode
-
-        return encode.launch(problem, self.config(problem), fw, x, projection, bias, out, norms)
-
-    def launch_hamming_topk(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q_codes: Any,
-        k_codes: Any,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        per_head: bool,
-    ) -> Any:
-        """Run `hata.hamming_topk`."""
-        from . import hamming_topk
-
-        return hamming_topk.launch(
-            problem, self.config(problem), fw, q_codes, k_codes, lengths, starts, budget,
-            key_norms, per_head,
-        )  # fmt: skip
-
-    def launch_sparse_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        indices: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.sparse_attend`."""
-        from . import sparse_attend
-
-        return sparse_attend.launch(
-            problem, self.config(problem), fw, q, keys, values, indices, scale, softcap,
-            sink_logits, return_lse,
-        )  # fmt: skip
-
-    def launch_hash_attend(
-        self,
-        problem: Problem,
-        fw: Framework,
-        q: Any,
-        keys: Any,
-        values: Any,
-        key_codes: Any,
-        projection: Any,
-        bias: Any,
-        query_projection: Any,
-        query_bias: Any,
-        q_codes: Any,
-        fresh: int,
-        dense_below: int,
-        lengths: Any,
-        starts: Any,
-        budget: Budget,
-        key_norms: Any,
-        scale: float,
-        softcap: float | None,
-        sink_logits: Any,
-        return_lse: bool,
-    ) -> tuple[Any, Any]:
-        """Run `hata.hash_attend`."""
-        from . import hash_attend
-
-        return hash_attend.launch(
-            problem, self.config(problem), fw, q, keys, values, key_codes, projection, bias,
-            query_projection, query_bias, q_codes, fresh, dense_below, lengths, starts, budget,
-            key_norms, scale, softcap, sink_logits, return_lse,
-        )  # fmt: skip
+        return (launch.InterpretedList if INTERPRETED else LaunchList)(call, gpu)

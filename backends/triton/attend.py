@@ -9,18 +9,18 @@ output depend on its own row alone.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
 from hata.backend import Config
-from hata.problem import Problem, pow2
+from hata.launches import NONE, Address, LaunchList
+from hata.problem import pow2
 
-from .launch import Bound, bind
+from .launch import bind, launch
+from .layout import POINTERS, in_fp32, optional
 from .pieces import defer, wait_for_previous
-from .plan import POINTERS, Scratch, in_fp32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -297,30 +297,45 @@ def result_types(dtype: str) -> tuple[str, ...]:
     return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", *["*fp32:16"] * 3
 
 
-def room_for_splits(scratch: Scratch, queries: int, splits: int, lanes: int) -> tuple[int, ...]:
-    """Offsets of what the splits of so many queries and heads leave: outputs, maxima and sums."""
-    lines = queries * splits if splits > 1 else 0
-    return scratch.piece(lines * lanes), scratch.piece(lines), scratch.piece(lines)
+class Results(NamedTuple):
+    """Where the attention of a call leaves what it finds: arguments of kernels, and flags."""
+
+    addresses: tuple[Address, ...]
+    has_sinks: int
+    has_lse: int
 
 
-def bind_merge(dtype: str, lanes: int, splits: int, overlapped: bool) -> tuple[Bound, int]:
-    """The launch that merges splits, and its programs a head of a query."""
+def results_of(launches: LaunchList, call: Any, splits: int) -> Results:
+    """Outputs, lse, sinks (twice), and what splits leave: outputs, maxima and sums."""
+    batch, heads, tokens, _ = call.q.shape
+    out = launches.output("out")
+    lse = launches.output("lse") if call.return_lse else NONE
+    narrow, wide, has_sinks = optional(launches, "sink_logits", call.problem.dtype)
+    lines = batch * heads * tokens * splits if splits > 1 else 0
+    left = (launches.piece(lines * size) for size in (call.problem.value_dim, 1, 1))
+    return Results((out, lse, narrow, wide, *left), has_sinks, int(call.return_lse))
+
+
+def launch_merge(
+    launches: LaunchList, call: Any, results: Results, splits: int, overlapped: bool
+) -> None:
+    """Write the launch that merges splits, where there are several."""
+    if splits == 1:
+        return
+    batch, heads, tokens, _ = call.q.shape
+    lanes = call.problem.value_dim
     # As much as one warp holds well.
     block_v = min(max(1024 // splits, 16), pow2(lanes))
     columns = -(-lanes // block_v)
     kernel = bind(
         _merge_kernel,
-        (*result_types(dtype), *["i32"] * 4),
+        (*result_types(call.problem.dtype), *["i32"] * 4),
         {"DV": lanes, "SPLITS": splits, "BLOCK_V": block_v, "COLUMNS": columns,
          "OVERLAPPED": overlapped},
         1,
         overlapped=overlapped,
     )  # fmt: skip
-    return kernel, columns
-
-
-def nothing(fw: Framework, q: Any, problem: Problem, return_lse: bool) -> tuple[Any, Any]:
-    """The result of a call without queries."""
-    batch, heads, tokens, _ = fw.shape(q)
-    out = fw.empty((batch, heads, tokens, problem.value_dim), problem.dtype, q)
-    return out, fw.empty((batch, heads, tokens), "float32", q) if return_lse else None
+    launch(
+        launches, kernel, batch * heads * tokens * columns, results.addresses, heads, tokens,
+        results.has_sinks, results.has_lse,
+    )  # fmt: skip

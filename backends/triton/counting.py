@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hata.backend import Budget, Config
+from hata.backend import Config
+from hata.call import Budget
+from hata.launches import Address, LaunchList
 from hata.problem import pow2
 
 from .launch import INTERPRETED
-from .plan import Plan, Scratch
 
 # Counters of one histogram at most; more values than this are counted digit by digit.
 MOST_BINS = 4096
@@ -73,28 +74,22 @@ def shared_declaration(config: Config, bins: int) -> str | None:
     return f"{{ .shared .align 16 .b32 hata_bins[{bins + 4}]; mov.u32 $0, hata_bins; }}"
 
 
-class Rows(NamedTuple):
-    """Where the scratch of a selection lies, in bytes from its start, and its row sizes."""
+def starts_early(config: Config) -> bool:
+    """Whether the launches of a step start as soon as the one before has started, to wait."""
+    return config.get("early") == "all"
 
-    planes: int
-    counters: int
-    scores: int
-    cumulated: int
-    state: int
-    below: int
+
+class Rows(NamedTuple):
+    """The workspace of a selection, in pieces, and the sizes of rows in two of them."""
+
+    planes: Address
+    counters: Address
+    scores: Address
+    cumulated: Address
+    state: Address
+    below: Address
     scores_row: int
     counters_row: int
-
-    def references(self, plan: Plan, memory: Any, how: Counting) -> tuple[Any, ...]:
-        """The pieces as arguments of kernels, in the order of the fields."""
-        return (
-            plan.address(memory, "*i32", self.planes),
-            plan.address(memory, "*i32", self.counters),
-            plan.address(memory, how.pointer, self.scores),
-            plan.address(memory, "*i32", self.cumulated),
-            plan.address(memory, "*i32", self.state),
-            plan.address(memory, "*i32", self.below),
-        )
 
 
 def parts_of(config: Config, slots: int) -> int:
@@ -102,17 +97,17 @@ def parts_of(config: Config, slots: int) -> int:
     return max(min(config["parts"], pow2(-(-slots // config["tile"]))), 1)
 
 
-def lay_out(scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, parts: int) -> Rows:
-    """Reserve the scratch of `rows` rows."""
-    scores_row = -(-slots // 128)
+def lay_out(launches: LaunchList, how: Counting, rows: int, call: Any, parts: int) -> Rows:
+    """Reserve the workspace of the selection of `rows` rows."""
+    scores_row = -(-call[1].shape[2] // 128)
     counters_row = how.rounds * how.bins
     return Rows(
-        planes=scratch.piece(rows * how.planes * bits // 32),
-        counters=scratch.piece(rows * counters_row),
-        scores=scratch.piece(rows * scores_row * 128 + MOST_TILE, how.itemsize),
-        cumulated=scratch.piece(rows * parts * how.bins),
-        state=scratch.piece(rows * 6),
-        below=scratch.piece(rows * parts),
+        planes=launches.piece(rows * how.planes * call.problem.bits // 32),
+        counters=launches.piece(rows * counters_row),
+        scores=launches.piece(rows * scores_row * 128 + MOST_TILE, how.itemsize),
+        cumulated=launches.piece(rows * parts * how.bins),
+        state=launches.piece(rows * 6),
+        below=launches.piece(rows * parts),
         scores_row=scores_row,
         counters_row=counters_row,
     )
@@ -120,5 +115,4 @@ def lay_out(scratch: Scratch, how: Counting, rows: int, slots: int, bits: int, p
 
 def budget_scalars(budget: Budget) -> tuple[int, ...]:
     """k, ratio, least, sink and recent as the kernels take them."""
-    least = max(1, budget.k_min, budget.sink + budget.recent)
-    return budget.k, budget.ratio, min(least, budget.k), budget.sink, budget.recent
+    return budget.k, budget.ratio, budget.least, budget.sink, budget.recent

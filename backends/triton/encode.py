@@ -14,30 +14,27 @@ same bits (2^24 values of each dtype and of three head sizes, and the conformanc
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
-from hata.backend import Config
-from hata.problem import Problem, pow2
+from hata.call import Encode
+from hata.launches import LaunchList
+from hata.problem import pow2
 
-from .launch import bind
-from .pieces import pack, store_words
-from .plan import (
+from .launch import bind, launch
+from .layout import (
     POINTERS,
-    Plan,
     code_pointer,
     data_pointer,
     in_fp32,
     norm_steps,
-    planned,
+    optional,
     steps,
     vector,
     words,
     words_of,
 )
+from .pieces import pack, store_words
 
 # Data that are multiplied in fp32 go through ordinary arithmetic, in small blocks.
 IEEE_ROWS = 16
@@ -179,35 +176,25 @@ def arithmetic(dtype: str, projection_dtype: str, head_dim: int) -> dict[str, in
     return {"D": head_dim, "BLOCK_D": 16 if ieee else min(pow2(head_dim), 128), "IEEE": ieee}
 
 
-def write_encode(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    x: Any,
-    projection: Any,
-    bias: Any,
-    out: Any,
-    norms: Any,
-) -> None:
-    """Write the launch of `hata.encode` into a plan."""
-    batch, heads, tokens, _ = fw.shape(x)
-    kv_heads, _, bits = fw.shape(projection)
-    dtype, projection_dtype = problem.dtype, problem.projection_dtype
-    wide = vector(fw, x, projection)
+def write(launches: LaunchList, call: Encode) -> None:
+    """Write the launch of `hata.encode`."""
+    views, problem, config = launches.views, call.problem, call.config
+    x, projection, out = views["x"], views["projection"], views["out"]
+    batch, heads, tokens, _ = call.x.shape
+    kv_heads, bits, dtype = problem.kv_heads, problem.bits, problem.dtype
+    wide = vector(x, projection)
     if out is None:
-        shape = (batch, heads, tokens, bits // 8)
-        codes, (unit, together) = plan.output(shape, "uint8"), words_of(bits)
+        codes, (unit, together) = launches.output("codes"), words_of(bits)
         code_strides = (heads * tokens * bits // 32, tokens * bits // 32, bits // 32)
     else:
-        codes, (unit, together) = out, words(fw, out)
-        code_strides = steps(fw, out, unit)
-    constants = arithmetic(dtype, projection_dtype, problem.head_dim)
+        codes, (unit, together) = launches.address("out"), words(out)
+        code_strides = steps(out, unit)
+    constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
     rows = IEEE_ROWS if constants["IEEE"] else config["rows"]
     block = columns(bits, 32 if constants["IEEE"] else 128)
     # Where a projection fits one block, a program keeps it for several tiles of vectors.
     loops = config["loops"] if constants["BLOCK_D"] >= problem.head_dim else 1
-    data, weights = data_pointer(dtype, wide), data_pointer(projection_dtype, wide)
+    data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
     kernel = bind(
         _encode_kernel,
         (
@@ -215,37 +202,19 @@ def write_encode(
             *["i32"] * 5, *["i64"] * 12,
         ),
         {"R": bits, "M": rows, "N": block, "LOOPS": loops, "STAGES": config["stages"],
-         "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, **constants},
+         "NORMS": problem.norms, "VECTOR": wide, "UNIT": unit, **constants},
         config["encode_warps"],
         config["stages"],
     )  # fmt: skip
     shares = -(-tokens // (rows * loops))
-    narrow_bias, wide_bias, has_bias = plan.optional(fw, bias, dtype)
-    plan.launch(
-        kernel,
-        batch * heads * shares * (bits // block),
-        plan.address(x, data), plan.address(projection, weights), narrow_bias, wide_bias,
-        plan.address(codes, code_pointer(unit, together)), plan.address(norms, "*fp16"),
-        tokens, heads, heads // kv_heads, shares, has_bias,
-        *steps(fw, x, wide), *steps(fw, projection, wide), *(steps(fw, bias) or (0,)),
-        *code_strides, *norm_steps(fw, norms),
+    narrow_bias, wide_bias, has_bias = optional(launches, "bias", dtype)
+    arrays = (
+        launches.address("x"), launches.address("projection"), narrow_bias, wide_bias, codes,
+        launches.address("norms"),
     )  # fmt: skip
-
-
-def launch(
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    x: Any,
-    projection: Any,
-    bias: Any,
-    out: Any,
-    norms: Any,
-) -> Any:
-    """Launch `hata.encode`."""
-    batch, heads, tokens, _ = fw.shape(x)
-    if batch * tokens == 0:
-        shape = (batch, heads, tokens, problem.bits // 8)
-        return fw.empty(shape, "uint8", x) if out is None else out
-    made = planned(write_encode, problem, config, fw, (x, projection, bias, out, norms))
-    return made[0] if out is None else out
+    launch(
+        launches, kernel, batch * heads * shares * (bits // block), arrays,
+        tokens, heads, heads // kv_heads, shares, has_bias,
+        *steps(x, wide), *steps(projection, wide), *(steps(views["bias"]) or (0,)),
+        *code_strides, *norm_steps(views["norms"]),
+    )  # fmt: skip

@@ -8,19 +8,18 @@ and the step's counters are zeroed beside them.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
-from hata.backend import Config
-from hata.problem import Problem, pow2
+from hata.call import HashAttend
+from hata.launches import LaunchList, row_step
+from hata.problem import pow2
 
+from .counting import Rows
 from .encode import arithmetic, columns, norm_of, project
-from .launch import bind, capability
+from .launch import bind, launch
+from .layout import POINTERS, code_pointer, data_pointer, norm_steps, optional, steps, vector, words
 from .pieces import columns_of, let_next_start, pack, store_planes, store_words, visible
-from .plan import POINTERS, Plan, code_pointer, data_pointer, norm_steps, steps, vector, words
 
 
 @triton.jit
@@ -138,43 +137,29 @@ def _step_kernel(
 
 
 def write_step(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q: Any,
-    keys: Any,
-    projection: Any,
-    bias: Any,
-    query_projection: Any,
-    query_bias: Any,
-    codes: Any,
-    norms: Any,
-    planes: Any,
-    counters: Any,
-    spans: tuple[Any, ...],
-    plane_count: int,
-    encode_queries: bool,
-    overlapped: bool,
-    fresh: int,
-    slots: int,
-    counters_row: int,
+    launches: LaunchList, call: HashAttend, at: Rows, plane_count: int, overlapped: bool
 ) -> None:
     """Write the first launch of a decode step: queries, unless their codes are given, and keys."""
-    batch, heads, tokens, _ = fw.shape(q)
-    kv_heads, _, bits = fw.shape(projection)
-    dtype = problem.dtype
-    query_dtype = fw.dtype(query_projection)
-    wide = vector(fw, q, keys, projection, query_projection)
-    unit, together = words(fw, codes)
+    views, problem = launches.views, call.problem
+    batch, heads, tokens, _ = call.q.shape
+    kv_heads, bits, dtype = problem.kv_heads, problem.bits, problem.dtype
+    encode_queries, fresh = views["q_codes"] is None, call.fresh
+    q, keys, codes, norms = (views[name] for name in ("q", "keys", "key_codes", "key_norms"))
+    projection, query_projection = views["projection"], views["query_projection"]
+    assert codes is not None
+    assert query_projection is not None
+    query_dtype = query_projection.dtype
+    wide = vector(q, keys, projection, query_projection)
+    unit, together = words(codes)
     constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
     of_queries = arithmetic(dtype, query_dtype, problem.head_dim)
     members = pow2(heads // kv_heads)
     # 16 rows make the codes that 64 make where both come from the same kind of matrix unit; sm_100
     # to sm_110 have one of its own for 64 rows. Ordinary arithmetic does not care.
-    apart = capability(q)[0] in (10, 11) and not (constants["IEEE"] and of_queries["IEEE"])
+    apart = launches.gpu.sm // 10 in (10, 11)
+    apart = apart and not (constants["IEEE"] and of_queries["IEEE"])
     rows = max(64 if apart else 16, members)
-    block = columns(bits, config["columns"])
+    block = columns(bits, call.config["columns"])
     data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
     query_weights = data_pointer(query_dtype, wide)
     kernel = bind(
@@ -187,29 +172,33 @@ def write_step(
         {"KV_HEADS": kv_heads, "R": bits, "M": rows, "N": block, "GROUP": heads // kv_heads,
          "MEMBERS": members, "PLANES": plane_count, "COUNTERS": 1024,
          "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
-         "NORMS": norms is not None, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
+         "NORMS": problem.norms, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
          "OVERLAPPED": overlapped, **constants},
-        config["encode_warps"],
+        call.config["encode_warps"],
     )  # fmt: skip
     groups = batch * tokens
     query_tiles = -(-groups * members // rows) if encode_queries else 0
     # Tiles of fresh keys: of many batch rows where each brings one, else so many a batch row.
     shares = -(-fresh // rows)
     key_tiles = -(-batch // rows) if fresh == 1 else batch * shares
-    narrow_query, wide_query, query_has_bias = plan.optional(fw, query_bias, dtype)
-    narrow_bias, wide_bias, has_bias = plan.optional(fw, bias, dtype)
-    plan.launch(
-        kernel,
+    narrow_query, wide_query, query_has_bias = optional(launches, "query_bias", dtype)
+    narrow_bias, wide_bias, has_bias = optional(launches, "bias", dtype)
+    arrays = [
+        launches.address(name)
+        for name in ("lengths", "starts", "projection", "keys", "query_projection", "q")
+    ]
+    arrays += [
+        launches.address("key_codes"), at.planes, at.counters, launches.address("key_norms"),
+        narrow_query, wide_query, narrow_bias, wide_bias,
+    ]  # fmt: skip
+    launch(
+        launches, kernel,
         # Whoever makes the planes zeroes the counters.
-        kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block),
-        *spans[:2], plan.address(projection, weights), plan.address(keys, data),
-        plan.address(query_projection, query_weights), plan.address(q, data),
-        plan.address(codes, code_pointer(unit, together)), planes, counters,
-        plan.address(norms, "*fp16"), narrow_query, wide_query, narrow_bias, wide_bias,
-        *spans[2:], groups, tokens, slots, fresh, query_tiles, query_tiles + key_tiles,
-        max(shares, 1), query_has_bias, has_bias, counters_row,
-        *steps(fw, projection, wide), *steps(fw, keys, wide),
-        *steps(fw, query_projection, wide), *steps(fw, q, wide),
-        *steps(fw, codes, unit), *norm_steps(fw, norms),
-        *(steps(fw, query_bias) or (0,)), *(steps(fw, bias) or (0,)),
+        kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block), arrays,
+        row_step(views["lengths"]), row_step(views["starts"]), groups, tokens, call.keys.shape[2],
+        fresh, query_tiles, query_tiles + key_tiles, max(shares, 1), query_has_bias, has_bias,
+        at.counters_row,
+        *steps(projection, wide), *steps(keys, wide), *steps(query_projection, wide),
+        *steps(q, wide), *steps(codes, unit), *norm_steps(norms),
+        *(steps(views["query_bias"]) or (0,)), *(steps(views["bias"]) or (0,)),
     )  # fmt: skip

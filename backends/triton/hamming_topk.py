@@ -29,27 +29,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
-from hata.backend import Budget, Config
-from hata.problem import Problem
+from hata.call import HammingTopK
+from hata.launches import LaunchList
 
-from .counting import Counting, budget_scalars, counting, lay_out, parts_of
-from .launch import Bound, bind, multiplies_bits
+from .counting import Counting, Rows, counting, lay_out, parts_of
+from .launch import bind, launch
+from .layout import code_pointer, steps, words
 from .pieces import load_words, store_planes, zero_counters
-from .plan import (
-    Plan,
-    Scratch,
-    code_pointer,
-    code_steps,
-    norm_steps,
-    planned,
-    row_step,
-    scanned_words,
-    steps,
-    words,
-)
-from .scan import bind_scan
-from .select import bind_select
+from .scan import launch_scan
+from .select import launch_select
 
 
 @triton.jit
@@ -73,102 +61,34 @@ def _planes_kernel(
     zero_counters(counters, row, counters_row, word, R // 32, COUNTERS)
 
 
-def bind_planes(how: Counting, bits: int, group: int, unit: int, together: int) -> Bound:
-    """The launch that makes planes of given query codes and zeroes counters."""
-    return bind(
+def launch_planes(launches: LaunchList, call: Any, at: Rows, how: Counting, heads: int) -> None:
+    """Write the launch that makes planes of given query codes and zeroes counters."""
+    q_codes = launches.views["q_codes"]
+    assert q_codes is not None
+    batch, q_heads, tokens, width = q_codes.shape
+    unit, together = words(q_codes)
+    kernel = bind(
         _planes_kernel,
         (code_pointer(unit, together), "*i32", "*i32", *["i32"] * 3, *["i64"] * 3),
-        {"R": bits, "GROUP": group, "PLANES": how.planes, "COUNTERS": 256,
+        {"R": 8 * width, "GROUP": q_heads // heads, "PLANES": how.planes, "COUNTERS": 256,
          "UNIT": unit},
         1,
     )  # fmt: skip
-
-
-def write_hamming_topk(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q_codes: Any,
-    k_codes: Any,
-    lengths: Any,
-    starts: Any,
-    key_norms: Any,
-    budget: Budget,
-    per_head: bool,
-) -> None:
-    """Write planes, scan, (refinement) and select into a plan."""
-    batch, q_heads, tokens, _ = fw.shape(q_codes)
-    _, kv_heads, slots, width = fw.shape(k_codes)
-    heads = q_heads if per_head else kv_heads
-    indices = plan.output((batch, heads, tokens, budget.k), "int32")
-    rows = batch * heads * tokens
-    bits, group = width * 8, q_heads // heads
-    how = counting(group, bits, key_norms is not None)
-    parts = parts_of(config, slots)
-    scratch = Scratch()
-    at = lay_out(scratch, how, rows, slots, bits, parts)
-    memory = plan.output((scratch.size,), "uint8")
-    q_unit, q_together = words(fw, q_codes)
-    unit, together, per_vector = scanned_words(fw, k_codes)
-    planes, counters, scores, cumulated, state, below = at.references(plan, memory, how)
-    spans = plan.address(lengths, "*i32"), plan.address(starts, "*i32")
-    span_steps = row_step(fw, lengths), row_step(fw, starts)
-    limits = budget_scalars(budget)
-    sizes = at.scores_row, at.counters_row
-    single = tokens == 1
-    code_strides = steps(fw, k_codes, code_steps(unit, together))
-    scan, rounds = bind_scan(
-        config, how, bits, group, heads, heads // kv_heads, key_norms is not None, parts, single,
-        unit, together, per_vector, code_strides[2],
-        multiplies_bits(config["binary"], q_codes), False,
-    )  # fmt: skip
-    plan.launch(
-        bind_planes(how, bits, group, q_unit, q_together),
-        rows * (bits // 32),
-        plan.address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
-        heads, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
-    )  # fmt: skip
-    plan.launch(
-        scan,
-        rows * parts,
-        plan.address(k_codes, code_pointer(unit, together)), planes,
-        plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        tokens, slots, 0, *span_steps, *limits, 0, *sizes,
-        *code_strides, *norm_steps(fw, key_norms),
-    )  # fmt: skip
-    for refine in rounds:
-        plan.launch(
-            refine,
-            rows * parts,
-            scores, counters, cumulated, state, below, *spans,
-            heads, tokens, slots, *span_steps, *limits, 0, *sizes,
-        )  # fmt: skip
-    plan.launch(
-        bind_select(config, how, heads, parts, single, True, False),
-        rows * parts,
-        plan.address(indices, "*i32"), plan.address(memory, "*i32:16", at.scores), counters,
-        cumulated, state, below, *spans, plan.address(None, "*i32"), tokens, slots, *span_steps,
-        limits[0], at.scores_row, *limits[1:], *[0] * 4,
+    arrays = launches.address("q_codes"), at.planes, at.counters
+    launch(
+        launches, kernel, batch * heads * tokens * (width // 4), arrays,
+        heads, tokens, at.counters_row, *steps(q_codes, unit),
     )  # fmt: skip
 
 
-def launch(
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q_codes: Any,
-    k_codes: Any,
-    lengths: Any,
-    starts: Any,
-    budget: Budget,
-    key_norms: Any,
-    per_head: bool,
-) -> Any:
-    """Launch `hata.hamming_topk`."""
-    batch, q_heads, tokens, _ = fw.shape(q_codes)
-    if batch * tokens == 0:
-        heads = q_heads if per_head else fw.shape(k_codes)[1]
-        return fw.empty((batch, heads, tokens, budget.k), "int32", q_codes)
-    arrays = (q_codes, k_codes, lengths, starts, key_norms)
-    return planned(write_hamming_topk, problem, config, fw, arrays, budget, per_head)[0]
+def write(launches: LaunchList, call: HammingTopK) -> None:
+    """Write planes, scan, (refinement) and select."""
+    heads = call.q_codes.shape[1] if call.per_head else call.problem.kv_heads
+    how = counting(call.q_codes.shape[1] // heads, call.problem.bits, call.problem.norms)
+    parts = parts_of(call.config, call.k_codes.shape[2])
+    indices = launches.output("indices")
+    rows = call.q_codes.shape[0] * heads * call.q_codes.shape[2]
+    at = lay_out(launches, how, rows, call, parts)
+    launch_planes(launches, call, at, how, heads)
+    launch_scan(launches, call, at, how, (rows, heads, parts), "k_codes")
+    launch_select(launches, call, at, how, (rows, heads, parts), indices)

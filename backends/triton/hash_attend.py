@@ -21,47 +21,29 @@ device, so one captured graph serves both.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from hata.arrays import ITEMSIZE, Framework
-from hata.backend import Budget, Config
-from hata.problem import Problem
+from hata.call import HashAttend
+from hata.launches import LaunchList, row_step
 
 from .attend import (
     attend_positions,
-    bind_merge,
     finish_split,
-    nothing,
+    launch_merge,
     result_types,
-    room_for_splits,
+    results_of,
     shares_of,
     tiling,
 )
 from .counting import budget_scalars, counting, lay_out, parts_of
 from .encode_step import write_step
-from .hamming_topk import bind_planes
-from .launch import bind, multiplies_bits, overlaps
+from .hamming_topk import launch_planes
+from .launch import bind, launch
+from .layout import data_pointer, row_step_type, steps, vector
 from .pieces import budget_of, let_next_start, place_of, visible
-from .plan import (
-    Plan,
-    Scratch,
-    code_pointer,
-    code_steps,
-    data_pointer,
-    norm_steps,
-    planned,
-    row_step,
-    row_step_type,
-    scanned_words,
-    steps,
-    vector,
-    words,
-)
-from .scan import bind_scan
-from .select import Fetched, bind_select
+from .scan import launch_scan
+from .select import launch_select
 
 
 @triton.jit
@@ -109,198 +91,58 @@ def _hash_attend_kernel(
     )  # fmt: skip
 
 
-def write_hash_attend(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q: Any,
-    keys: Any,
-    values: Any,
-    key_codes: Any,
-    projection: Any,
-    bias: Any,
-    query_projection: Any,
-    query_bias: Any,
-    q_codes: Any,
-    lengths: Any,
-    starts: Any,
-    key_norms: Any,
-    sink_logits: Any,
-    fresh: int,
-    dense_below: int,
-    budget: Budget,
-    scale: float,
-    softcap: float | None,
-    return_lse: bool,
-) -> None:
-    """Write the launches of a decode step into a plan."""
-    batch, heads, tokens, depth = fw.shape(q)
-    _, kv_heads, slots, lanes = fw.shape(values)
-    bits = fw.shape(projection)[2]
-    dtype = problem.dtype
-    out = plan.output((batch, heads, tokens, lanes), dtype)
-    lse = plan.output((batch, heads, tokens), "float32") if return_lse else None
+def write(launches: LaunchList, call: HashAttend) -> None:
+    """Write the launches of a decode step."""
+    views, problem, config = launches.views, call.problem, call.config
+    batch, heads, tokens, depth = call.q.shape
+    kv_heads, slots, lanes = problem.kv_heads, call.keys.shape[2], problem.value_dim
     rows, members = batch * kv_heads * tokens, heads // kv_heads
-    group = members if q_codes is None else fw.shape(q_codes)[1] // kv_heads
-    fresh, dense_below = min(fresh, slots), min(dense_below, slots)
-    # A budget of more keys than there are slots is one of all of them, and costs no more.
-    budget = budget._replace(k=max(min(budget.k, slots), 1))
-    overlapped, early = overlaps(bool(config["overlap"]), q), config["early"]
-
-    how = counting(group, bits, key_norms is not None)
-    sizes = tiling(dtype, depth, lanes, members, config["keys"])
+    given, early = views["q_codes"], config["early"]
+    overlapped = bool(config["overlap"]) and launches.gpu.overlaps
+    group = members if given is None else given.shape[1] // kv_heads
+    how = counting(group, problem.bits, problem.norms)
     parts = parts_of(config, slots)
-    most = min(max(budget.k, dense_below), max(slots, 1))
-    splits, stages = shares_of(config, most)
-    single = tokens == 1
-    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
-    scratch = Scratch()
-    at = lay_out(scratch, how, rows, slots, bits, parts)
-    positions_at = scratch.piece(rows * budget.k)
-    left_at = room_for_splits(scratch, batch * heads * tokens, splits, lanes)
-    memory = plan.output((scratch.size,), "uint8")
+    splits, stages = shares_of(config, max(call.k, call.dense_below))
+    at = lay_out(launches, how, rows, call, parts)
+    positions = launches.piece(rows * call.k)
+    results = results_of(launches, call, splits)
 
-    wide = vector(fw, q, keys, values)
-    unit, together, per_vector = scanned_words(fw, key_codes)
-    code_strides = steps(fw, key_codes, code_steps(unit, together))
-    planes, counters, scores, cumulated, state, below = at.references(plan, memory, how)
-    words_of_scores = plan.address(memory, "*i32:16", at.scores)
-    positions = plan.address(memory, "*i32", positions_at)
-    spans = plan.address(lengths, "*i32"), plan.address(starts, "*i32")
-    span_steps = row_step(fw, lengths), row_step(fw, starts)
-    limits = budget_scalars(budget)
-    row_sizes = at.scores_row, at.counters_row
-    scan, rounds = bind_scan(
-        config,
-        how,
-        bits,
-        group,
-        kv_heads,
-        1,
-        key_norms is not None,
-        parts,
-        single,
-        unit,
-        together,
-        per_vector,
-        code_strides[2],
-        multiplies_bits(config["binary"], q),
-        overlapped,
-        early == "all",
-    )
-    data, result = data_pointer(dtype, wide), result_types(dtype)
-    key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
-    key_step = row_step_type(key_strides[2], slots)
-    fetched = Fetched(data, key_step, wide, depth * ITEMSIZE[dtype] * bool(config["fetch"]))
+    if given is not None:
+        launch_planes(launches, call, at, how, kv_heads)
+    if given is None or call.fresh:
+        write_step(launches, call, at, how.planes, overlapped)
+    row_sizes = rows, kv_heads, parts
+    launch_scan(launches, call, at, how, row_sizes, "key_codes", overlapped)
+    launch_select(launches, call, at, how, row_sizes, positions, overlapped)
+
+    wide = vector(views["q"], views["keys"], views["values"])
+    sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
+    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
+    data = data_pointer(problem.dtype, wide)
+    key_strides, value_strides = steps(views["keys"], wide), steps(views["values"], wide)
     attend = bind(
         _hash_attend_kernel,
         (
-            data, data, data, *result, "*i32", "*i32", "*i32",
+            data, data, data, *result_types(problem.dtype), "*i32", "*i32", "*i32",
             *["i32"] * 8, "i64", "i32", "i32", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
-            key_step, "i64", "i64", row_step_type(value_strides[2], slots),
+            row_step_type(key_strides[2], slots), "i64", "i64",
+            row_step_type(value_strides[2], slots),
         ),
         {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": stages, "ALONE": splits == 1, "SINGLE": single, "EARLY": early != "none",
+         "STAGES": stages, "ALONE": splits == 1, "SINGLE": tokens == 1, "EARLY": early != "none",
          "OVERLAPPED": overlapped},
         config["warps"],
         max(stages, 1),
         overlapped,
     )  # fmt: skip
-    narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, dtype)
-    results = (
-        plan.address(out, result[0]), plan.address(lse, "*fp32"), narrow_sinks, wide_sinks,
-        *(plan.address(memory, "*fp32", offset) for offset in left_at),
+    arrays = [launches.address(name) for name in ("q", "keys", "values")]
+    arrays += [*results.addresses, positions]
+    arrays += [launches.address(name) for name in ("lengths", "starts")]
+    launch(
+        launches, attend, rows * blocks * columns * splits, arrays,
+        kv_heads, members, tokens, slots, splits.bit_length() - 1,
+        row_step(views["lengths"]), row_step(views["starts"]), *budget_scalars(call.budget)[:3],
+        call.dense_below, call.scale, call.softcap or 0.0, *results[1:],
+        *steps(views["q"], wide), *key_strides, *value_strides,
     )  # fmt: skip
-    if q_codes is not None:
-        q_unit, q_together = words(fw, q_codes)
-        plan.launch(
-            bind_planes(how, bits, group, q_unit, q_together),
-            rows * (bits // 32),
-            plan.address(q_codes, code_pointer(q_unit, q_together)), planes, counters,
-            kv_heads, tokens, at.counters_row, *steps(fw, q_codes, q_unit),
-        )  # fmt: skip
-    if q_codes is None or fresh:
-        write_step(
-            plan, problem, config, fw, q, keys, projection, bias, query_projection, query_bias,
-            key_codes, key_norms, planes, counters, (*spans, *span_steps), how.planes,
-            q_codes is None, overlapped, fresh, slots, at.counters_row,
-        )  # fmt: skip
-    plan.launch(
-        scan,
-        rows * parts,
-        plan.address(key_codes, code_pointer(unit, together)), planes,
-        plan.address(key_norms, "*fp16"), scores, counters, cumulated, *spans,
-        tokens, slots, fresh, *span_steps, *limits, dense_below, *row_sizes,
-        *code_strides, *norm_steps(fw, key_norms),
-    )  # fmt: skip
-    for refine in rounds:
-        plan.launch(
-            refine,
-            rows * parts,
-            scores, counters, cumulated, state, below, *spans,
-            kv_heads, tokens, slots, *span_steps, *limits, dense_below, *row_sizes,
-        )  # fmt: skip
-    plan.launch(
-        bind_select(
-            config, how, kv_heads, parts, single, False, overlapped, early == "all", fetched
-        ),
-        rows * parts,
-        positions, words_of_scores, counters, cumulated, state, below, *spans,
-        plan.address(keys, data), tokens, slots, *span_steps, limits[0], at.scores_row, *limits[1:],
-        dense_below, *key_strides,
-    )  # fmt: skip
-    plan.launch(
-        attend,
-        rows * blocks * columns * splits,
-        plan.address(q, data), plan.address(keys, data), plan.address(values, data), *results,
-        positions, *spans,
-        kv_heads, members, tokens, slots, splits.bit_length() - 1, *span_steps,
-        *limits[:3], dense_below, scale, softcap or 0.0, has_sinks,
-        int(return_lse),
-        *steps(fw, q, wide), *key_strides, *value_strides,
-    )  # fmt: skip
-    if splits > 1:
-        merge, merge_columns = bind_merge(dtype, lanes, splits, overlapped)
-        plan.launch(
-            merge,
-            batch * heads * tokens * merge_columns,
-            *results, heads, tokens, has_sinks, int(return_lse),
-        )  # fmt: skip
-
-
-def launch(
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q: Any,
-    keys: Any,
-    values: Any,
-    key_codes: Any,
-    projection: Any,
-    bias: Any,
-    query_projection: Any,
-    query_bias: Any,
-    q_codes: Any,
-    fresh: int,
-    dense_below: int,
-    lengths: Any,
-    starts: Any,
-    budget: Budget,
-    key_norms: Any,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Any,
-    return_lse: bool,
-) -> tuple[Any, Any]:
-    """Launch `hata.hash_attend`."""
-    batch, _, tokens, _ = fw.shape(q)
-    if batch * tokens == 0:
-        return nothing(fw, q, problem, return_lse)
-    arrays = (
-        q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
-        lengths, starts, key_norms, sink_logits,
-    )  # fmt: skip
-    options = fresh, dense_below, budget, scale, softcap, return_lse
-    made = planned(write_hash_attend, problem, config, fw, arrays, *options)
-    return made[0], made[1] if return_lse else None
+    launch_merge(launches, call, results, splits, overlapped)

@@ -2,8 +2,8 @@
 
 A kernel is compiled for the types and constants that follow from the problem and the alignment of
 its arrays alone, never for the values of sizes or strides: a cache that grows by a token never
-compiles again, and a prepared call can be captured. `bind` names such a variant; calling it
-hands addresses and numbers to the driver, without Triton's own argument inspection.
+compiles again, and a prepared call can be captured. `bind` names such a variant; `launch` writes
+its launch into the list of a call.
 
 A damaged or unwritable cache folder of Triton's costs one more compilation, in a folder of this
 process, and a warning. Under `TRITON_INTERPRET=1` the same calls run on CPU tensors in Triton's
@@ -20,11 +20,9 @@ import struct
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,6 +32,7 @@ from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
 
 from hata.errors import HataCaptureError, KernelError
+from hata.launches import Address, LaunchList
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -82,18 +81,23 @@ class Bound:
         self, fn: Any, types: tuple[str, ...], constants: dict[str, Any], options: dict[str, Any]
     ) -> None:
         self.fn, self.types, self.constants, self.options = fn, types, constants, options
-        self._placeholders = (None,) * len(constants)
-        self._loaded: dict[int, tuple[Callable[..., None], int, Any]] = {}
+        self.loaded: dict[int, tuple[Callable[..., None], int, Any]] = {}
         self._lock = threading.Lock()
 
-    def load(self, device: int) -> tuple[Callable[..., None], int, Any]:
-        """Compile for and load on a device, which must be the current one.
+    def load(self, device: str) -> None:
+        """Compile for and load on a device, once."""
+        index = int(device.partition(":")[2] or 0)
+        with torch.cuda.device(index):
+            self.load_on(index)
+
+    def load_on(self, device: int) -> tuple[Callable[..., None], int, Any]:
+        """Compile for and load on a GPU, which must be the current one.
 
         Raises:
             HataCaptureError: a CUDA graph is being captured, and the kernel is not loaded yet.
             KernelError: it cannot be compiled or loaded.
         """
-        found = self._loaded.get(device)
+        found = self.loaded.get(device)
         if found is not None:
             return found
         if torch.cuda.is_current_stream_capturing():
@@ -103,21 +107,30 @@ class Bound:
                 "make the call once, before the capture"
             )
         with self._lock:
-            found = self._loaded.get(device)
+            found = self.loaded.get(device)
             if found is None:
                 target = triton.runtime.driver.active.get_current_target()
                 kernel = self._compiled(target, lambda made: made._init_handles())
                 found = kernel.run, kernel.function, kernel.packed_metadata
-                self._loaded[device] = found
+                self.loaded[device] = found
         return found
 
-    def is_loaded(self, device: int) -> bool:
-        """Whether a launch on a device needs no loading."""
-        return device in self._loaded
+    def compile(self, sm: int) -> Any:
+        """Compile for a capability, or take from Triton's cache; needs no GPU."""
+        return self._compiled(GPUTarget("cuda", sm, 32), lambda made: None)
 
-    def compile_for(self, target: Any) -> Any:
-        """Compile for a `GPUTarget`, or take from Triton's cache; needs no GPU."""
-        return self._compiled(target, lambda made: None)
+    def misfit(self, sm: int, smem: int) -> str | None:
+        """Why it cannot run on a GPU with `smem` bytes of shared memory a block, if so."""
+        try:
+            needed = self.compile(sm).metadata.shared
+        except KernelError as error:
+            return str(error)
+        if needed <= smem:
+            return None
+        return (
+            f"{self.fn.__name__} needs {needed} bytes of shared memory, and a block of this GPU "
+            f"has {smem}"
+        )
 
     def _compiled(self, target: Any, use: Callable[[Any], None]) -> Any:
         """The compiled kernel, on which `use` succeeded; a broken cache is passed over once."""
@@ -166,11 +179,6 @@ class Bound:
         use(made)
         return made
 
-    def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
-        """Launch on `grid` programs; `args` are addresses (0 for none) and numbers."""
-        run, function, metadata = self._loaded.get(device) or self.load(device)
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *self._placeholders)
-
 
 def _text(error: Exception) -> str:
     lines = str(error).strip().splitlines()
@@ -215,77 +223,7 @@ def _cache_of_this_process() -> Iterator[None]:
         yield
 
 
-class _Interpreted(Bound):
-    """The same, run by the interpreter on tensors."""
-
-    def load(self, device: int) -> Any:
-        return None
-
-    def __call__(self, grid: int, device: int, stream: int, *args: Any) -> None:
-        self.fn[(grid,)](*args, **self.constants)
-
-
-def load_all(kernels: list[Bound], device: int) -> None:
-    """Load kernels on a device, which must be the current one; they compile side by side."""
-    target = triton.runtime.driver.active.get_current_target()
-    fresh = [kernel for kernel in kernels if not kernel.is_loaded(device)]
-    with ThreadPoolExecutor(max(len(fresh), 1)) as threads:
-        # What the compiler makes of them is in its cache afterwards; loading is a matter of
-        # milliseconds, and the current device one of this thread.
-        list(threads.map(lambda kernel: kernel.compile_for(target), fresh))
-    for kernel in fresh:
-        kernel.load(device)
-
-
-def compile_all(kernels: list[Bound], sm: int) -> list[Any]:
-    """Compile kernels for a compute capability (90 is 9.0), into Triton's cache."""
-    target = GPUTarget("cuda", sm, 32)
-    with ThreadPoolExecutor(max(len(kernels), 1)) as threads:
-        return list(threads.map(lambda kernel: kernel.compile_for(target), kernels))
-
-
-def misfit(kernels: list[Bound], sm: int, shared: int) -> str | None:
-    """Why kernels cannot run on a GPU with `shared` bytes of shared memory a block, if so."""
-    try:
-        compiled = compile_all(kernels, sm)
-    except KernelError as error:
-        return str(error)
-    for kernel, made in zip(kernels, compiled, strict=True):
-        if made.metadata.shared > shared:
-            return (
-                f"{kernel.fn.__name__} needs {made.metadata.shared} bytes of shared memory, and "
-                f"a block of this GPU has {shared}"
-            )
-    return None
-
-
 _bound: dict[tuple, Bound] = {}
-_met: ContextVar[list[Bound] | None] = ContextVar("hata_triton_met", default=None)
-# Compute capability, as one number, that is assumed of arrays which lie on no GPU.
-assumed_sm: ContextVar[int] = ContextVar("hata_triton_assumed_sm", default=90)
-
-
-@contextmanager
-def rehearsal(sm: int = 90) -> Iterator[list[Bound]]:
-    """Launches made in this context are listed and not made.
-
-    Tensors without data count as those of a GPU of compute capability `sm` (90 is 9.0).
-    """
-    met: list[Bound] = []
-    tokens = _met.set(met), assumed_sm.set(sm)
-    try:
-        yield met
-    finally:
-        _met.reset(tokens[0])
-        assumed_sm.reset(tokens[1])
-
-
-def rehearsed(kernels: list[Bound]) -> bool:
-    """In a rehearsal: note the kernels of a call, which is then not made."""
-    met = _met.get()
-    if met is not None:
-        met.extend(kernels)
-    return met is not None
 
 
 def bind(
@@ -313,30 +251,91 @@ def bind(
         options = {"num_warps": warps, "num_stages": stages}
         if overlapped:
             options["launch_pdl"] = True
-        kind = _Interpreted if INTERPRETED else Bound
-        found = _bound[key] = kind(fn, types, constants, options)
+        found = _bound[key] = Bound(fn, types, constants, options)
     return found
 
 
+class GPU(NamedTuple):
+    """What kernels depend on of a GPU: its capability as one number (90 is 9.0), and its index."""
+
+    sm: int
+    index: int = 0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether launches may overlap."""
+        return not INTERPRETED and self.sm >= 90
+
+    @property
+    def multiplies_bits(self) -> bool:
+        """Whether it has binary tensor cores.
+
+        Those are sm_80 to sm_90. For sm_100 and sm_120 the compiler makes of each product a call of
+        a routine, some 110 instructions that spread bits to bytes and take eight products of those.
+        """
+        return not INTERPRETED and 80 <= self.sm <= 90
+
+
 @functools.lru_cache
-def _capability_of(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def gpu(index: int) -> GPU:
+    """A GPU that is here."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return GPU(10 * major + minor, index)
 
 
-def capability(x: Any) -> tuple[int, int]:
-    """Compute capability of the device of `x`, or what a rehearsal assumes where that is no GPU."""
-    return _capability_of(x.device.index) if x.is_cuda else divmod(assumed_sm.get(), 10)
+def launch(
+    launches: LaunchList, kernel: Bound, grid: int, addresses: Sequence[Address], *numbers: Any
+) -> None:
+    """Write the launch of a kernel on `grid` programs into a list; addresses come first."""
+    if INTERPRETED:
+        assert isinstance(launches, InterpretedList)
+        launches.interpreted.append((kernel, grid, tuple(addresses), numbers))
+        return
+    index, loaded = launches.gpu.index, kernel.loaded
+    tail = *numbers, *(None,) * len(kernel.constants)
+
+    def start(pointers: tuple[int, ...], stream: int) -> None:
+        # Without Triton's own inspection of arguments.
+        run, function, metadata = loaded.get(index) or kernel.load_on(index)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *pointers, *tail)
+
+    launches.launch(kernel, addresses, start)
 
 
-def overlaps(wanted: bool, x: Any) -> bool:
-    """Whether launches may overlap: asked for, and the device of `x` (sm_90 or newer) can."""
-    return wanted and not INTERPRETED and capability(x) >= (9, 0)
+class InterpretedList(LaunchList):
+    """A launch list whose kernels the interpreter runs, on CPU tensors."""
+
+    def __init__(self, call: Any, gpu: Any) -> None:
+        super().__init__(call, gpu)
+        self.interpreted: list[tuple[Bound, int, tuple[Address, ...], tuple[Any, ...]]] = []
+
+    def run(self, call: Any) -> list[Any]:
+        """Allocate and run the kernels, one after the other."""
+        made = self.allocate(call)
+        tensors = dict(zip(self.names, (*call[: call.ARRAYS], *made, None), strict=True))
+        for kernel, grid, addresses, numbers in self.interpreted:
+            views = (
+                _view(tensors[name], kind, offset)
+                for (name, offset), kind in zip(addresses, kernel.types, strict=False)
+            )
+            kernel.fn[(grid,)](*views, *numbers, **kernel.constants)
+        return made
 
 
-def multiplies_bits(wanted: bool, x: Any) -> bool:
-    """Whether to use binary tensor cores: asked for, and the device of `x` has them.
+_TORCH = {
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*u8": torch.uint8,
+    "*i16": torch.int16,
+    "*i32": torch.int32,
+}
 
-    Those are sm_80 to sm_90. For sm_100 and sm_120 the compiler makes of each product a call of a
-    routine, some 110 instructions that spread bits to bytes and take eight products of those.
-    """
-    return wanted and not INTERPRETED and (8, 0) <= capability(x) <= (9, 0)
+
+def _view(x: Any, pointer: str, offset: int) -> torch.Tensor:
+    """A tensor as the interpreter takes it: with elements of the pointer's type."""
+    dtype = _TORCH[pointer.partition(":")[0]]
+    if x is None or x.numel() == 0:
+        return torch.zeros(1, dtype=dtype)
+    x = x[offset:] if offset else x if x.ndim else x.reshape(1)
+    return x if x.dtype == dtype else x.view(dtype)

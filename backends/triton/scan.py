@@ -10,14 +10,17 @@ second and the third digit among keys that match so far.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: RUF005, SIM108 (jitted bodies: the compiler knows fewer forms than Python)
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from hata.backend import Config
+from hata.launches import LaunchList, row_step
 
-from .counting import DIGIT, Counting, shared_declaration
+from .counting import DIGIT, Counting, Rows, budget_scalars, shared_declaration, starts_early
 from .distance import binary_distance, distance, lane_columns
-from .launch import Bound, bind
+from .launch import bind, launch
+from .layout import code_pointer, code_steps, norm_steps, row_step_type, scanned_words, steps
 from .pieces import (
     ALIGN,
     budget_of,
@@ -35,7 +38,6 @@ from .pieces import (
     visible,
     wait_for_previous,
 )
-from .plan import code_pointer, row_step_type
 
 
 @triton.jit
@@ -259,53 +261,69 @@ def _refine_kernel(
         tl.atomic_add(bins_row + ROUND * BINS + at, bins, mask=bins > 0, sem="relaxed")
 
 
-def bind_scan(
-    config: Config,
+def launch_scan(
+    launches: LaunchList,
+    call: Any,
+    at: Rows,
     how: Counting,
-    bits: int,
-    group: int,
-    heads: int,
-    share: int,
-    norms: bool,
-    parts: int,
-    single: bool,
-    unit: int,
-    together: int,
-    per_vector: int,
-    code_step: int,
-    binary: bool,
-    overlapped: bool,
-    early: bool = False,
-) -> tuple[Bound, list[Bound]]:
-    """The scan, and the rounds that refine its threshold."""
+    sizes: tuple[int, int, int],
+    name: str,
+    overlapped: bool = False,
+) -> None:
+    """Write the scan of the codes of this name, and the rounds that refine its threshold.
+
+    `sizes`: rows, heads that select, and parts of a row.
+    """
+    (rows, heads, parts), config, problem = sizes, call.config, call.problem
+    codes, norms = launches.views[name], launches.views["key_norms"]
+    assert codes is not None
+    tokens, slots, bits = problem.tokens, codes.shape[2], problem.bits
+    own = getattr(call, "q_codes", None) is None
+    group = (call.q.shape[1] if own else call.q_codes.shape[1]) // heads
+    fresh, dense_below = getattr(call, "fresh", 0), getattr(call, "dense_below", 0)
+    unit, together, per_vector = scanned_words(codes)
+    code_strides = steps(codes, code_steps(unit, together))
     shared = shared_declaration(config, how.bins)
     # Words that one thread loads together: as many as are aligned and divide a code.
     count = bits // 32
     chunk = min(count & -count, together)
     warps = min(config["scan_warps"], config["tile"] // 32)
     # A binary product takes two vectors of every lane, and one key of each.
+    binary = bool(config["binary"]) and launches.gpu.multiplies_bits
     binary = binary and config["tile"] >= 64 * warps * per_vector
     constants = {
         "TILE": config["tile"], "PARTS": parts, "BINS": how.bins, "SHARED": shared,
-        "SINGLE": single, "OVERLAPPED": overlapped,
+        "SINGLE": tokens == 1, "OVERLAPPED": overlapped,
     }  # fmt: skip
     scan = bind(
         _scan_kernel,
         (
             code_pointer(unit, together), "*i32:16", "*fp16", how.pointer, "*i32", "*i32:16",
             "*i32", "*i32", *["i32"] * 6, "i64", *["i32"] * 6,
-            "i64", "i64", row_step_type(code_step), *["i64"] * 3,
+            "i64", "i64", row_step_type(code_strides[2]), *["i64"] * 3,
         ),
-        {"HEADS": heads, "SHARE": share, "R": bits, "GROUP": group, "PLANES": how.planes,
-         "WEIGHTS": how.weights, "CHUNK": chunk, "PER_VECTOR": per_vector, "DROP": how.drop,
-         "HALVE": how.halve, "NORMS": norms, "VECTOR": together, "UNIT": unit,
-         "AHEAD": config["ahead"], "ADDERS": bool(config["adders"]), "BINARY": binary,
-         "EARLY": early, **constants},
+        {"HEADS": heads, "SHARE": heads // problem.kv_heads, "R": bits, "GROUP": group,
+         "PLANES": how.planes, "WEIGHTS": how.weights, "CHUNK": chunk, "PER_VECTOR": per_vector,
+         "DROP": how.drop, "HALVE": how.halve, "NORMS": problem.norms, "VECTOR": together,
+         "UNIT": unit, "AHEAD": config["ahead"], "ADDERS": bool(config["adders"]),
+         "BINARY": binary, "EARLY": starts_early(config), **constants},
         warps,
         overlapped=overlapped,
     )  # fmt: skip
-    rounds = [
-        bind(
+    spans = launches.address("lengths"), launches.address("starts")
+    span_steps = row_step(launches.views["lengths"]), row_step(launches.views["starts"])
+    limits = (*span_steps, *budget_scalars(call.budget), dense_below)
+    row_sizes = at.scores_row, at.counters_row
+    arrays = (
+        launches.address(name), at.planes, launches.address("key_norms"), at.scores, at.counters,
+        at.cumulated, *spans,
+    )  # fmt: skip
+    launch(
+        launches, scan, rows * parts, arrays, tokens, slots, fresh, *limits, *row_sizes,
+        *code_strides, *norm_steps(norms),
+    )  # fmt: skip
+    for i in range(1, how.rounds):
+        refine = bind(
             _refine_kernel,
             (
                 how.pointer, "*i32", "*i32:16", "*i32", "*i32", "*i32", "*i32",
@@ -314,7 +332,6 @@ def bind_scan(
             {"ROUND": i, "DROP": (2 - i) * DIGIT, "DIGIT": DIGIT, **constants},
             warps,
             overlapped=overlapped,
-        )
-        for i in range(1, how.rounds)
-    ]  # fmt: skip
-    return scan, rounds
+        )  # fmt: skip
+        arrays = at.scores, at.counters, at.cumulated, at.state, at.below, *spans
+        launch(launches, refine, rows * parts, arrays, heads, tokens, slots, *limits, *row_sizes)

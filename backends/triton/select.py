@@ -13,15 +13,17 @@ a vector, two bits a key; all else is work on masks, which give up their few bit
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportAssignmentType=false
 
-from typing import NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from hata.backend import Config
+from hata.arrays import ITEMSIZE
+from hata.launches import NONE, Address, LaunchList, row_step
 
-from .counting import DIGIT, Counting
-from .launch import Bound, bind
+from .counting import DIGIT, Counting, Rows, budget_scalars, starts_early
+from .launch import bind, launch
+from .layout import data_pointer, row_step_type, steps, vector
 from .pieces import (
     ALIGN,
     budget_of,
@@ -216,45 +218,49 @@ def _select_kernel(
         wait_for_previous(OVERLAPPED)
 
 
-class Fetched(NamedTuple):
-    """Keys that the search for positions asks for.
-
-    Attributes:
-        pointer: Type of their pointer.
-        step: Type of a step between rows.
-        vector: Elements in a unit of steps.
-        size: Bytes of a row; 0: none are asked for.
-    """
-
-    pointer: str
-    step: str
-    vector: int
-    size: int
-
-
-NO_KEYS = Fetched("*i32", "i32", 1, 0)
-
-
-def bind_select(
-    config: Config,
+def launch_select(
+    launches: LaunchList,
+    call: Any,
+    at: Rows,
     how: Counting,
-    heads: int,
-    parts: int,
-    single: bool,
-    padded: bool,
-    overlapped: bool,
-    early: bool = False,
-    keys: Fetched = NO_KEYS,
-) -> Bound:
-    """The launch that writes positions."""
-    return bind(
+    sizes: tuple[int, int, int],
+    positions: Address,
+    overlapped: bool = False,
+) -> None:
+    """Write the launch that writes positions.
+
+    `sizes`: rows, heads that select, and parts of a row. A decode step pads nothing, and may ask
+    for selected keys, so that the attention finds them in the second-level cache.
+    """
+    (rows, heads, parts), config, problem = sizes, call.config, call.problem
+    keys = launches.views.get("keys")
+    pointer, step, wide, size = "*i32", "i32", 1, 0
+    key_strides: tuple[int, ...] = (0, 0, 0)
+    if keys is not None:
+        wide = vector(*(launches.views[name] for name in ("q", "keys", "values")))
+        key_strides = steps(keys, wide)
+        pointer = data_pointer(problem.dtype, wide)
+        step = row_step_type(key_strides[2], keys.shape[2])
+        size = problem.head_dim * ITEMSIZE[problem.dtype] * bool(config["fetch"])
+    kernel = bind(
         _select_kernel,
-        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, keys.pointer, *["i32"] * 6, "i64", *["i32"] * 4,
-         "i64", "i64", keys.step),
+        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, pointer, *["i32"] * 6, "i64", *["i32"] * 4,
+         "i64", "i64", step),
         {"HEADS": heads, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
-         "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": padded,
-         "VECTOR": keys.vector, "KEY_BYTES": keys.size, "EARLY": early, "SINGLE": single,
-         "OVERLAPPED": overlapped},
+         "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": keys is None,
+         "VECTOR": wide, "KEY_BYTES": size, "EARLY": starts_early(config),
+         "SINGLE": problem.tokens == 1, "OVERLAPPED": overlapped},
         config["select_warps"],
         overlapped=overlapped,
+    )  # fmt: skip
+    arrays = (
+        positions, at.scores, at.counters, at.cumulated, at.state, at.below,
+        launches.address("lengths"), launches.address("starts"),
+        NONE if keys is None else launches.address("keys"),
+    )  # fmt: skip
+    k, *limits = budget_scalars(call.budget)
+    launch(
+        launches, kernel, rows * parts, arrays, problem.tokens, call[1].shape[2],
+        row_step(launches.views["lengths"]), row_step(launches.views["starts"]), k, at.scores_row,
+        *limits, getattr(call, "dense_below", 0), *key_strides,
     )  # fmt: skip

@@ -9,28 +9,24 @@ in `attend`.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from hata.arrays import Framework
-from hata.backend import Config
-from hata.problem import Problem
+from hata.call import SparseAttend
+from hata.launches import LaunchList
 
 from .attend import (
     attend_positions,
-    bind_merge,
     finish_split,
-    nothing,
+    launch_merge,
     result_types,
-    room_for_splits,
+    results_of,
     shares_of,
     tiling,
 )
-from .launch import bind, overlaps
+from .launch import bind, launch
+from .layout import data_pointer, row_step_type, steps, vector
 from .pieces import let_next_start, place_of
-from .plan import Plan, Scratch, data_pointer, planned, row_step_type, steps, vector
 
 
 @triton.jit
@@ -73,42 +69,25 @@ def _attend_kernel(
     )  # fmt: skip
 
 
-def write_sparse_attend(
-    plan: Plan,
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q: Any,
-    keys: Any,
-    values: Any,
-    indices: Any,
-    sink_logits: Any,
-    scale: float,
-    softcap: float | None,
-    return_lse: bool,
-) -> None:
-    """Write the splits, and where there are several, their merge into a plan."""
-    batch, heads, tokens, depth = fw.shape(q)
-    _, kv_heads, slots, lanes = fw.shape(values)
-    index_heads, k = fw.shape(indices)[1], fw.shape(indices)[3]
-    out = plan.output((batch, heads, tokens, lanes), problem.dtype)
-    lse = plan.output((batch, heads, tokens), "float32") if return_lse else None
+def write(launches: LaunchList, call: SparseAttend) -> None:
+    """Write the splits, and where there are several, their merge."""
+    views, problem, config = launches.views, call.problem, call.config
+    batch, heads, tokens, depth = call.q.shape
+    kv_heads, slots, lanes = problem.kv_heads, call.keys.shape[2], problem.value_dim
+    index_heads, k = call.indices.shape[1], call.indices.shape[3]
     members = heads // index_heads
-    wide = vector(fw, q, keys, values)
+    wide = vector(views["q"], views["keys"], views["values"])
     sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
     splits, stages = shares_of(config, k)
-    overlapped = overlaps(bool(config["overlap"]), q)
+    overlapped = bool(config["overlap"]) and launches.gpu.overlaps
     columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
-    scratch = Scratch()
-    left_at = room_for_splits(scratch, batch * heads * tokens, splits, lanes)
-    memory = plan.output((scratch.size,), "uint8")
     data = data_pointer(problem.dtype, wide)
-    result = result_types(problem.dtype)
-    key_strides, value_strides = steps(fw, keys, wide), steps(fw, values, wide)
+    key_strides, value_strides = steps(views["keys"], wide), steps(views["values"], wide)
+    results = results_of(launches, call, splits)
     attend = bind(
         _attend_kernel,
         (
-            data, data, data, "*i32", *result,
+            data, data, data, "*i32", *result_types(problem.dtype),
             *["i32"] * 7, "fp32", "fp32", "i32", "i32", *["i64"] * 5,
             row_step_type(key_strides[2], slots), "i64", "i64",
             row_step_type(value_strides[2], slots),
@@ -120,49 +99,12 @@ def write_sparse_attend(
         config["warps"],
         max(stages, 1),
     )  # fmt: skip
-    narrow_sinks, wide_sinks, has_sinks = plan.optional(fw, sink_logits, problem.dtype)
-    results = (
-        plan.address(out, result[0]), plan.address(lse, "*fp32"), narrow_sinks, wide_sinks,
-        *(plan.address(memory, "*fp32", offset) for offset in left_at),
-    )  # fmt: skip
-    given = has_sinks, int(return_lse)
-    plan.launch(
-        attend,
-        batch * index_heads * tokens * blocks * columns * splits,
-        plan.address(q, data), plan.address(keys, data), plan.address(values, data),
-        plan.address(indices, "*i32"), *results,
+    arrays = [launches.address(name) for name in ("q", "keys", "values", "indices")]
+    launch(
+        launches, attend, batch * index_heads * tokens * blocks * columns * splits,
+        (*arrays, *results.addresses),
         index_heads, members, index_heads // kv_heads, tokens, slots, k,
-        splits.bit_length() - 1, scale, softcap or 0.0, *given,
-        *steps(fw, q, wide), *key_strides, *value_strides, *steps(fw, indices),
+        splits.bit_length() - 1, call.scale, call.softcap or 0.0, *results[1:],
+        *steps(views["q"], wide), *key_strides, *value_strides, *steps(views["indices"]),
     )  # fmt: skip
-    if splits > 1:
-        merge, merge_columns = bind_merge(problem.dtype, lanes, splits, overlapped)
-        plan.launch(
-            merge,
-            batch * heads * tokens * merge_columns,
-            *results, heads, tokens, *given,
-        )  # fmt: skip
-
-
-def launch(
-    problem: Problem,
-    config: Config,
-    fw: Framework,
-    q: Any,
-    keys: Any,
-    values: Any,
-    indices: Any,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Any,
-    return_lse: bool,
-) -> tuple[Any, Any]:
-    """Launch `hata.sparse_attend`."""
-    batch, _, tokens, _ = fw.shape(q)
-    if batch * tokens == 0:
-        return nothing(fw, q, problem, return_lse)
-    made = planned(
-        write_sparse_attend, problem, config, fw, (q, keys, values, indices, sink_logits),
-        scale, softcap, return_lse,
-    )  # fmt: skip
-    return made[0], made[1] if return_lse else None
+    launch_merge(launches, call, results, splits, overlapped)

@@ -1,0 +1,138 @@
+"""From a call to the backend that runs it: checked once per signature, then one look-up.
+
+What decisions depend on (the choices in force; of each array its framework, shape, strides, dtype,
+device and alignment; the numbers) is the signature of a call. What was found for one is remembered
+as a `hata.call.Route`, so a call that looks like an earlier one costs one dictionary look-up, and a
+comparison of addresses where it writes into its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from hata import checks, registry
+from hata.arrays import framework
+from hata.backend import override
+from hata.call import Route
+from hata.meta import Meta
+
+# A growing cache makes a new signature at every step; a memo is emptied when it is full.
+_MEMO_LIMIT = 4096
+_MOST_APART = 64
+_META = Meta()
+
+_preparing: ContextVar[bool] = ContextVar("hata_prepare", default=False)
+_within_custom_op: ContextVar[bool] = ContextVar("hata_within_custom_op", default=False)
+
+
+def run(call: Any) -> Any:
+    """Run a call as the caller wrote it.
+
+    Raises:
+        HataError: see `hata.ops`.
+    """
+    kind = type(call)
+    count = kind.ARRAYS
+    arrays = call[:count]
+    options = call[count:-2]
+    fw = framework(kind._fields[0], arrays[0])
+    routes = registry.routes()
+    try:
+        signatures, addresses = fw.signatures(arrays)
+        key = (
+            kind, registry.get_backend(), override.get(), fw.name, options,
+            # True, 1 and 1.0 are equal, and not alike.
+            *map(type, options), *signatures,
+        )  # fmt: skip
+        route = routes.get(key)
+    except (AttributeError, TypeError, RuntimeError, KeyError):
+        # Arrays of another kind, or none at all: the full check says what is wrong.
+        checks.check(call)
+        raise
+    if route is None:
+        route = checks.check(call)
+    if route.spans:
+        _keep_apart(call, route, addresses)
+    if checks.reads_values():
+        checks.values(call, route)
+    if route.backend is None:
+        if not fw.foreign:
+            _choose(call, route)
+        if len(routes) >= _MEMO_LIMIT:
+            routes.clear()
+        routes[key] = route
+    if fw.foreign:
+        return fw.call(run, call)
+    call = call.completed(route, addresses)
+    if _preparing.get():
+        route.backend.prepare(call)
+        return None, None
+    return getattr(route.backend, kind.OP)(call)
+
+
+def _choose(call: Any, route: Route) -> None:
+    """Give a route its backend and configuration."""
+    if route.device == "meta":
+        # There is nothing to compute, so no backend is asked whether it could.
+        route.backend = _META
+        return
+    route.backend = registry.resolve(route.problem, route.fw, route.device)
+    route.config = route.backend.config(route.problem)
+    batch, _, tokens, _ = call[0].shape
+    if 0 in (batch, tokens):
+        route.backend = _META
+
+
+def _keep_apart(call: Any, route: Route, addresses: list[int]) -> None:
+    """Raise where the call writes into memory of another argument; once for the same addresses."""
+    key = tuple(addresses)
+    if key not in route.apart:
+        checks.apart(call, route.spans, addresses)
+        if len(route.apart) >= _MOST_APART:
+            route.apart.clear()
+        route.apart.add(key)
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Calls in this context compile and load what they need, and run nothing."""
+    token = _preparing.set(True)
+    try:
+        yield
+    finally:
+        _preparing.reset(token)
+
+
+@contextmanager
+def within_custom_op() -> Iterator[None]:
+    """Calls in this context run, whatever modes are active or threads are compiling."""
+    token = _within_custom_op.set(True)
+    try:
+        yield
+    finally:
+        _within_custom_op.reset(token)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether torch must see a call whose first array is `x` as a custom op.
+
+    It must where the call is traced, a dispatch mode is active, or `x` is a fake or a wrapper; not
+    where it comes from the custom op. A subclass without a dispatch of its own is a tensor like any
+    other.
+    """
+    # Tensors alone have it. Dynamo follows this code, and must not meet `sys.modules`, which grows
+    # while it looks.
+    if not hasattr(x, "__torch_dispatch__"):
+        return False
+    import torch
+
+    if torch.compiler.is_dynamo_compiling():
+        # Nor must it meet the context variable.
+        return True
+    plain = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    if torch._C._len_torch_dispatch_stack() or type(x).__torch_dispatch__ is not plain:
+        return not _within_custom_op.get()
+    return False
