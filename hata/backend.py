@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Protocol
 
 from hata import checks
 from hata.arrays import Framework
-from hata.call import Call, Encode, HammingTopK, HashAttend, SparseAttend, examples, visible
+from hata.call import Call, Encode, HammingTopK, HashAttend, Route, SparseAttend, examples, visible
 from hata.errors import HataDeviceError, HataDTypeError, UnsupportedProblem
 from hata.problem import Problem
 
@@ -138,7 +138,7 @@ class Backend(ABC):
         """Run another op for a part of a call."""
         route = checks.check(part)
         route.backend, route.config = self, self.config(route.problem)
-        return getattr(self, part.OP)(part.completed(route))
+        return getattr(self, part.OP)(_completed(part, route))
 
     # What the author of a backend declares.
 
@@ -204,7 +204,7 @@ class Backend(ABC):
         for call in examples(problem):
             route = checks.check(call)
             route.backend, route.config = self, config
-            found |= dict.fromkeys(self.kernels(call.completed(route), sm))
+            found |= dict.fromkeys(self.kernels(_completed(call, route), sm))
         return list(found)
 
     def refusal(self, problem: Problem, config: Config, sm: int, smem: int) -> str | None:
@@ -260,6 +260,11 @@ class Backend(ABC):
                 f"backend {self.name!r} cannot run {problem.op}: {'; '.join(reasons)}; "
                 "use another backend, or hata.set_backend('auto')"
             )
+
+
+def _completed(call: Any, route: Route) -> Any:
+    arrays = call[: call.ARRAYS]
+    return call.complete(arrays, route, route.fw.signatures(arrays)[1])
 
 
 def _in_package(backend_class: type[Backend]) -> bool:

@@ -141,9 +141,10 @@ class Call:
         """What the call gives."""
         raise NotImplementedError
 
-    def completed(self: Any, route: Route, addresses: list[int] | None = None) -> Any:
-        """The call as a backend gets it."""
-        return tuple.__new__(type(self), (*self[: self.ARRAYS], *route.options, route, addresses))
+    @classmethod
+    def complete(cls: Any, arrays: tuple, route: Route, addresses: list[int]) -> Any:
+        """A call as a backend gets it: of its arrays, and what was found for calls like it."""
+        return tuple.__new__(cls, (*arrays, *route.options, route, addresses))
 
 
 class _Encode(NamedTuple):
@@ -277,15 +278,16 @@ class HashAttend(_HashAttend, Call):
         """Codes and norms of keys, if some are fresh."""
         return ("key_codes", "key_norms") if self.fresh else ()
 
-    def completed(self, route: Route, addresses: list[int] | None = None) -> HashAttend:
-        """The call as a backend gets it: queries are hashed as keys are, unless it says how."""
-        arrays = list(self[:13])
-        # Fields 4 and 5 are `projection` and `bias`, 6 and 7 those of the queries.
-        for field in (6, 7):
-            if arrays[field] is None:
-                arrays[field] = arrays[field - 2]
-                if addresses is not None:
-                    addresses[field] = addresses[field - 2]
+    @classmethod
+    def complete(cls, arrays: tuple, route: Route, addresses: list[int]) -> HashAttend:
+        """A call as a backend gets it: queries are hashed as keys are, unless it says how."""
+        if arrays[6] is None or arrays[7] is None:
+            # Of the keys, fields 4 and 5; of the queries, 6 and 7.
+            filled = list(arrays)
+            for field in (6, 7):
+                if filled[field] is None:
+                    filled[field], addresses[field] = filled[field - 2], addresses[field - 2]
+            arrays = tuple(filled)
         return tuple.__new__(HashAttend, (*arrays, *route.options, route, addresses))
 
 

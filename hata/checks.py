@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hata import arguments
 from hata.arguments import Arrays
-from hata.call import Budget, Call, Route
+from hata.call import Budget, Route
 from hata.errors import HataDTypeError, HataError, HataShapeError
 from hata.problem import Problem, pow2
 
@@ -24,6 +24,10 @@ _LENGTHS = ("int32", "int64")
 # What HATA_CHECK may say.
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True}
 _SWITCH |= {"0": False, "false": False, "no": False, "off": False}
+# Every call asks for it, and a look-up in `os.environ` itself costs more than all other checks:
+# below it is a plain dictionary of encoded names.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_CHECK: Any = "HATA_CHECK" if _environment is os.environ else os.environ.encodekey("HATA_CHECK")
 # Of calls without a budget.
 _NONE = Budget(0)
 
@@ -318,7 +322,7 @@ def _spans(fw: Any, call: Any) -> tuple[_Span, ...]:
     return tuple(spans) if spans and spans[0].written else ()
 
 
-def apart(call: Call, spans: tuple[_Span, ...], addresses: Sequence[int]) -> None:
+def apart(names: Sequence[str], spans: tuple[_Span, ...], addresses: Sequence[int]) -> None:
     """Raise where an array that is written surely shares memory with another one.
 
     Arrays that are interleaved, such as the keys and codes of one buffer, lie within one another's
@@ -344,7 +348,7 @@ def apart(call: Call, spans: tuple[_Span, ...], addresses: Sequence[int]) -> Non
                     or (other.dense and (begin < start or end <= stop))
                 )
             ):
-                name, shared = call._fields[span.argument], call._fields[other.argument]
+                name, shared = names[span.argument], names[other.argument]
                 raise HataShapeError(
                     f"{name}: got memory that {shared} lies in too, expected memory of its own, "
                     "since the call writes there; pass a copy"
@@ -357,9 +361,10 @@ def reads_values() -> bool:
     Raises:
         HataError: it says neither yes nor no.
     """
-    word = os.environ.get("HATA_CHECK")
+    word = _environment.get(_CHECK)
     if not word:
         return False
+    word = os.fsdecode(word)
     found = _SWITCH.get(word.strip().lower())
     if found is None:
         raise HataError(

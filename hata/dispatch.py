@@ -28,52 +28,54 @@ _preparing: ContextVar[bool] = ContextVar("hata_prepare", default=False)
 _within_custom_op: ContextVar[bool] = ContextVar("hata_within_custom_op", default=False)
 
 
-def run(call: Any) -> Any:
-    """Run a call as the caller wrote it.
+def run(kind: Any, fields: tuple) -> Any:
+    """Run a call as the caller wrote it: its class in `hata.call`, and its arrays and numbers.
 
     Raises:
         HataError: see `hata.ops`.
     """
-    kind = type(call)
-    count = kind.ARRAYS
-    arrays = call[:count]
-    options = call[count:-2]
+    arrays, options = fields[: kind.ARRAYS], fields[kind.ARRAYS :]
     fw = framework(kind._fields[0], arrays[0])
-    routes = registry.routes()
+    name, memo = registry.in_force()
     try:
         signatures, addresses = fw.signatures(arrays)
         key = (
-            kind, registry.get_backend(), override.get(), fw.name, options,
             # True, 1 and 1.0 are equal, and not alike.
-            *map(type, options), *signatures,
+            kind, fw, name, override.get(), *map(type, options), options, *signatures,
         )  # fmt: skip
-        route = routes.get(key)
+        # The layers of a model look alike: most often there is nothing to look up.
+        last, route = memo.last
+        if key != last:
+            route = memo.routes.get(key)
+            if route is not None:
+                memo.last = key, route
     except (AttributeError, TypeError, RuntimeError, KeyError):
         # Arrays of another kind, or none at all: the full check says what is wrong.
-        checks.check(call)
+        checks.check(kind(*fields))
         raise
     if route is None:
-        route = checks.check(call)
+        route = checks.check(kind(*fields))
     if route.spans:
-        _keep_apart(call, route, addresses)
+        _keep_apart(kind, route, addresses)
     if checks.reads_values():
-        checks.values(call, route)
+        checks.values(kind(*fields), route)
     if route.backend is None:
         if not fw.foreign:
-            _choose(call, route)
-        if len(routes) >= _MEMO_LIMIT:
-            routes.clear()
-        routes[key] = route
+            _choose(route, arrays[0])
+        if len(memo.routes) >= _MEMO_LIMIT:
+            memo.routes.clear()
+        memo.routes[key] = route
+        memo.last = key, route
     if fw.foreign:
-        return fw.call(run, call)
-    call = call.completed(route, addresses)
+        return fw.call(run, kind, fields)
+    call = kind.complete(arrays, route, addresses)
     if _preparing.get():
         route.backend.prepare(call)
         return None, None
     return getattr(route.backend, kind.OP)(call)
 
 
-def _choose(call: Any, route: Route) -> None:
+def _choose(route: Route, first: Any) -> None:
     """Give a route its backend and configuration."""
     if route.device == "meta":
         # There is nothing to compute, so no backend is asked whether it could.
@@ -81,16 +83,16 @@ def _choose(call: Any, route: Route) -> None:
         return
     route.backend = registry.resolve(route.problem, route.fw, route.device)
     route.config = route.backend.config(route.problem)
-    batch, _, tokens, _ = call[0].shape
+    batch, _, tokens, _ = first.shape
     if 0 in (batch, tokens):
         route.backend = _META
 
 
-def _keep_apart(call: Any, route: Route, addresses: list[int]) -> None:
+def _keep_apart(kind: Any, route: Route, addresses: list[int]) -> None:
     """Raise where the call writes into memory of another argument; once for the same addresses."""
     key = tuple(addresses)
     if key not in route.apart:
-        checks.apart(call, route.spans, addresses)
+        checks.apart(kind._fields, route.spans, addresses)
         if len(route.apart) >= _MOST_APART:
             route.apart.clear()
         route.apart.add(key)
@@ -123,16 +125,15 @@ def is_traced(x: Any) -> bool:
     where it comes from the custom op. A subclass without a dispatch of its own is a tensor like any
     other.
     """
-    # Tensors alone have it. Dynamo follows this code, and must not meet `sys.modules`, which grows
-    # while it looks.
+    # Tensors alone have it. Dynamo follows this code, and must meet neither `sys.modules`, which
+    # grows while it looks, nor the context variable.
     if not hasattr(x, "__torch_dispatch__"):
         return False
     import torch
 
     if torch.compiler.is_dynamo_compiling():
-        # Nor must it meet the context variable.
         return True
     plain = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._len_torch_dispatch_stack() or type(x).__torch_dispatch__ is not plain:
-        return not _within_custom_op.get()
-    return False
+    if x.__class__.__torch_dispatch__ is plain and not torch._C._len_torch_dispatch_stack():
+        return False
+    return not _within_custom_op.get()

@@ -10,7 +10,6 @@ not fit: they are written for a call, or for one without data, and their kernels
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -142,32 +141,21 @@ class LaunchList:
 
     def run(self, call: Any) -> list[Any]:
         """Allocate and launch for the arrays of this call; returns results and workspace."""
+        fw = call.route.fw
         made = self.allocate(call)
-        arrays = [*call.addresses, *map(call.route.fw.pointer, made), 0]
+        arrays = [*call.addresses, *map(fw.pointer, made), 0]
         addresses = [arrays[slot] + offset for slot, offset in self._places]
-        _on_stream(call.route.fw, self._index, self._start, addresses)
+        stream = fw.stream(self._index)
+        if stream is None:
+            with fw.on(self._index):
+                self._start(addresses, fw.stream(self._index))
+        else:
+            self._start(addresses, stream)
         return made
 
-    def _start(self, addresses: list[int], stream: int) -> None:
+    def _start(self, addresses: list[int], stream: int | None) -> None:
         for pick, start in self._launches:
             start(pick(addresses), stream)
-
-
-def _on_stream(
-    fw: Framework, index: int, start: Callable[[list[int], int], None], addresses: list[int]
-) -> None:
-    """Start launches on the current stream of a GPU, with that GPU current."""
-    if fw.name == "torch":
-        torch = sys.modules["torch"]
-        if torch._C._cuda_getDevice() == index:
-            start(addresses, torch._C._cuda_getCurrentRawStream(index))
-        else:
-            with torch.cuda.device(index):
-                start(addresses, torch._C._cuda_getCurrentRawStream(index))
-    else:
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(index):
-            start(addresses, cupy.cuda.get_current_stream().ptr)
 
 
 class LaunchingBackend(Backend):
@@ -191,13 +179,11 @@ class LaunchingBackend(Backend):
         return self._run(call)[0]
 
     def sparse_attend(self, call: SparseAttend | HashAttend) -> tuple[Any, Any]:
-        """Run `hata.sparse_attend`."""
+        """Run `hata.sparse_attend` or `hata.hash_attend`."""
         made = self._run(call)
         return made[0], made[1] if call.return_lse else None
 
-    def hash_attend(self, call: HashAttend) -> tuple[Any, Any]:
-        """Run `hata.hash_attend`."""
-        return self.sparse_attend(call)
+    hash_attend = sparse_attend
 
     def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
         """Every kernel that a call launches."""

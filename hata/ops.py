@@ -45,13 +45,13 @@ from hata.call import Encode, HammingTopK, HashAttend, SparseAttend
 from hata.problem import OPS
 
 
-def _run(call: Any) -> Any:
+def _run(kind: Any, fields: tuple) -> Any:
     """Run a call, as a custom op where torch has to see it."""
-    if dispatch.is_traced(call[0]):
+    if dispatch.is_traced(fields[0]):
         from hata import torch_ops
 
-        return torch_ops.run(call)
-    return dispatch.run(call)
+        return torch_ops.run(kind(*fields))
+    return dispatch.run(kind, fields)
 
 
 def encode(x: Any, projection: Any, bias: Any = None, *, out: Any = None, norms: Any = None) -> Any:
@@ -85,7 +85,7 @@ def encode(x: Any, projection: Any, bias: Any = None, *, out: Any = None, norms:
     >>> encode(x, identity)[0, 0, 0]
     array([85, 85,  0,  0], dtype=uint8)
     """
-    return _run(Encode(x, projection, bias, out, norms))
+    return _run(Encode, (x, projection, bias, out, norms))
 
 
 def hamming_topk(
@@ -141,8 +141,10 @@ def hamming_topk(
     >>> hamming_topk(q, keys, 2)[0, 0, 0]
     array([1, 2], dtype=int32)
     """
-    arrays = q_codes, k_codes, lengths, starts, key_norms
-    return _run(HammingTopK(*arrays, k, ratio, k_min, sink, recent, per_head))
+    fields = (
+        q_codes, k_codes, lengths, starts, key_norms, k, ratio, k_min, sink, recent, per_head,
+    )  # fmt: skip
+    return _run(HammingTopK, fields)
 
 
 def sparse_attend(
@@ -187,8 +189,8 @@ def sparse_attend(
     >>> sparse_attend(q, kv, kv, numpy.int32([[[[0, 2, -1]]]])).sum()
     np.float32(16.0)
     """
-    call = SparseAttend(q, keys, values, indices, sink_logits, scale, softcap, return_lse)
-    out, lse = _run(call)
+    fields = q, keys, values, indices, sink_logits, scale, softcap, return_lse
+    out, lse = _run(SparseAttend, fields)
     return (out, lse) if return_lse else out
 
 
@@ -270,12 +272,12 @@ def hash_attend(
     >>> hash_attend(one[:, :, :1], one, one, codes, projection, 2, fresh=3).sum()
     np.float32(16.0)
     """
-    call = HashAttend(
+    fields = (
         q, keys, values, key_codes, projection, bias, query_projection, query_bias, q_codes,
         lengths, starts, key_norms, sink_logits, k, dense_below, ratio, k_min, sink, recent, scale,
         softcap, fresh, return_lse,
     )  # fmt: skip
-    out, lse = _run(call)
+    out, lse = _run(HashAttend, fields)
     return (out, lse) if return_lse else out
 
 

@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "reference": "hata.backends.reference:ReferenceBackend",
+    "numba": "hata.backends.numba:NumbaBackend",
     "triton": "hata.backends.triton:TritonBackend",
     "cupy": "hata.backends.cupy:CuPyBackend",
 }
 # Untuned, on an H200: `triton` takes up to 1.4 times as long, and less with groups of 16; on other
 # architectures neither was measured.
-AUTO_ORDER = ("triton", "cupy", "reference")
+AUTO_ORDER = ("triton", "cupy", "numba", "reference")
 ENTRY_POINTS = "hata.backends"
 
 
@@ -51,6 +52,21 @@ class BackendInfo(NamedTuple):
     name: str
     available: bool
     reason: str
+
+
+class Memo:
+    """What `hata.dispatch` remembers, for as long as the choices in force stay.
+
+    Attributes:
+        routes: Signature -> route.
+        last: The signature and the route of the last call.
+    """
+
+    __slots__ = ("last", "routes")
+
+    def __init__(self) -> None:
+        self.routes: dict[tuple, Any] = {}
+        self.last: tuple[tuple, Any] = ((), None)
 
 
 class _State:
@@ -68,7 +84,7 @@ class _State:
         # Memos of decisions, emptied whenever anything above changes: of `resolve`, and of
         # `hata.dispatch`.
         self.chosen: dict[tuple, Backend] = {}
-        self.routes: dict[tuple, Any] = {}
+        self.memo = Memo()
 
 
 _state = _State()
@@ -195,7 +211,7 @@ def set_backend(name: str) -> None:
     """Choose the backend of the whole process.
 
     Args:
-        name: `"auto"`, `"reference"`, `"triton"`, `"cupy"`, or the name of a plug-in.
+        name: `"auto"`, `"numba"`, `"triton"`, `"cupy"`, `"reference"`, or that of a plug-in.
 
     Raises:
         UnknownBackend: no backend has this name (a `ValueError`, with the nearest name).
@@ -322,7 +338,7 @@ def stale(profile: Profile) -> list[str]:
 def _forget() -> None:
     # New ones: a thread that is choosing by what was in force writes into the old ones.
     _state.chosen = {}
-    _state.routes = {}
+    _state.memo = Memo()
     for backend in _state.backends.values():
         backend.look_up_with(_config_of)
 
@@ -398,9 +414,10 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
     return able[0]
 
 
-def routes() -> dict[tuple, Any]:
-    """What `hata.dispatch` remembers, for as long as the choices in force stay."""
-    return _state.routes
+def in_force() -> tuple[str, Memo]:
+    """The name of the backend in force here, and the memo."""
+    state = _state
+    return _local.get() or state.default, state.memo
 
 
 def resolve(problem: Problem, fw: Framework, device: str) -> Backend:

@@ -53,7 +53,7 @@ def _register(name: str, kind: Any, fields: tuple[str, ...], returns: str, *writ
     def run(*args: Any) -> Any:
         call = call_of(args)
         with dispatch.within_custom_op():
-            result = dispatch.run(call)
+            result = dispatch.run(kind, call[:-2])
         return result if returns != "()" else None
 
     def fake(*args: Any) -> Any:
