@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hata
-from hata import arguments, arrays, checks, ops
+from hata import arguments, arrays, dispatch, ops, registry
 from hata.testing.faults_torch import SCHEMAS
 
 OPS = ("encode", "hamming_topk", "sparse_attend", "hash_attend")
@@ -425,11 +425,11 @@ def test_extent_of_an_array(strides, dense):
 
 
 def test_memory_of_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(checks, "_MEMO_LIMIT", 10)
+    monkeypatch.setattr(dispatch, "_MEMO_LIMIT", 10)
     for slots in range(1, 40):
         codes = np.zeros((1, 1, slots, 4), np.uint8)
         assert hata.hamming_topk(codes[:, :, :1], codes, 1).item() == 0
-    assert len(checks._memo) <= 10
+    assert len(registry.in_force()[1].routes) <= 10
 
 
 def test_checks_of_values_are_off_by_default(monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -108,10 +108,6 @@ class Device(Described):
             self._context = context
         return self._context
 
-    def make_current(self) -> None:
-        """Make it the current GPU of this thread."""
-        self._library.cuCtxSetCurrent(self._primary())
-
     @contextmanager
     def _current(self) -> Iterator[None]:
         """Make this GPU the current one of this thread for a while."""
@@ -200,58 +196,68 @@ class Device(Described):
         self._check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 
+    def starter(self, launch: Launch, stream: int) -> Callable[[bytes], None]:
+        """What starts a launch on a stream, given its argument."""
+        kernel = launch.kernel
+        function = self.load(kernel, stream)
+        attributes = (driver.Attribute * 3)()
+        count = 0
+        for number, kind, value in (
+            (driver.CLUSTER, "dims", (kernel.cluster, 1, 1) if kernel.cluster > 1 else None),
+            (driver.COOPERATIVE, "flag", int(kernel.together)),
+            (driver.OVERLAP, "flag", int(launch.overlap)),
+        ):
+            if value:
+                attributes[count].id = number
+                setattr(attributes[count].value, kind, value)
+                count += 1
+        config = driver.LaunchConfig(
+            (launch.grid, 1, 1), (kernel.threads, 1, 1), launch.shared, stream, attributes, count
+        )
+        address, library = ctypes.addressof(config), self._library
+        start, argument = library.cuLaunchKernelEx, driver.OneArgument
+
+        def launched(data: bytes) -> None:
+            code = start(address, function, argument(data), None)
+            if code == driver.NO_CONTEXT:
+                # A thread that has done nothing on a GPU yet.
+                library.cuCtxSetCurrent(self._primary())
+                code = start(address, function, argument(data), None)
+            if code:
+                self._check(code, f"to launch {kernel.name}")
+
+        # Its address must stay valid.
+        launched.config = config  # pyright: ignore[reportFunctionMemberAccess]
+        return launched
+
 
 class Launch:
     """A launch of a kernel on a GPU, but for addresses and stream.
 
-    What it keeps for a stream is never changed, so threads may share it.
+    Attributes:
+        kernel: What is launched.
+        grid: Blocks; a multiple of the kernel's cluster.
+        shared: Bytes of dynamic shared memory.
+        overlap: It may start while the launch before it drains (and waits inside).
     """
 
-    def __init__(
-        self, device: Any, kernel: Kernel, grid: int, shared: int, numbers: bytes, overlap: bool
-    ) -> None:
-        self._device, self._kernel, self._numbers = device, kernel, numbers
-        self._size, self._overlap = (grid, shared), overlap
-        self._streams: dict[int, tuple[Any, int, Any, Any]] = {}
-        self._configs: list[Any] = []
+    def __init__(self, device: Any, kernel: Kernel, grid: int, shared: int, overlap: bool) -> None:
+        self.kernel, self.grid, self.shared, self.overlap = kernel, grid, shared, overlap
+        self._device = device
+        # By stream; what they hold is never changed, so threads may share them.
+        self._starts: dict[int, Callable[[bytes], None]] = {}
 
-    def __call__(self, addresses: tuple[int, ...], stream: int) -> None:
-        """Launch with one argument, a struct by value: the addresses, then the numbers."""
-        found = self._streams.get(stream)
-        if found is None:
-            found = self._streams[stream] = self._prepared(addresses, stream)
-        pack, address, function, start = found
-        arguments = driver.OneArgument(pack(*addresses) + self._numbers)
-        code = start(address, function, arguments, None)
-        if code == driver.NO_CONTEXT:
-            # A thread that has done nothing on a GPU yet.
-            self._device.make_current()
-            code = start(address, function, arguments, None)
-        if code:
-            driver.checked(driver.library(), code, f"to launch {self._kernel.name}")
+    def of(self, count: int, numbers: bytes) -> Callable[[tuple[int, ...], int], None]:
+        """What launches with one argument, a struct: so many addresses, then the numbers."""
+        starts, pack = self._starts, struct.Struct(f"<{count}Q").pack
 
-    def _prepared(self, addresses: tuple[int, ...], stream: int) -> tuple[Any, int, Any, Any]:
-        kernel, (grid, shared) = self._kernel, self._size
-        function = self._device.load(kernel, stream)
-        wanted = (
-            (driver.CLUSTER, "dims", kernel.cluster if kernel.cluster > 1 else 0),
-            (driver.COOPERATIVE, "flag", int(kernel.together)),
-            (driver.OVERLAP, "flag", int(self._overlap)),
-        )
-        attributes = (driver.Attribute * 3)()
-        count = 0
-        for number, kind, value in wanted:
-            if value:
-                attributes[count].id = number
-                setattr(attributes[count].value, kind, (value, 1, 1) if kind == "dims" else value)
-                count += 1
-        config = driver.LaunchConfig(
-            (grid, 1, 1), (kernel.threads, 1, 1), shared, stream, attributes, count
-        )
-        # Its address stays valid.
-        self._configs.append(config)
-        pack = struct.Struct(f"<{len(addresses)}Q").pack
-        return pack, ctypes.addressof(config), function, driver.library().cuLaunchKernelEx
+        def start(addresses: tuple[int, ...], stream: int) -> None:
+            found = starts.get(stream)
+            if found is None:
+                found = starts[stream] = self._device.starter(self, stream)
+            found(pack(*addresses) + numbers)
+
+        return start
 
 
 def launch(
@@ -268,19 +274,17 @@ def launch(
     Args:
         launches: The list.
         kernel: What to launch.
-        grid: Blocks; a multiple of the kernel's cluster.
-        shared: Bytes of dynamic shared memory.
+        grid, shared, overlap: See `Launch`.
         fields: Values of the argument by the names of `layout`; those left out are 0.
         layout: Name -> `struct` code of the argument's fields, addresses ("P") first.
-        overlap: It may start while the launch before it drains (and waits inside).
     """
     addresses = [fields.get(name, NONE) for name, code in layout.items() if code == "P"]
     numbers = {name: code for name, code in layout.items() if code != "P"}
     packed = struct.pack("<" + "".join(numbers.values()), *(fields.get(n, 0) for n in numbers))
     packed += b"\0" * (-len(packed) % 8)
     overlap = overlap and bool(launches.kernels)
-    start = Launch(launches.gpu, kernel, grid, shared, packed, overlap)
-    launches.launch(kernel, addresses, start)
+    made = Launch(launches.gpu, kernel, grid, shared, overlap)
+    launches.launch(kernel, addresses, made.of(len(addresses), packed))
 
 
 @functools.lru_cache

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import hata
-from hata import registry
+from hata import arrays, registry
 from hata.testing import BackendSuite
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,7 +19,7 @@ emulator = importlib.import_module("emulator")
 cupy_backend = importlib.import_module("hata.backends.cupy")
 compiler = importlib.import_module("hata.backends.cupy.compiler")
 defaults = importlib.import_module("hata.backends.cupy.defaults")
-plan = importlib.import_module("hata.backends.cupy.plan")
+devices = importlib.import_module("hata.backends.cupy.device")
 row = importlib.import_module("hata.backends.cupy.row")
 
 # PARTS, JOINED and the like follow from what the device may do.
@@ -33,8 +34,9 @@ DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
 if MODE in ("other", "spill"):
     # Positions that are attended to lie in global memory.
     row.MOST_LISTED = 0
-plan.device_of = lambda fw, x: DEVICE
-plan.with_stream = lambda fw, like, act, pointers: act(pointers, 0)
+devices.device_of = lambda name: DEVICE
+# CPU tensors have no streams.
+arrays.framework("x", torch.zeros(1)).stream = lambda index: 0
 
 
 class EmulatedBackend(cupy_backend.CuPyBackend):

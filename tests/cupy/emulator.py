@@ -92,13 +92,14 @@ class Device(devices.Device):
             found = self.loaded[kernel] = build(kernel.name, kernel.macros, self.read)
         return found
 
-    def launch(self, launch, data: bytes, stream: int) -> None:
+    def starter(self, launch, stream: int):
         library = self.load(launch.kernel)
         macros = dict(launch.kernel.macros)
         side = macros["PARTS"] if macros.get("JOINED") else 1
         assert launch.grid % side == 0
         assert launch.shared <= self.shared
-        library.emulate(data, launch.grid, launch.kernel.threads, launch.shared, side)
+        sizes = launch.grid, launch.kernel.threads, launch.shared, side
+        return lambda data: library.emulate(data, *sizes)
 
     def at_once(self, size, resident):
         return devices.Described.at_once(self, size, resident)

@@ -18,7 +18,6 @@ cupy_backend = importlib.import_module("hata.backends.cupy")
 compiler = importlib.import_module("hata.backends.cupy.compiler")
 devices = importlib.import_module("hata.backends.cupy.device")
 encode = importlib.import_module("hata.backends.cupy.encode")
-plan = importlib.import_module("hata.backends.cupy.plan")
 row = importlib.import_module("hata.backends.cupy.row")
 
 
@@ -35,8 +34,8 @@ class Recorder(devices.Device):
     def load(self, kernel, stream=0):
         self.loaded.append(kernel)
 
-    def launch(self, launch, data, stream):
-        self.launched.append((launch, data))
+    def starter(self, launch, stream):
+        return lambda data: self.launched.append((launch, data))
 
 
 class Recorded(cupy_backend.CuPyBackend):
@@ -53,9 +52,8 @@ class Recorded(cupy_backend.CuPyBackend):
 def device(monkeypatch):
     """The device that the ops run on in a test; `device.architecture` may be changed first."""
     found = Recorder()
-    monkeypatch.setattr(plan, "device_of", lambda fw, x: found)
-    monkeypatch.setattr(plan, "with_stream", lambda fw, like, act, pointers: act(pointers, 0))
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(devices, "device_of", lambda name: found)
+    registry._forget()
     monkeypatch.setitem(registry._state.backends, "cupy-recorded", Recorded())
     with hata.use_backend("cupy-recorded"):
         yield found
@@ -205,7 +203,7 @@ def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
         described = devices.Described(architecture)
         device.architecture, device.clusters = architecture, described.clusters
         device.sms, device.shared = described.sms, described.shared
-        plan._plans.clear()
+        registry._forget()
         device.launched.clear()
         arguments = {**step(batch=4, heads=64, **sizes), "k": k}
         if norms:
@@ -264,7 +262,7 @@ def test_a_plan_serves_other_arrays(device):
     for turn in range(3):
         arguments = step()
         hata.hash_attend(**arguments)
-        assert len(plan._plans) == 1
+        assert len(registry.in_force()[1].routes) == 1
         given = fields(device.launched[turn][1], row.LAYOUT)
         assert given["q"] == arguments["q"].__array_interface__["data"][0]
     # One array in two roles of a call, then two.
@@ -284,6 +282,7 @@ def test_a_growing_cache_compiles_nothing_new(device):
 def test_prepare_loads_and_launches_nothing(device):
     hata.prepare("hash_attend", **step(), fresh=1)
     assert not device.launched
+    assert device.loaded
     hata.hash_attend(**step(), fresh=1)
     assert [launch.kernel for launch, _ in device.launched] == device.loaded
 
@@ -323,7 +322,7 @@ def test_parts_are_as_many_as_find_room(device):
     codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (1, 8, 2**17, 16))
     for fit, expected in (({16: 8}, 16), ({9: 9, 10: 7, 16: 7}, 9), ({}, 1)):
         device.at_once = lambda size, resident, fit=fit: fit.get(size, 7)
-        plan._plans.clear()
+        registry._forget()
         with using("hamming_topk", joined="cluster"):
             hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 2048)
         launch = device.launched[-1][0]
@@ -337,7 +336,7 @@ def test_few_long_rows_meet_through_global_memory(device):
     for batch, slots, joined, parts in (
         (1, 2**14, 1, 9), (1, 2**15, 2, 16), (1, 2**19, 2, 16), (4, 2**17, 2, 4), (5, 2**17, 1, 2),
     ):  # fmt: skip
-        plan._plans.clear()
+        registry._forget()
         codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (batch, 8, slots, 16))
         hata.hamming_topk(np.zeros((batch, 32, 1, 16), np.uint8), codes, 512)
         macros = dict(device.launched[-1][0].kernel.macros)
