@@ -16,9 +16,10 @@ import pytest
 
 import hata
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
+from hata.measure.arrays import TorchKit
 from hata.problem import OPS
 from hata.testing.faults_values import SMALL, changed
-from hata.testing.kits import TorchKit
+from hata.testing.harness import arrays_of
 from hata.testing.properties import Properties
 from hata.testing.strategies import Case
 
@@ -66,8 +67,24 @@ UNUSUAL: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
 }
 
 
+Tensors = dict[str, Any]
+
+
 def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _on_meta(tensors: Tensors) -> Tensors:
+    return {name: None if x is None else x.to("meta") for name, x in tensors.items()}
+
+
+def _faked(op: str, tensors: Tensors, options: dict[str, Any]) -> Any:
+    """What an op gives for fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = {name: None if x is None else mode.from_tensor(x) for name, x in tensors.items()}
+        return getattr(hata, op)(**fake, **options)
 
 
 class TorchFaults(Properties):
@@ -81,10 +98,23 @@ class TorchFaults(Properties):
         pytest.importorskip("torch", reason="torch is not installed")
         return TorchKit(self.device)
 
-    def tensors(self, kit: TorchKit, case: Case, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    @pytest.fixture
+    def gpu_kit(self, torch_kit: TorchKit) -> TorchKit:
+        """A torch kit of a GPU."""
+        if self.device == "cpu":
+            pytest.skip("a CPU captures no graphs and is never waited for")
+        return torch_kit
+
+    def tensors(self, kit: TorchKit, case: Case, op: str) -> tuple[Tensors, dict[str, Any]]:
         """Tensors and options of an op."""
         placed, options = self.arguments(kit, case, op)
-        return {name: p and p.array for name, p in placed.items()}, options
+        return arrays_of(placed), options
+
+    def op_arguments(self, op: str, tensors: Tensors, options: dict[str, Any]) -> tuple[Any, ...]:
+        """What a custom op is called with."""
+        names, defaults = SCHEMAS[op]
+        rest = (options.get(name, default) for name, default in defaults.items())
+        return (*(tensors.get(name) for name in names), *rest)
 
     def test_fault_37_two_devices(self, torch_kit: TorchKit) -> None:
         for op in OPS:
@@ -98,8 +128,7 @@ class TorchFaults(Properties):
                         getattr(hata, op)(**moved, **options)
 
     def test_fault_42_gradients(self, torch_kit: TorchKit) -> None:
-        import torch
-
+        torch = torch_kit.lib
         for op in ("encode", "sparse_attend", "hash_attend"):
             tensors, options = self.tensors(torch_kit, SMALL, op)
             expected = self.run(op, **tensors, **options)
@@ -115,22 +144,14 @@ class TorchFaults(Properties):
                     assert torch.equal(got, expected)
 
     def test_fault_43_meta_and_fake_tensors(self, torch_kit: TorchKit) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         case = changed(SMALL, value_dim=48, tokens=2, norms=True)
         for op in OPS:
             tensors, options = self.tensors(torch_kit, case, op)
             if op.endswith("attend"):
                 options["return_lse"] = True
             expected = self.run(op, **tensors, **options)
-            meta = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
-            with FakeTensorMode() as mode:
-                fake = {
-                    name: None if x is None else mode.from_tensor(x) for name, x in tensors.items()
-                }
-                results = [getattr(hata, op)(**fake, **options)]
-            results.append(getattr(hata, op)(**meta, **options))
-            for result in results:
+            on_meta = getattr(hata, op)(**_on_meta(tensors), **options)
+            for result in (_faked(op, tensors, options), on_meta):
                 for got, right in zip(_tuple(result), _tuple(expected), strict=True):
                     assert got.shape == right.shape
                     assert got.dtype == right.dtype
@@ -138,7 +159,7 @@ class TorchFaults(Properties):
 
     def test_subclasses_of_tensors(self, torch_kit: TorchKit) -> None:
         """A subclass that is a tensor all the same gives what a tensor gives."""
-        import torch
+        torch = torch_kit.lib
 
         class Named(torch.Tensor):
             pass
@@ -156,7 +177,7 @@ class TorchFaults(Properties):
     @pytest.mark.parametrize("kind", ["subclass", "meta"])
     def test_faults_of_unusual_tensors(self, torch_kit: TorchKit, kind: str) -> None:
         """Subclasses, and tensors without data, are refused what tensors are."""
-        import torch
+        torch = torch_kit.lib
 
         class Named(torch.Tensor):
             pass
@@ -165,7 +186,7 @@ class TorchFaults(Properties):
             tensors, options = self.tensors(torch_kit, SMALL, op)
             first = next(iter(tensors))
             if kind == "meta":
-                tensors = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
+                tensors = _on_meta(tensors)
             else:
                 tensors[first] = tensors[first].as_subclass(Named)
             lead: Any = tensors[first]
@@ -182,8 +203,7 @@ class TorchFaults(Properties):
 
     def test_tensors_without_strides(self, torch_kit: TorchKit) -> None:
         """Sparse, conjugated and vmapped tensors are refused by name."""
-        import torch
-
+        torch = torch_kit.lib
         tensors, options = self.tensors(torch_kit, SMALL, "sparse_attend")
         for name in ("q", "keys"):
             wrong = {**tensors, name: tensors[name].to_sparse()}
@@ -211,16 +231,13 @@ class TorchFaults(Properties):
 
     @pytest.mark.parametrize("op", ["hamming_topk", "hash_attend"])
     @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
-    def test_fault_44_graph_capture(self, torch_kit: TorchKit, op: str, norms: bool) -> None:
-        if self.device == "cpu":
-            pytest.skip("a CPU captures no graphs")
-        import torch
-
+    def test_fault_44_graph_capture(self, gpu_kit: TorchKit, op: str, norms: bool) -> None:
+        torch = gpu_kit.lib
         case = changed(
             SMALL, slots=500, k=50, lengths=(100, 7), starts=(0, 3), fresh=1, norms=norms,
             dense_below=60,
         )  # fmt: skip
-        tensors, options = self.tensors(torch_kit, case, op)
+        tensors, options = self.tensors(gpu_kit, case, op)
         graph, out = self.captured(op, tensors, options)
         # Fewer keys than the budget, than dense_below, many, none: one graph for all of them.
         for lengths in ((100, 7), (101, 8), (55, 62), (500, 250), (0, 500)):
@@ -230,12 +247,9 @@ class TorchFaults(Properties):
             assert torch.equal(got, getattr(hata, op)(**tensors, **options))
 
     @pytest.mark.parametrize("op", ["encode", "sparse_attend"])
-    def test_fault_44_graph_capture_of_the_others(self, torch_kit: TorchKit, op: str) -> None:
-        if self.device == "cpu":
-            pytest.skip("a CPU captures no graphs")
-        import torch
-
-        tensors, options = self.tensors(torch_kit, changed(SMALL, slots=500, k=50), op)
+    def test_fault_44_graph_capture_of_the_others(self, gpu_kit: TorchKit, op: str) -> None:
+        torch = gpu_kit.lib
+        tensors, options = self.tensors(gpu_kit, changed(SMALL, slots=500, k=50), op)
         graph, out = self.captured(op, tensors, options)
         first = next(iter(tensors.values()))
         for factor in (1, -1, 3):
@@ -243,15 +257,12 @@ class TorchFaults(Properties):
             graph.replay()
             assert torch.equal(out, getattr(hata, op)(**tensors, **options))
 
-    def test_fault_44_prepared_query_codes(self, torch_kit: TorchKit) -> None:
+    def test_fault_44_prepared_query_codes(self, gpu_kit: TorchKit) -> None:
         """Query codes of other head counts than q's are scored by kernels of their own."""
-        if self.device == "cpu":
-            pytest.skip("a CPU captures no graphs")
-        import torch
-
+        torch = gpu_kit.lib
         for group in (1, 3, 8):
             case = changed(SMALL, slots=90, given_codes=True, code_group=group, fresh=2)
-            tensors, options = self.tensors(torch_kit, case, "hash_attend")
+            tensors, options = self.tensors(gpu_kit, case, "hash_attend")
             graph, out = self.captured("hash_attend", tensors, options)
             graph.replay()
             assert torch.equal(out, hata.hash_attend(**tensors, **options))
@@ -261,13 +272,10 @@ class TorchFaults(Properties):
             graph.replay()
             assert torch.equal(out, expected)
 
-    def test_fault_44_nothing_waits_for_the_gpu(self, torch_kit: TorchKit) -> None:
-        if self.device == "cpu":
-            pytest.skip("a CPU is never waited for")
-        import torch
-
+    def test_fault_44_nothing_waits_for_the_gpu(self, gpu_kit: TorchKit) -> None:
+        torch = gpu_kit.lib
         case = changed(SMALL, lengths=(40, 9), starts=(0, 3), fresh=1, norms=True, ratio=0.5)
-        calls = [(op, *self.tensors(torch_kit, case, op)) for op in OPS]
+        calls = [(op, *self.tensors(gpu_kit, case, op)) for op in OPS]
         for op, tensors, options in calls:
             self.run(op, **tensors, **options)
         before = torch.cuda.get_sync_debug_mode()
@@ -281,15 +289,12 @@ class TorchFaults(Properties):
             finally:
                 torch.cuda.set_sync_debug_mode(before)
 
-    def test_fault_17_hundred_replays(self, torch_kit: TorchKit) -> None:
+    def test_fault_17_hundred_replays(self, gpu_kit: TorchKit) -> None:
         """Bits do not depend on the run, the replay, or what the graph was replayed with before."""
-        if self.device == "cpu":
-            pytest.skip("a CPU captures no graphs")
-        import torch
-
+        torch = gpu_kit.lib
         case = changed(SMALL, slots=3000, k=200, flavour="few", lengths=(3000, 40), norms=True)
         for op in ("hamming_topk", "hash_attend"):
-            tensors, options = self.tensors(torch_kit, case, op)
+            tensors, options = self.tensors(gpu_kit, case, op)
             graph, out = self.captured(op, tensors, options)
             found: dict[tuple[int, int], Any] = {}
             for turn in range(100):
@@ -334,15 +339,12 @@ class TorchFaults(Properties):
 
     @pytest.mark.parametrize("op", [*OPS, "encode_", "hash_attend_"])
     def test_fault_45_opcheck(self, torch_kit: TorchKit, op: str) -> None:
-        import torch
-
+        torch = torch_kit.lib
         import hata.torch_ops  # noqa: F401  registers the custom ops
 
         case = changed(SMALL, norms=True, bias=True, sinks=True, lengths=(40, 9), fresh=3)
         tensors, options = self.tensors(torch_kit, case, op.rstrip("_"))
-        names, defaults = SCHEMAS[op.rstrip("_")]
-        arguments = [tensors.get(name) for name in names]
-        arguments += [options.get(name, default) for name, default in defaults.items()]
+        arguments = [*self.op_arguments(op.rstrip("_"), tensors, options)]
         if op == "encode_":
             shape = tensors["x"].shape[:3]
             arguments.append(torch.zeros((*shape, 8), dtype=torch.uint8, device=self.device))
@@ -353,9 +355,7 @@ class TorchFaults(Properties):
 
     def test_without_a_projection(self, torch_kit: TorchKit) -> None:
         """Compiled, fake and meta tensors leave it out as others do."""
-        import torch
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
+        torch = torch_kit.lib
         # It registers the custom ops.
         import hata.torch_ops
 
@@ -368,22 +368,15 @@ class TorchFaults(Properties):
         )
         assert torch.equal(compiled(), expected)
         torch._dynamo.reset()
-        with FakeTensorMode() as mode:
-            fake = {name: None if x is None else mode.from_tensor(x) for name, x in tensors.items()}
-            results = [hata.hash_attend(**fake, **options)]
-        meta = {name: None if x is None else x.to("meta") for name, x in tensors.items()}
-        results.append(hata.hash_attend(**meta, **options))
-        for got in results:
+        on_meta = hata.hash_attend(**_on_meta(tensors), **options)
+        for got in (_faked("hash_attend", tensors, options), on_meta):
             assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-        names, defaults = SCHEMAS["hash_attend"]
-        arguments = [tensors.get(name) for name in names]
-        arguments += [options.get(name, default) for name, default in defaults.items()]
-        torch.library.opcheck(torch.ops.hata.hash_attend, tuple(arguments))
+        arguments = self.op_arguments("hash_attend", tensors, options)
+        torch.library.opcheck(torch.ops.hata.hash_attend, arguments)
 
     def test_compiled_without_a_gradient(self, torch_kit: TorchKit) -> None:
         """Weights that ask for a gradient do no harm in a compiled step under no_grad."""
-        import torch
-
+        torch = torch_kit.lib
         tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
         expected = self.run("hash_attend", **tensors, **options)
         tensors["projection"] = torch.nn.Parameter(tensors["projection"])
@@ -396,8 +389,7 @@ class TorchFaults(Properties):
 
     def test_default_dtype_and_device_do_not_matter(self, torch_kit: TorchKit) -> None:
         """What the process sets as torch's defaults changes no output."""
-        import torch
-
+        torch = torch_kit.lib
         tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
         expected = self.run("hash_attend", **tensors, **options, return_lse=True)
         torch.set_default_dtype(torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -15,9 +14,11 @@ import hata
 from hata import arrays as adapters
 from hata import registry
 from hata.backend import Backend
+from hata.call import CALLS
 from hata.errors import UnsupportedProblem
-from hata.testing import precision
-from hata.testing.kits import KITS, Arrays, Kit
+from hata.measure import reference, tolerance
+from hata.measure.arrays import KITS, Arrays, Kit, NumPyKit
+from hata.measure.tolerance import hold
 from hata.testing.strategies import Case
 
 # Where the arrays of a device can come from. JAX has tests of its own.
@@ -27,18 +28,13 @@ _PATIENCE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filte
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def oracle() -> Any:
-    """The NumPy oracle: the ops in float64, obviously right."""
-    return importlib.import_module("hata.backends.reference.oracle")
-
-
 def _poisoned(empty: Any) -> Any:
     def poisoned_empty(self: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         array = empty(self, shape, dtype, like)
+        if isinstance(array, adapters.Layout):
+            return array
         size = adapters.ITEMSIZE[dtype]
-        poison = np.nan if "float" in dtype else int.from_bytes(b"\x7f" * size, "little")
-        # torch writes in place with fill_, the others with fill.
-        (array.fill_ if hasattr(array, "fill_") else array.fill)(poison)
+        array[...] = np.nan if "float" in dtype else int.from_bytes(b"\x7f" * size, "little")
         return array
 
     return poisoned_empty
@@ -98,6 +94,13 @@ class Harness:
         with hata.use_backend(self.backend):
             yield
 
+    @pytest.fixture
+    def numpy_kit(self) -> NumPyKit:
+        """A NumPy kit, where the backend takes NumPy arrays."""
+        if "numpy" not in self.loaded.frameworks:
+            pytest.skip("only NumPy has such arrays")
+        return NumPyKit()
+
     @property
     def loaded(self) -> Backend:
         """The backend under test."""
@@ -108,11 +111,7 @@ class Harness:
         reasons: list[str] = []
         ran: list[Case] = []
 
-        @settings(
-            max_examples=self.max_examples,
-            deadline=None,
-            suppress_health_check=_PATIENCE,
-        )
+        @settings(max_examples=self.max_examples, deadline=None, suppress_health_check=_PATIENCE)
         @given(strategy)
         def run(case: Case) -> None:
             try:
@@ -140,26 +139,20 @@ class Harness:
             pytest.skip(str(error))
 
     def call(self, kit: Kit, op: str, placed: Arrays, **options: Any) -> Any:
-        """Call an op with placed arrays; nothing but what `options` lends may change.
-
-        Args:
-            kit: Whose arrays they are.
-            op: Name of the op.
-            placed: Its array arguments by name.
-            **options: The other arguments of the op.
-        """
-        arrays = {name: None if p is None else p.array for name, p in placed.items()}
-        before = {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p is not None}
-        written = set()
-        if op == "encode":
-            written = {"out", "norms"}
-        elif op == "hash_attend" and options.get("fresh"):
-            written = {"key_codes", "key_norms"}
+        """Call an op with arrays placed by `kit`; nothing may change but what it writes."""
+        arrays = arrays_of(placed)
+        written = CALLS[op](**arrays, **options).written()
+        kept = {name: p for name, p in placed.items() if p is not None and name not in written}
+        before = {name: kit.get(p.memory).tobytes() for name, p in kept.items()}
         result = self.run(op, **arrays, **options)
-        for name, p in placed.items():
-            if p is not None and name not in written:
-                assert kit.get(p.memory).tobytes() == before[name], f"{op} changed {name}"
+        for name, p in kept.items():
+            assert kit.get(p.memory).tobytes() == before[name], f"{op} changed {name}"
         return result
+
+    def got(self, kit: Kit, op: str, placed: Arrays, **options: Any) -> Any:
+        """What `call` returns, as NumPy arrays."""
+        result = self.call(kit, op, placed, **options)
+        return tuple(map(kit.get, result)) if isinstance(result, tuple) else kit.get(result)
 
     def put(self, kit: Kit, **values: Any) -> Arrays:
         """Place NumPy values as dense arrays."""
@@ -183,14 +176,19 @@ class Harness:
         assert all(map(kit.is_same_kind, result)), "another kind of array came back"
         out, lse = map(kit.get, result)
         assert out.dtype == q.dtype
-        expected, expected_lse = oracle().sparse_attend(
+        expected, expected_lse = reference().sparse_attend(
             q, keys, values, indices, scale=scale, softcap=softcap, sink_logits=sinks,
             return_lse=True,
         )  # fmt: skip
         factor = q.shape[3] ** -0.5 if scale is None else scale
-        plain, logit = precision.plain_attention(q, keys, values, indices, factor, softcap, sinks)
-        precision.assert_attention(out, expected, plain, values, logit)
-        precision.assert_lse(lse, expected_lse, logit)
+        plain = tolerance.plain_attention(q, keys, values, indices, factor, softcap, sinks)
+        hold(tolerance.attention_fault(out, expected, plain))
+        hold(tolerance.lse_fault(lse, expected_lse, plain.logit))
+
+
+def arrays_of(placed: Arrays) -> dict[str, Any]:
+    """The framework's arrays of placed arguments."""
+    return {name: None if p is None else p.array for name, p in placed.items()}
 
 
 def given_values(placed: Arrays) -> dict[str, Any]:

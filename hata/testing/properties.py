@@ -11,20 +11,16 @@ import numpy as np
 import pytest
 
 import hata
-from hata.backend import Backend, use_config
+from hata import checks
+from hata.backend import use_config
+from hata.call import CALLS
+from hata.measure import reference, tolerance
+from hata.measure.arrays import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit, numpy_dtype
+from hata.measure.tolerance import hold
 from hata.problem import OPS, Problem
-from hata.testing import precision
-from hata.testing.harness import Harness, given_values, oracle, visible
-from hata.testing.kits import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit, numpy_dtype
-from hata.testing.strategies import Case, cases, make_values
+from hata.testing.harness import Harness, arrays_of, given_values, visible
+from hata.testing.strategies import Case, cases, make_values, place
 
-ENCODE = ("x", "projection", "bias")
-SELECT = ("q_codes", "k_codes", "lengths", "starts", "key_norms")
-ATTEND = ("q", "keys", "values", "indices", "sink_logits")
-HASH = (
-    "q", "keys", "values", "key_codes", "projection", "bias", "query_projection", "query_bias",
-    "lengths", "starts", "key_norms", "sink_logits",
-)  # fmt: skip
 # One case that uses most options, where a test needs one rather than many.
 RICH = Case(
     seed=1, dtype="float32", batch=2, kv_heads=2, group=4, tokens=2, slots=150, head_dim=64,
@@ -108,8 +104,8 @@ class Properties(Harness):
         """A vector has the same code alone as in company, in any layout."""
 
         def check(case: Case) -> None:
-            placed = make_values(case).place(kit, case, *ENCODE)
-            codes = kit.get(self.call(kit, "encode", placed))
+            placed, _ = self.arguments(kit, case, "encode")
+            codes = self.got(kit, "encode", placed)
             rng = np.random.default_rng(case.seed)
             b, h, t = (int(rng.integers(n)) for n in codes.shape[:3])
             head = h * case.kv_heads // codes.shape[1]
@@ -117,7 +113,7 @@ class Properties(Harness):
             for name in ("projection", "bias"):
                 p = placed[name]
                 alone[name] = None if p is None else p.values[head : head + 1]
-            code = kit.get(self.call(kit, "encode", self.put(kit, **alone)))
+            code = self.got(kit, "encode", self.put(kit, **alone))
             np.testing.assert_array_equal(code[0, 0, 0], codes[b, h, t])
 
         self.for_cases(self.drawn(dtype), check)
@@ -131,9 +127,9 @@ class Properties(Harness):
         x = rng.standard_normal(96).astype(numpy_dtype(dtype))
         projection = rng.standard_normal((1, 96, 128)).astype(np.float32)
         # The last weight of each column makes its sum zero but for rounding.
-        sums = precision.wide(x[:-1]) @ precision.wide(projection[0, :-1])
-        projection[0, -1] = -sums / precision.wide(x[-1])
-        doubtful = precision.doubtful_bits(x[None, None, None], projection)
+        sums = tolerance.wide(x[:-1]) @ tolerance.wide(projection[0, :-1])
+        projection[0, -1] = -sums / tolerance.wide(x[-1])
+        doubtful = tolerance.doubtful_bits(x[None, None, None], projection)
         assert doubtful.mean() > 0.9, "the test is blunt"
 
         def same(*shape: int) -> np.ndarray:
@@ -143,7 +139,7 @@ class Properties(Harness):
         sizes = ((1, 1, 1), (1, 1, 7), (1, 5, 1), (2, 3, 50), (1, 1, 300))
         for size, layout in itertools.product(sizes, LAYOUTS):
             placed = {"x": kit.place(same(*size), layout), **self.put(kit, projection=projection)}
-            codes.append(kit.get(self.call(kit, "encode", placed)).reshape(-1, 16))
+            codes.append(self.got(kit, "encode", placed).reshape(-1, 16))
         for fresh in (1, 2, 40):
             placed = self.put(
                 kit,
@@ -161,22 +157,23 @@ class Properties(Harness):
         """A batch row's output bits are the same whatever the other rows hold."""
 
         def check(case: Case) -> None:
+            plain = {"fresh": 0, "scale": None, "softcap": None, "layouts": ("dense",)}
+            case = replace(case, given_codes=False, **plain)
             values = make_values(case)
             rng = np.random.default_rng(case.seed)
             row = int(rng.integers(case.batch))
             others = np.arange(case.batch) != row
-            options = {"k": case.k, **case.budget, "dense_below": case.dense_below}
 
             def output() -> bytes:
-                placed = self.put(kit, **{name: getattr(values, name) for name in HASH})
-                return kit.get(self.call(kit, "hash_attend", placed, **options))[row].tobytes()
+                placed, options = self.arguments(kit, case, "hash_attend", **values)
+                return self.got(kit, "hash_attend", placed, **options)[row].tobytes()
 
             before = output()
             for name in ("q", "keys", "values"):
-                getattr(values, name)[others] = np.nan
-            values.key_codes[others] ^= 0x5A
-            if values.lengths is not None and values.lengths.ndim:
-                values.lengths[others] = rng.integers(0, case.slots + 1)
+                values[name][others] = np.nan
+            values["key_codes"][others] ^= 0x5A
+            if values["lengths"] is not None and values["lengths"].ndim:
+                values["lengths"][others] = rng.integers(0, case.slots + 1)
             assert output() == before
 
         self.for_cases(self.drawn(dtype), check)
@@ -189,7 +186,7 @@ class Properties(Harness):
         for k, k_min, sink, recent in ((60, 0, 0, 0), (30, 0, 1, 2), (12, 5, 0, 0), (9, 20, 0, 0)):
             case = replace(case, k=k, k_min=k_min, sink=sink, recent=recent, ratio=ratio)
             placed, options = self.arguments(kit, case, "hamming_topk", lengths=lengths)
-            indices = kit.get(self.call(kit, "hamming_topk", placed, **options))
+            indices = self.got(kit, "hamming_topk", placed, **options)
             taken = (indices >= 0).sum(axis=-1)[:, 0, 0]
             for n, got in zip(lengths.tolist(), taken.tolist(), strict=True):
                 share = (n * round(ratio * 2**32)) >> 32
@@ -207,8 +204,8 @@ class Properties(Harness):
         assert all(default[name] in allowed for name, allowed in knobs.items())
         others = [
             {**default, knob: value}
-            for knob in knobs
-            for value in knobs[knob]
+            for knob, values in knobs.items()
+            for value in values
             if value != default[knob]
         ]
         for config in [default, *others][part::CONFIG_PARTS]:
@@ -241,8 +238,7 @@ class Properties(Harness):
         """`prepare` returns nothing and writes nothing, not even fresh codes."""
         arrays, options = self.arguments(kit, RICH, op)
         before = {name: kit.get(p.memory).tobytes() for name, p in arrays.items() if p}
-        given = {name: p and p.array for name, p in arrays.items()}
-        assert hata.prepare(op, **given, **options) is None
+        assert hata.prepare(op, **arrays_of(arrays), **options) is None
         assert before == {n: kit.get(p.memory).tobytes() for n, p in arrays.items() if p}
 
     @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
@@ -254,25 +250,23 @@ class Properties(Harness):
         )  # fmt: skip
         placed, options = self.arguments(kit, case, "hash_attend")
         options["return_lse"] = True
-        expected = self.call(kit, "hash_attend", placed, **options)
+        expected = self.got(kit, "hash_attend", placed, **options)
         placed["projection"] = None
-        given = {name: p and p.array for name, p in placed.items()}
-        assert hata.prepare("hash_attend", **given, **options) is None
-        got = self.call(kit, "hash_attend", placed, **options)
-        for ours, theirs in zip(got, expected, strict=True):
-            assert kit.get(ours).tobytes() == kit.get(theirs).tobytes()
+        assert hata.prepare("hash_attend", **arrays_of(placed), **options) is None
+        got = self.got(kit, "hash_attend", placed, **options)
+        assert [x.tobytes() for x in got] == [x.tobytes() for x in expected]
 
     # What is held against one case. `given` replaces values of the case.
 
     def check_encode(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
-        """Codes and norms are the oracle's, and are written nowhere else."""
+        """Codes and norms are the reference's, and are written nowhere else."""
         placed, _ = self.arguments(kit, case, "encode", **given)
         norms = np.zeros(placed["x"].values.shape[:3], np.float16)
-        expected = oracle().encode(**given_values(placed), norms=norms)
-        doubtful = precision.doubtful_bits(**given_values(placed))
+        expected = reference().encode(**given_values(placed), norms=norms)
+        doubtful = tolerance.doubtful_bits(**given_values(placed))
         codes = self.call(kit, "encode", placed)
         assert kit.is_same_kind(codes)
-        precision.assert_codes(kit.get(codes), expected, doubtful)
+        hold(tolerance.codes_fault(kit.get(codes), expected, doubtful))
 
         if not case.norms:
             return
@@ -284,81 +278,78 @@ class Properties(Harness):
         returned = self.call(kit, "encode", {**placed, "out": out, "norms": lengths})
         assert returned is out.array
         written = kit.get(lengths.array)
-        precision.assert_norms(written, norms)
+        hold(tolerance.norms_fault(written, norms))
         for array, old, new in ((out, before[0], kit.get(codes)), (lengths, before[1], written)):
             np.testing.assert_array_equal(kit.get(array.memory), array.buffer_after(old, new))
 
     def check_hamming_topk(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
-        """Indices are the oracle's."""
+        """Indices are the reference's."""
         placed, options = self.arguments(kit, case, "hamming_topk", **given)
         indices = self.call(kit, "hamming_topk", placed, **options)
         assert kit.is_same_kind(indices)
-        assert kit.get(indices).dtype == np.int32
-        expected = oracle().hamming_topk(**given_values(placed), **options)
-        np.testing.assert_array_equal(kit.get(indices), expected)
+        expected = reference().hamming_topk(**given_values(placed), **options)
+        hold(tolerance.selection_fault(kit.get(indices), expected))
 
     def check_sparse_attend(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
         """Output and lse are right for the given indices."""
         placed, options = self.arguments(kit, case, "sparse_attend", **given)
         result = self.call(kit, "sparse_attend", placed, **options, return_lse=True)
         self.check_attention(kit, result, placed, placed["indices"].values, **options)
-        alone = self.call(kit, "sparse_attend", placed, **options)
-        assert kit.get(alone).tobytes() == kit.get(result[0]).tobytes()
+        alone = self.got(kit, "sparse_attend", placed, **options)
+        assert alone.tobytes() == kit.get(result[0]).tobytes()
 
     def check_hash_attend(self, kit: Kit, case: Case, **given: np.ndarray) -> None:
         """`hash_attend` equals the backend's own three ops."""
         placed, options = self.arguments(kit, case, "hash_attend", **given)
-        before = {name: kit.get(p.memory).copy() for name, p in placed.items() if p}
+        codes = {name: placed[name] for name in ("key_codes", "key_norms") if placed[name]}
+        before = {name: kit.get(p.memory).copy() for name, p in codes.items()}
         result = self.call(kit, "hash_attend", placed, **options, return_lse=True)
-        codes = {"key_codes": placed["key_codes"], "key_norms": placed["key_norms"]}
         if case.fresh:
-            new = self.codes_after(kit, case, placed)
-            for name, p in codes.items():
-                if p is None:
-                    continue
-                expected = p.buffer_after(before[name], new[name])
+            for name, new in self.codes_after(kit, case, placed).items():
+                p = codes[name]
+                expected = p.buffer_after(before[name], new)
                 np.testing.assert_array_equal(kit.get(p.memory), expected, err_msg=name)
-                codes[name] = kit.place(new[name])
+                codes[name] = kit.place(new)
         indices = self.selected(kit, case, {**placed, **codes})
-        logits = {"scale": case.scale, "softcap": case.softcap}
-        self.check_attention(kit, result, placed, indices, **logits)
+        self.check_attention(kit, result, placed, indices, case.scale, case.softcap)
 
     def codes_after(self, kit: Kit, case: Case, placed: Arrays) -> dict[str, Any]:
-        """Key codes and norms once those of the fresh keys are written, by `encode`."""
-        new = {"key_codes": placed["key_codes"].values.copy(), "key_norms": None}
-        if placed["key_norms"] is not None:
-            new["key_norms"] = placed["key_norms"].values.copy()
-        norms = kit.place(np.zeros((case.batch, case.kv_heads, case.slots), np.float16))
-        arguments = {
-            "x": placed["keys"], "projection": placed["projection"], "bias": placed["bias"],
-            "norms": norms,
-        }  # fmt: skip
-        codes = kit.get(self.call(kit, "encode", arguments))
+        """Key codes, and norms if there are some, once those of fresh keys are written."""
+        names = ("key_codes", "key_norms")
+        new = {name: placed[name].values.copy() for name in names if placed[name]}
+        norms = None
+        if "key_norms" in new:
+            norms = kit.place(np.zeros((case.batch, case.kv_heads, case.slots), np.float16))
+        given = {"x": placed["keys"], "norms": norms}
+        given |= {name: placed[name] for name in ("projection", "bias")}
+        made = {"key_codes": self.got(kit, "encode", given)}
+        if norms is not None:
+            made["key_norms"] = kit.get(norms.array)
         first, last = visible(case)
         for b in range(case.batch):
             # The last query sees all that any query of the row sees.
             fresh = np.s_[b, :, max(first[b, -1], last[b, -1] - case.fresh) : last[b, -1]]
-            new["key_codes"][fresh] = codes[fresh]
-            if new["key_norms"] is not None:
-                new["key_norms"][fresh] = kit.get(norms.array)[fresh]
+            for name, values in new.items():
+                values[fresh] = made[name][fresh]
         return new
 
     def selected(self, kit: Kit, case: Case, placed: Arrays) -> np.ndarray:
         """What `hash_attend` must attend to, `[B, Hkv, T, max(k, S)]`, by the ops one by one."""
         q_codes = placed.get("q_codes")
         if q_codes is None:
-            arguments = {
+            given = {
                 "x": placed["q"],
                 "projection": placed["query_projection"] or placed["projection"],
                 "bias": placed["query_bias"] or placed["bias"],
             }
-            q_codes = kit.place(kit.get(self.call(kit, "encode", arguments)))
-        arguments = {name: placed.get(name) for name in SELECT}
-        arguments |= {"q_codes": q_codes, "k_codes": placed["key_codes"]}
-        chosen = self.call(kit, "hamming_topk", arguments, k=case.k, **case.budget)
+            q_codes = kit.place(self.got(kit, "encode", given))
+        given = {name: placed.get(name) for name in ("lengths", "starts", "key_norms")}
+        given |= {"q_codes": q_codes, "k_codes": placed["key_codes"]}
+        options = case.options("hamming_topk") | {"per_head": False}
+        chosen = self.got(kit, "hamming_topk", given, **options)
         most = max(case.k, case.slots)
         indices = np.full((case.batch, case.kv_heads, case.tokens, most), -1, np.int32)
-        indices[..., : case.k] = kit.get(chosen)
+        indices[..., : case.k] = chosen
         first, last = visible(case)
         for b, t in np.ndindex(case.batch, case.tokens):
             seen = int(last[b, t] - first[b, t])
@@ -371,33 +362,24 @@ class Properties(Harness):
         self, kit: Kit, case: Case, op: str, **given: np.ndarray
     ) -> tuple[Arrays, dict[str, Any]]:
         """The arrays, in place, and the other arguments of an op for a case."""
-        values = replace(make_values(case), **given)
-        budget = {"k": case.k, **case.budget}
-        logits = {"scale": case.scale, "softcap": case.softcap}
-        if op == "encode":
-            return values.place(kit, case, *ENCODE), {}
-        if op == "hamming_topk":
-            return values.place(kit, case, *SELECT), {**budget, "per_head": case.per_head}
-        if op == "sparse_attend":
-            return values.place(kit, case, *ATTEND), logits
-        placed = values.place(kit, case, *HASH, *(["q_codes"] if case.given_codes else []))
-        if case.fresh:
+        values = make_values(case)
+        if op == "hash_attend" and not case.given_codes:
+            del values["q_codes"]
+        placed, options = place(kit, case, op, values | given), case.options(op)
+        for name in CALLS[op](**placed, **options).written():
             # What is written must not overlap.
-            for name in ("key_codes", "key_norms"):
-                if placed[name] is not None:
-                    placed[name] = kit.place(placed[name].values)
-        more = {"fresh": case.fresh, "dense_below": case.dense_below}
-        return placed, {**budget, **logits, **more}
+            if placed.get(name) is not None:
+                placed[name] = kit.place(placed[name].values)
+        return placed, options
+
+    def result(
+        self, kit: Kit, case: Case, op: str, given: dict[str, np.ndarray] | None = None, **more: Any
+    ) -> Any:
+        """What an op gives for a case, as NumPy arrays; `more` replaces options."""
+        arrays, options = self.arguments(kit, case, op, **(given or {}))
+        return self.got(kit, op, arrays, **{**options, **more})
 
     def problem_of(self, kit: Kit, case: Case, op: str) -> Problem:
         """The problem that a case's call of an op is looked up by."""
-        found: list[Problem] = []
-
-        def note(_: Backend, launcher: str, problem: Problem, *args: Any) -> None:
-            found.append(problem)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(self.loaded), "prepare_call", note)
-            arrays, options = self.arguments(kit, case, op)
-            hata.prepare(op, **{name: p and p.array for name, p in arrays.items()}, **options)
-        return found[0]
+        arrays, options = self.arguments(kit, case, op)
+        return checks.check(CALLS[op](**arrays_of(arrays), **options)).problem

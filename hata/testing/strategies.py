@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from hata.testing.kits import LAYOUTS, Arrays, Kit, numpy_dtype
+from hata.call import CALLS
+from hata.measure.arrays import LAYOUTS, Arrays, Kit, numpy_dtype
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 576)
 BITS = (32, 64, 96, 128, 160, 256, 512)
@@ -27,22 +28,14 @@ class Case:
     """One call. Names are those of `hata.ops`; `None` and 0 leave an option out.
 
     Attributes:
-        seed: Of the values.
-        dtype: Of the data.
-        batch, kv_heads, group, tokens, slots, head_dim, value_dim, bits: Sizes.
+        group: Query heads per KV head.
         flavour: One of `FLAVOURS`.
         float32_projection: The projection is float32 even if the data is not.
-        bias: With a bias.
-        query_projection, query_bias: Queries have a projection, a bias of their own.
+        bias, query_projection, query_bias, norms, sinks: With such an array.
         code_group: Query codes per KV head that `hamming_topk` scores, or that are given.
         given_codes: `hash_attend` gets `q_codes`.
-        per_head: `hamming_topk` selects per query-code head.
         lengths, starts: One per row, or one for all (0-d), or left out.
         lengths_dtype: Of both.
-        k, ratio, k_min, sink, recent: The budget.
-        norms: With key norms.
-        fresh, dense_below: Of `hash_attend`.
-        scale, softcap, sinks: Of the attention.
         shuffled: The indices of `sparse_attend` stand in any order, -1 in between.
         layouts: Memory layouts, dealt to the arrays in turn.
     """
@@ -87,10 +80,11 @@ class Case:
         """H."""
         return self.kv_heads * self.group
 
-    @property
-    def budget(self) -> dict[str, Any]:
-        """The keyword arguments of the budget beside k."""
-        return {name: getattr(self, name) for name in ("ratio", "k_min", "sink", "recent")}
+    def options(self, op: str) -> dict[str, Any]:
+        """The numbers of an op."""
+        kind = CALLS[op]
+        names = kind._fields[kind.ARRAYS :]
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 @st.composite
@@ -155,35 +149,19 @@ def cases(
     )
 
 
-@dataclass
-class Values:
-    """The values of every array argument, as NumPy arrays; `None` where the case has none."""
+# The values of every array argument by name; `None` where a case has none.
+Values = dict[str, Any]
 
-    x: np.ndarray
-    q: np.ndarray
-    keys: np.ndarray
-    values: np.ndarray
-    projection: np.ndarray
-    bias: np.ndarray | None
-    query_projection: np.ndarray | None
-    query_bias: np.ndarray | None
-    q_codes: np.ndarray
-    key_codes: np.ndarray
-    key_norms: np.ndarray | None
-    indices: np.ndarray
-    sink_logits: np.ndarray | None
-    lengths: np.ndarray | None
-    starts: np.ndarray | None
 
-    def place(self, kit: Kit, case: Case, *names: str) -> Arrays:
-        """Put the named arguments into a kit's memory, in the case's layouts."""
-        placed = {}
-        for turn, name in enumerate(names):
-            # The two ops have two names for them.
-            values = getattr(self, "key_codes" if name == "k_codes" else name)
-            layout = case.layouts[turn % len(case.layouts)]
-            placed[name] = None if values is None else kit.place(values, layout)
-        return placed
+def place(kit: Kit, case: Case, op: str, values: Values) -> Arrays:
+    """Put the arguments of an op into a kit's memory, in the case's layouts."""
+    kind = CALLS[op]
+    placed = {}
+    for turn, name in enumerate(n for n in kind._fields[: kind.ARRAYS] if n in values):
+        layout = case.layouts[turn % len(case.layouts)]
+        x = values[name]
+        placed[name] = None if x is None else kit.place(x, layout)
+    return placed
 
 
 def make_values(case: Case) -> Values:
@@ -225,23 +203,26 @@ def make_values(case: Case) -> Values:
         norms[rng.random(norms.shape) < 0.02] = np.nan
     shape = (kv_heads, case.head_dim, case.bits)
     index_heads = heads if case.per_head else kv_heads
-    return Values(
-        x=vectors(batch, kv_heads * case.code_group, min(case.slots, 50), case.head_dim),
-        q=vectors(batch, heads, case.tokens, case.head_dim),
-        keys=vectors(batch, kv_heads, case.slots, case.head_dim),
-        values=normal((batch, kv_heads, case.slots, case.value_dim)),
-        projection=normal(shape, projection_dtype),
-        bias=normal((kv_heads, case.bits), projection_dtype) if case.bias else None,
-        query_projection=normal(shape, projection_dtype) if case.query_projection else None,
-        query_bias=normal((kv_heads, case.bits)) if case.query_bias else None,
-        q_codes=codes(batch, kv_heads * case.code_group, case.tokens, case.bits // 8),
-        key_codes=codes(batch, kv_heads, case.slots, case.bits // 8),
-        key_norms=norms,
-        indices=_indices(rng, case, (batch, index_heads, case.tokens)),
-        sink_logits=normal((heads,), projection_dtype) if case.sinks else None,
-        lengths=positions(case.lengths),
-        starts=positions(case.starts),
-    )
+    code_heads, width = kv_heads * case.code_group, case.bits // 8
+    values = {
+        "x": vectors(batch, code_heads, min(case.slots, 50), case.head_dim),
+        "q": vectors(batch, heads, case.tokens, case.head_dim),
+        "keys": vectors(batch, kv_heads, case.slots, case.head_dim),
+        "values": normal((batch, kv_heads, case.slots, case.value_dim)),
+        "projection": normal(shape, projection_dtype),
+        "bias": normal((kv_heads, case.bits), projection_dtype) if case.bias else None,
+        "query_projection": normal(shape, projection_dtype) if case.query_projection else None,
+        "query_bias": normal((kv_heads, case.bits)) if case.query_bias else None,
+        "q_codes": codes(batch, code_heads, case.tokens, width),
+        "key_codes": codes(batch, kv_heads, case.slots, width),
+        "key_norms": norms,
+        "indices": _indices(rng, case, (batch, index_heads, case.tokens)),
+        "sink_logits": normal((heads,), projection_dtype) if case.sinks else None,
+        "lengths": positions(case.lengths),
+        "starts": positions(case.starts),
+    }
+    # The two ops have two names for them.
+    return values | {"k_codes": values["key_codes"]}
 
 
 def _indices(rng: np.random.Generator, case: Case, shape: tuple[int, int, int]) -> np.ndarray:
@@ -249,8 +230,7 @@ def _indices(rng: np.random.Generator, case: Case, shape: tuple[int, int, int]) 
     indices = np.full((*shape, case.k), -1, np.int32)
     for query in np.ndindex(shape):
         count = rng.integers(0, min(case.k, case.slots) + 1)
-        chosen = np.sort(rng.permutation(case.slots)[:count])
-        indices[query][:count] = chosen
+        indices[query][:count] = np.sort(rng.permutation(case.slots)[:count])
         if case.shuffled:
             rng.shuffle(indices[query])
     return indices

@@ -25,10 +25,10 @@ import pytest
 import hata
 from hata import registry
 from hata.backend import Backend, Config, use_config
+from hata.measure.arrays import TorchKit
 from hata.problem import OPS
 from hata.testing import BackendSuite
 from hata.testing.faults_values import changed
-from hata.testing.kits import TorchKit
 from hata.testing.strategies import Case
 
 BASE = Case(

@@ -8,9 +8,9 @@ import pytest
 import hata
 from hata.backend import use_config
 from hata.errors import HataCaptureError
+from hata.measure.arrays import TorchKit
 from hata.problem import Problem
 from hata.testing.faults_values import SMALL, changed
-from hata.testing.kits import TorchKit
 from hata.testing.properties import Properties
 
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")

@@ -7,10 +7,10 @@ import pytest
 
 import hata
 from hata.device import Fingerprint
+from hata.measure.arrays import TorchKit
 from hata.problem import Problem
 from hata.profile import Entry, Measured, Profile, ProfileWarning, Timing
 from hata.testing.faults_values import SMALL, changed
-from hata.testing.kits import TorchKit
 from hata.testing.properties import Properties
 
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")

@@ -1,14 +1,19 @@
-"""Test arrays of every framework, in every memory layout the contract allows.
+"""Arrays of every framework, in every memory layout the contract allows.
 
-A test makes NumPy values; a kit puts them into its framework's memory. What lies between and around
-the elements is poisoned, so that reading it shows and writing it can be found.
+A `Kit` puts NumPy values into its framework's memory. What lies between and around the elements is
+poisoned, so that reading it shows and writing it can be found.
 """
+
+# What a method does stands at `Kit`.
+# ruff: noqa: D102
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hata import arrays as adapters
+from hata.backend import Backend
 
 # Memory layouts of a `[..., rows, columns]` array. All have dense rows.
 LAYOUTS = {
@@ -30,22 +36,12 @@ LAYOUTS = {
 
 def numpy_dtype(name: str) -> np.dtype:
     """NumPy's dtype of a dtype name; bfloat16 is that of ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 def has_bfloat16() -> bool:
     """Whether NumPy can hold bfloat16 here."""
     return importlib.util.find_spec("ml_dtypes") is not None
-
-
-def _poison(dtype: np.dtype) -> Any:
-    if dtype.kind in "iu":
-        return np.iinfo(dtype).max - 90
-    return np.nan
 
 
 def lay_out(values: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +64,8 @@ def lay_out(values: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
         base = (*shape[:-2], shape[-2] + 5, shape[-1])
         region = (*region[:-2], slice(2, 2 + shape[-2]), region[-1])
     shift = 1 if layout == "offset" else 0
-    buffer = np.full(shift + int(np.prod(base)), _poison(dtype), dtype)
+    poison: Any = np.iinfo(dtype).max - 90 if dtype.kind in "iu" else np.nan
+    buffer = np.full(shift + math.prod(base), poison, dtype)
     memory = buffer[shift:].reshape([base[axis] for axis in order])
     # `order` swaps two axes at most, so it is its own inverse.
     view = memory.transpose(order)[(..., *region)]
@@ -97,9 +94,12 @@ class Placed:
         """What the buffer must hold once `values` were written into the array, and no more."""
         buffer = before.copy()
         steps = tuple(s * buffer.itemsize for s in self.strides)
-        view = np.lib.stride_tricks.as_strided(buffer[self.offset :], values.shape, steps)
-        view[...] = values
+        np.lib.stride_tricks.as_strided(buffer[self.offset :], values.shape, steps)[...] = values
         return buffer
+
+
+# Arguments of an op by name: a `Placed` each, or `None` where one is left out.
+Arrays = dict[str, Any]
 
 
 @dataclass
@@ -116,18 +116,12 @@ def _high_water() -> int:
     return int(found["VmHWM"].split()[0]) << 10
 
 
-# Arguments of an op by name: a `Placed` each, or `None` where one is left out.
-Arrays = dict[str, Any]
-
-
 class Kit:
     """Makes and reads the arrays of one framework. Subclasses: one per framework."""
 
     name = ""
-    # Whether strides and offsets can be chosen, and arrays be written in place.
-    strided = True
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: Any = "cpu") -> None:
         self.device = device
 
     def missing(self, dtype: str) -> str | None:
@@ -143,32 +137,55 @@ class Kit:
         buffer, view = lay_out(values, layout)
         start = view.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]
         strides = tuple(s // view.itemsize for s in view.strides)
+        offset, kept = start // view.itemsize, view.copy()
         memory = self.memory(buffer)
-        offset = start // view.itemsize
         array = self.strided_view(memory, view.shape, strides, offset)
-        return Placed(array, view.copy(), memory, strides, offset)
+        return Placed(array, kept, memory, strides, offset)
 
     def put(self, values: Any, layout: str = "dense") -> Any:
         """The framework's array of some values; `None` stays `None`."""
         return None if values is None else self.place(np.asarray(values), layout).array
 
+    def cast(self, values: np.ndarray, dtype: str) -> Any:
+        """The framework's array of some values in another dtype."""
+        return self.put(values.astype(numpy_dtype(dtype)))
+
+    @property
+    def lib(self) -> Any:
+        """The framework."""
+        return importlib.import_module(self.name)
+
     def memory(self, buffer: np.ndarray) -> Any:
-        """The framework's own flat copy of a buffer."""
-        raise NotImplementedError
+        """The framework's own array of a buffer, which is given away."""
+        return self.lib.asarray(buffer)
 
     def strided_view(
         self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
     ) -> Any:
         """A view into `memory`; strides and offset in elements."""
-        raise NotImplementedError
+        steps = tuple(s * memory.itemsize for s in strides)
+        return self.lib.lib.stride_tricks.as_strided(memory[offset:], shape, steps)
 
     def get(self, array: Any) -> np.ndarray:
         """A framework's array as a NumPy array."""
         raise NotImplementedError
 
+    def read(self, array: Any) -> np.ndarray:
+        """Like `get`, floating-point data as float32."""
+        values = self.get(array)
+        return values if values.dtype.kind in "iu" else values.astype(np.float32)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An array with undefined contents, of which memory is taken only where it is touched."""
-        raise NotImplementedError
+        return self.lib.empty(shape, numpy_dtype(dtype))
+
+    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+        """Standard normal values."""
+        return self.cast(rng.standard_normal(shape, dtype=np.float32), dtype)
+
+    def bytes(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+        """Uniform random bytes."""
+        return self.put(np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape))
 
     def free_bytes(self) -> int:
         """Free memory of the device; a CPU's is taken where it is touched, so all is free there."""
@@ -188,6 +205,10 @@ class Kit:
         yield growth
         growth.bytes = _high_water() - before
 
+    def stream(self) -> Any:
+        """A context of a new stream on a GPU; of nothing on a CPU."""
+        return nullcontext()
+
     def adapter(self) -> adapters.Framework:
         """The ops' adapter of this framework."""
         return adapters.framework("x", self.put(np.zeros(1, np.float32)))
@@ -202,82 +223,76 @@ class NumPyKit(Kit):
 
     name = "numpy"
 
-    def memory(self, buffer: np.ndarray) -> Any:
-        """See `Kit`."""
-        return buffer.copy()
-
-    def strided_view(
-        self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> Any:
-        """See `Kit`."""
-        steps = tuple(s * memory.itemsize for s in strides)
-        return np.lib.stride_tricks.as_strided(memory[offset:], shape, steps)
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """See `Kit`."""
-        return np.empty(shape, numpy_dtype(dtype))
-
     def get(self, array: Any) -> np.ndarray:
-        """See `Kit`."""
         return array
 
 
 class TorchKit(Kit):
-    """torch tensors on the CPU or a GPU."""
+    """torch tensors on the CPU or a GPU. On a GPU they are drawn there: a cache is a gigabyte."""
 
     name = "torch"
 
     def memory(self, buffer: np.ndarray) -> Any:
-        """See `Kit`."""
-        import torch
-
         if buffer.dtype.name == "bfloat16":
-            tensor = torch.from_numpy(buffer.view(np.int16).copy()).view(torch.bfloat16)
+            tensor = self.lib.from_numpy(buffer.view(np.int16)).view(self.lib.bfloat16)
         else:
-            tensor = torch.from_numpy(buffer.copy())
+            tensor = self.lib.from_numpy(buffer)
         return tensor.to(self.device)
+
+    def cast(self, values: np.ndarray, dtype: str) -> Any:
+        return self.put(values).to(getattr(self.lib, dtype))
 
     def strided_view(
         self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
     ) -> Any:
-        """See `Kit`."""
         return memory.as_strided(shape, strides, offset)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """See `Kit`."""
-        import torch
+        return self.lib.empty(shape, dtype=getattr(self.lib, dtype), device=self.device)
 
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+    def _generator(self, rng: np.random.Generator) -> Any:
+        return self.lib.Generator(self.device).manual_seed(int(rng.integers(2**62)))
+
+    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+        if self.device == "cpu":
+            return super().normal(rng, shape, dtype)
+        return self.empty(shape, dtype).normal_(generator=self._generator(rng))
+
+    def bytes(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+        if self.device == "cpu":
+            return super().bytes(rng, shape)
+        return self.empty(shape, "uint8").random_(0, 256, generator=self._generator(rng))
 
     def free_bytes(self) -> int:
-        """See `Kit`."""
-        import torch
-
-        return super().free_bytes() if self.device == "cpu" else torch.cuda.mem_get_info()[0]
+        if self.device == "cpu":
+            return super().free_bytes()
+        return self.lib.cuda.mem_get_info()[0]
 
     @contextmanager
     def growth(self) -> Iterator[Growth]:
-        """See `Kit`; on a GPU it is what torch allocates."""
+        """On a GPU it is what torch allocates."""
         if self.device == "cpu":
             with super().growth() as growth:
                 yield growth
             return
-        import torch
-
-        growth = Growth()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        growth, cuda = Growth(), self.lib.cuda
+        cuda.reset_peak_memory_stats(self.device)
+        before = cuda.memory_allocated(self.device)
         yield growth
-        growth.bytes = torch.cuda.max_memory_allocated(self.device) - before
+        growth.bytes = cuda.max_memory_allocated(self.device) - before
 
     def get(self, array: Any) -> np.ndarray:
-        """See `Kit`."""
-        import torch
-
         array = array.detach().cpu()
-        if array.dtype == torch.bfloat16:
-            return array.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        if array.dtype == self.lib.bfloat16:
+            return array.view(self.lib.int16).numpy().view(numpy_dtype("bfloat16"))
         return array.numpy()
+
+    def stream(self) -> Any:
+        cuda = self.lib.cuda
+        return super().stream() if self.device == "cpu" else cuda.stream(cuda.Stream())
+
+    def read(self, array: Any) -> np.ndarray:
+        return self.get(array.float() if array.is_floating_point() else array)
 
 
 class CuPyKit(Kit):
@@ -285,40 +300,15 @@ class CuPyKit(Kit):
 
     name = "cupy"
 
-    def memory(self, buffer: np.ndarray) -> Any:
-        """See `Kit`."""
-        import cupy
-
-        return cupy.asarray(buffer)
-
-    def strided_view(
-        self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> Any:
-        """See `Kit`."""
-        from cupy.lib.stride_tricks import as_strided
-
-        return as_strided(memory[offset:], shape, tuple(s * memory.itemsize for s in strides))
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """See `Kit`."""
-        import cupy
-
-        return cupy.empty(shape, dtype)
-
     def free_bytes(self) -> int:
-        """See `Kit`."""
-        import cupy
-
-        return cupy.cuda.runtime.memGetInfo()[0]
+        return self.lib.cuda.runtime.memGetInfo()[0]
 
     @contextmanager
     def growth(self) -> Iterator[Growth]:
-        """See `Kit`; it is all that CuPy allocates, freed or not, since CuPy keeps no peak."""
-        import cupy
-
+        """It is all that CuPy allocates, freed or not, since CuPy keeps no peak."""
         growth = Growth(0)
 
-        class Count(cupy.cuda.MemoryHook):
+        class Count(self.lib.cuda.MemoryHook):
             name = "hata growth"
 
             def malloc_postprocess(self, **given: Any) -> None:
@@ -327,21 +317,20 @@ class CuPyKit(Kit):
         with Count():
             yield growth
 
+    def stream(self) -> Any:
+        return self.lib.cuda.Stream(non_blocking=True)
+
     def get(self, array: Any) -> np.ndarray:
-        """See `Kit`."""
         return array.get()
 
 
 class JAXKit(Kit):
-    """JAX arrays: always dense, never written in place."""
+    """JAX arrays: always dense, whatever the layout asked for, and never written in place."""
 
     name = "jax"
-    strided = False
 
     def place(self, values: np.ndarray, layout: str = "dense") -> Placed:
-        """Put values into memory; JAX chooses the layout."""
-        import jax
-
+        jax = importlib.import_module("jax")
         # JAX knows no int64 unless told so for the whole process.
         if values.dtype == np.int64:
             values = values.astype(np.int32)
@@ -350,8 +339,16 @@ class JAXKit(Kit):
         return Placed(array, values.copy(), array)
 
     def get(self, array: Any) -> np.ndarray:
-        """See `Kit`."""
         return np.asarray(array)
 
 
 KITS: dict[str, type[Kit]] = {kit.name: kit for kit in (NumPyKit, TorchKit, CuPyKit, JAXKit)}
+
+
+def kit_for(backend: Backend, device: str, dtype: str) -> Kit:
+    """The kit of the framework that a backend is tuned with."""
+    kit = NumPyKit(device)
+    # torch is the heavier of the two to load, but has a bfloat16 of its own.
+    if device == "cpu" and "numpy" in backend.frameworks and not kit.missing(dtype):
+        return kit
+    return TorchKit(device)
