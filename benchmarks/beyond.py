@@ -5,29 +5,33 @@ Selecting is timed where all keys are equally good, and against torch, which fin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 
 import hata
-from benchmarks.check import WrongResult
-from benchmarks.cuda import clock, reader
-from benchmarks.report import Bar
+from benchmarks.bars import Bar, least, most
+from benchmarks.gpu import reader
+from benchmarks.verify import WrongResult
+from hata.measure.clock import times
 
 # Batch rows, KV heads and keys of scores that torch selects from, and types of theirs.
 _READY = ((1, 8, 1 << 17), (8, 8, 1 << 17), (1, 8, 1 << 20))
 _TYPES = (torch.float16, torch.int32, torch.float32)
 
 
+def _medians(calls: list[Callable[[], object]], rounds: int, device: str = "cuda") -> list[float]:
+    """Microseconds of each call."""
+    return [median(samples) for samples in times(calls, device, rounds)]
+
+
 def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
-    """`hamming_topk`, scan included, against `torch.topk` of as many scores, as bars.
+    """`hamming_topk`, scan included, against `torch.topk` of as many scores.
 
     Scores are distances of drawn codes, in the type that torch is fastest with; the budget is 1/64
     of the keys, and torch need not sort.
-
-    Args:
-        rounds: Samples of each time.
-        device: Where to run.
 
     Raises:
         WrongResult: a distance of the selected keys is not that of torch's.
@@ -44,17 +48,13 @@ def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
             raise WrongResult(f"hamming_topk, {slots} keys: other distances than torch.topk's")
         ready = [scores.to(dtype) for dtype in _TYPES]
         calls = [partial(torch.topk, x, k, largest=False, sorted=False) for x in ready]
-        ours, *theirs = clock(
-            [partial(hata.hamming_topk, q, codes, k), *calls], rounds, True, lambda: None
-        )
-        times = [timing.median for timing in theirs]
-        dtype = _TYPES[times.index(min(times))]
-        ratio = min(times) / ours.median
+        ours, *theirs = _medians([partial(hata.hamming_topk, q, codes, k), *calls], rounds, device)
+        dtype = str(_TYPES[theirs.index(min(theirs))]).removeprefix("torch.")
         name = (
-            f"hamming_topk, {batch}x{heads} heads x {slots >> 10}K ({ours.median:.0f} µs): times "
-            f"faster than torch.topk of {str(dtype).removeprefix('torch.')} scores"
+            f"hamming_topk, {batch}x{heads} heads x {slots >> 10}K ({ours:.0f} µs): times faster "
+            f"than torch.topk of {dtype} scores"
         )
-        found.append((name, 3.0, ratio, ratio >= 3.0))
+        found.append(least(name, 3.0, min(theirs) / ours))
     return found
 
 
@@ -72,10 +72,7 @@ def distances(q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def bars(rounds: int) -> list[Bar]:
-    """All of it as bars: (bar, wanted, measured, met).
-
-    Args:
-        rounds: Samples of each time.
+    """All of it, from `rounds` samples of each time.
 
     Raises:
         WrongResult: all keys are equal, and others than the first are selected; or as of
@@ -84,14 +81,10 @@ def bars(rounds: int) -> list[Bar]:
     keys = torch.randn(1, 8, 128 * 1024, 128, dtype=torch.bfloat16, device="cuda")
     projection = torch.randn(8, 128, 128, dtype=torch.bfloat16, device="cuda")
     codes = torch.empty(1, 8, 128 * 1024, 16, dtype=torch.uint8, device="cuda")
-    whole = reader(keys.numel() * keys.element_size(), "cuda")
-    hata.encode(keys, projection, out=codes)
-    encoded, read = clock(
-        [lambda: hata.encode(keys, projection, out=codes), whole], rounds, True, lambda: None
-    )
-    share = read.median / encoded.median
-    name = f"encode 128K keys x 8 heads ({encoded.median:.0f} µs): share of read speed"
-    found = [(name, 0.6, share, share >= 0.6)]
+    encode = partial(hata.encode, keys, projection, out=codes)
+    encoded, read = _medians([encode, reader(keys.numel() * keys.element_size())], rounds)
+    name = f"encode 128K keys x 8 heads ({encoded:.0f} µs): share of read speed"
+    found = [least(name, 0.6, read / encoded)]
     for millions in (1, 4):
         slots = millions << 20
         q = torch.randint(0, 256, (1, 32, 1, 16), dtype=torch.uint8, device="cuda")
@@ -101,14 +94,9 @@ def bars(rounds: int) -> list[Bar]:
         first = hata.hamming_topk(q, equal, k)
         if not torch.equal(first, torch.arange(k, device="cuda").expand_as(first)):
             raise WrongResult(f"hamming_topk, {millions}M equal keys: not the first {k}")
-        hata.hamming_topk(q, drawn, k)
-        ties, usual = clock(
-            [lambda: hata.hamming_topk(q, equal, k), lambda: hata.hamming_topk(q, drawn, k)],  # noqa: B023
-            rounds, True, lambda: None,
-        )  # fmt: skip
-        ratio = ties.median / usual.median
-        found.append(
-            (f"{millions}M keys, all tied ({ties.median:.0f} µs): times the time of drawn codes, "
-             "most", 1.5, ratio, ratio <= 1.5)
-        )  # fmt: skip
+        ties, usual = _medians(
+            [partial(hata.hamming_topk, q, x, k) for x in (equal, drawn)], rounds
+        )
+        name = f"{millions}M keys, all tied ({ties:.0f} µs): times the time of drawn codes, most"
+        found.append(most(name, 1.5, ties / usual))
     return found + beside_torch(rounds)

@@ -1,19 +1,22 @@
 """The callables that are timed.
 
 Each family is a table of named builders; a builder takes a `Case` (the arrays of one step) and
-returns a `Contender`. Another dense kernel, or a column for another device, is one more function
-in a table.
+returns a `Contender`. Another dense kernel is one more function in a table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import hata
@@ -68,12 +71,12 @@ def build(shape: Shape, device: str, seed: int = 0) -> Case:
         x[:, :, n:] = torch.nan
         return x
 
-    config = SimpleNamespace(
-        num_hidden_layers=1,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=h,
-        head_dim=d,
-    )
+    config = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": h,
+        "head_dim": d,
+    }
     projection = torch.from_numpy(hata.Encoder.random(config, shape.bits, seed).projection(0))
     case = Case(
         shape,
@@ -92,8 +95,7 @@ def build(shape: Shape, device: str, seed: int = 0) -> Case:
     return case
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """Something to time.
 
     Attributes:
@@ -124,66 +126,67 @@ def encode(case: Case) -> Contender:
 def hamming_topk(case: Case) -> Contender:
     """Scan the codes and select."""
     q_codes, codes, k, lengths = case.q_codes, case.codes, case.shape.k, case.lengths
-    return Contender(
-        "hamming_topk",
-        "op",
-        lambda: hata.hamming_topk(q_codes, codes, k, lengths=lengths),
-        case.shape.code_bytes,
-    )
+    call = partial(hata.hamming_topk, q_codes, codes, k, lengths=lengths)
+    return Contender("hamming_topk", "op", call, case.shape.code_bytes)
 
 
 def sparse_attend(case: Case) -> Contender:
     """Attend to the selected keys."""
-    q, keys, values, indices = case.q, case.keys, case.values, case.indices
-    return Contender(
-        "sparse_attend",
-        "op",
-        lambda: hata.sparse_attend(q, keys, values, indices),
-        case.shape.gather_bytes,
-    )
+    call = partial(hata.sparse_attend, case.q, case.keys, case.values, case.indices)
+    return Contender("sparse_attend", "op", call, case.shape.gather_bytes)
 
 
 def hash_attend(case: Case) -> Contender:
     """The whole step, the fresh key's code included."""
-    q, keys, values, codes, projection = case.q, case.keys, case.values, case.codes, case.projection
-    k, lengths, shape = case.shape.k, case.lengths, case.shape
-    return Contender(
-        "hash_attend",
-        "op",
-        lambda: hata.hash_attend(q, keys, values, codes, projection, k, fresh=1, lengths=lengths),
-        shape.encode_bytes + shape.code_bytes + shape.gather_bytes,
-    )
+    arrays = case.q, case.keys, case.values, case.codes, case.projection
+    call = partial(hata.hash_attend, *arrays, case.shape.k, fresh=1, lengths=case.lengths)
+    shape = case.shape
+    size = shape.encode_bytes + shape.code_bytes + shape.gather_bytes
+    return Contender("hash_attend", "op", call, size)
 
 
-def sdpa_gqa(case: Case) -> Contender:
-    """Torch SDPA that is told of the groups."""
+def sdpa_gqa(case: Case, name: str = "sdpa enable_gqa", kernel: Any = None) -> Contender:
+    """Torch SDPA that is told of the groups; with a kernel of torch's choice, or a given one."""
     q, (keys, values) = case.q, case.visible
-    return Contender(
-        "sdpa enable_gqa",
-        "dense",
-        lambda: sdpa(q, keys, values, enable_gqa=True),
-        case.shape.dense_bytes,
-    )
+
+    def call() -> Tensor:
+        with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+            return sdpa(q, keys, values, enable_gqa=True)
+
+    return Contender(name, "dense", call, case.shape.dense_bytes)
 
 
 def sdpa_packed(case: Case) -> Contender:
     """Torch SDPA with the queries of a group as tokens, so that a key is read once for a group."""
     q, (keys, values) = case.q, case.visible
-    packed = (q.shape[0], case.shape.kv_heads, -1, q.shape[3])
-    return Contender(
-        "sdpa packed",
-        "dense",
-        lambda: sdpa(q.view(packed), keys, values).view(q.shape),
-        case.shape.dense_bytes,
-    )
+    packed = q.view(q.shape[0], case.shape.kv_heads, -1, q.shape[3])
+
+    def call() -> Tensor:
+        return sdpa(packed, keys, values).view(q.shape)
+
+    return Contender("sdpa packed", "dense", call, case.shape.dense_bytes)
+
+
+def flashinfer(case: Case) -> Contender:
+    """FlashInfer's decode kernel, a row at a time (its plain entry point takes one)."""
+    decode = importlib.import_module("flashinfer").single_decode_with_kv_cache
+    q, (keys, values) = case.q, case.visible
+
+    def call() -> Tensor:
+        rows = [
+            decode(q[b, :, 0], keys[b], values[b], kv_layout="HND", use_tensor_cores=True)
+            for b in range(q.shape[0])
+        ]
+        return torch.stack(rows)[:, :, None]
+
+    return Contender("flashinfer", "dense", call, case.shape.dense_bytes)
 
 
 def read(name: str, size: int, device: str) -> Contender:
     """A read-only pass over `size` contiguous bytes: what memory allows at best."""
     if device == "cuda":
-        return Contender(
-            name, "read", importlib.import_module("benchmarks.cuda").reader(size, device), size
-        )
+        # It needs Triton.
+        return Contender(name, "read", importlib.import_module("benchmarks.gpu").reader(size), size)
     words = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
     return Contender(name, "read", words.sum, size)
 
@@ -209,6 +212,14 @@ OPS: dict[str, Builder] = {
 # The dense contenders of each kind of device; the fastest is what the ratio is taken against.
 DENSE: dict[str, dict[str, Builder]] = {
     "cpu": {"sdpa enable_gqa": sdpa_gqa, "sdpa packed": sdpa_packed},
-    "cuda": {"sdpa enable_gqa": sdpa_gqa, "sdpa packed": sdpa_packed},
+    "cuda": {
+        f"sdpa {name}": partial(sdpa_gqa, name=f"sdpa {name}", kernel=kernel)
+        for name, kernel in (
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("flash", SDPBackend.FLASH_ATTENTION),
+        )
+    },
 }
+if importlib.util.find_spec("flashinfer") is not None:
+    DENSE["cuda"]["flashinfer"] = flashinfer
 READS: dict[str, Builder] = {"read codes": read_codes, "read step": read_step}

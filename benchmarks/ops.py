@@ -1,6 +1,6 @@
 """Speed of the ops against dense attention, for one decode step of one layer.
 
-    python -m benchmarks.ops --backend reference --device cpu
+    python -m benchmarks.ops --backend numba --device cpu
 
 Each shape is filled, checked, then timed: the four ops, the dense contenders beside them in the
 same rounds, and read-only passes over as many bytes as the scan and the step move. See
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hata
-from benchmarks import check, contenders, report, timing
+from benchmarks import bars, contenders, tables
+from benchmarks.bars import Bar, Row
 from benchmarks.contenders import Case, Contender
 from benchmarks.options import shape_option, unwritable
-from benchmarks.report import Row
 from benchmarks.shapes import ITEMSIZE, SUITES, Shape
+from benchmarks.verify import WrongResult, verify
 from hata import registry
 from hata.backend import Backend, Config
 from hata.commandline import Parser
 from hata.errors import ProfileError
+from hata.measure.clock import cores, times, timing_of
 from hata.problem import OPS, Problem
 from hata.profile import Profile
 from hata.profile.store import write_whole
@@ -49,7 +51,7 @@ def measure(
     """Fill, check and time the shapes of a group, interleaved.
 
     Raises:
-        check.WrongResult: a contender computes something else; none of the group is timed.
+        WrongResult: a contender computes something else; none of the group is timed.
         HataError: the backend in force cannot run a shape.
     """
     kind = torch.device(device).type
@@ -66,38 +68,42 @@ def measure(
         say(f"check  {shape.name}")
         ops = [make(case) for make in contenders.OPS.values()]
         dense = [make(case) for make in contenders.DENSE[kind].values()]
-        check.case(case, ops, dense)
+        verify(case, ops, dense)
         reads = [make(case) for make in contenders.READS.values()]
         tasks += [(case, one) for one in (*ops, *dense, *reads)]
 
-    say(f"time   {group[0].name}", total=rounds * len(tasks))
-    times = timing.CLOCKS[kind](
-        [one.call for _, one in tasks], rounds, cold,
-        lambda: say(f"time   {group[0].name}", advance=1),
-    )  # fmt: skip
+    what = f"time   {group[0].name}"
+    say(what, total=rounds * len(tasks))
+    calls = [one.call for _, one in tasks]
+    found = times(calls, kind, rounds, cold=cold, tick=lambda: say(what, advance=1))
     if progress is not None and task is not None:
         progress.remove_task(task)
     rows = [
-        Row(case.shape, one.name, one.family, time, one.bytes)
-        for (case, one), time in zip(tasks, times, strict=True)
+        Row(case.shape, one.name, one.family, timing_of(samples), one.bytes, len(samples))
+        for (case, one), samples in zip(tasks, found, strict=True)
     ]
-    if kind in timing.KERNELS:
+    if kind in PROFILERS:
         for case in {id(case): case for case, _ in tasks}.values():
-            rows += kernels(case, timing.KERNELS[kind])
+            rows += kernels(case, PROFILERS[kind])
     return rows
 
 
-def kernels(case: Case, profiler: timing.Kernels) -> list[Row]:
+# Names and samples of the kernels that each call launches, in order; by kind of device.
+Profiler = Callable[[Sequence[Callable[[], object]]], list[list[tuple[str, list[float]]]]]
+PROFILERS: dict[str, Profiler] = {}
+
+
+def kernels(case: Case, profiler: Profiler) -> list[Row]:
     """Times of the kernels of a step, and of a plain read of the codes beside them."""
     step, read = contenders.hash_attend(case), contenders.read_codes(case)
     # A read is one kernel.
     of_step, [(_, reading)] = profiler([step.call, read.call])
-    scanned = case.shape.code_bytes
+    size = case.shape.code_bytes
+    found = [(f"kernel {name}", us, size if name == "scan" else 0) for name, us in of_step]
     return [
-        *(Row(case.shape, f"kernel {name}", "kernel", time, scanned if name == "scan" else 0)
-          for name, time in of_step),
-        Row(case.shape, report.READ_KERNEL, "kernel", reading, scanned),
-    ]  # fmt: skip
+        Row(case.shape, name, "kernel", timing_of(us), size, len(us))
+        for name, us, size in (*found, (bars.READ_KERNEL, reading, size))
+    ]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,12 +146,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--bits: got {args.bits}, expected a positive multiple of 32")
     kind = args.device.partition(":")[0]
     if kind == "cuda":
-        # Adds the clock and the contenders of a GPU; needs Triton.
-        importlib.import_module("benchmarks.cuda")
-    if kind not in timing.CLOCKS:
+        # It needs Triton.
+        PROFILERS[kind] = importlib.import_module("benchmarks.gpu").kernels
+    if kind not in contenders.DENSE:
         parser.error(
-            f"--device: got {args.device!r}, expected one of {', '.join(timing.CLOCKS)}; there is "
-            "no clock for other devices yet"
+            f"--device: got {args.device!r}, expected one of {', '.join(contenders.DENSE)}; there "
+            "is no clock for other devices yet"
         )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device: got {args.device!r}, expected cpu, cuda or cuda:<index>")
@@ -246,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HATA_PROFILE"] = args.profile
         registry.reset()
     if kind == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
     changes = dict(args.set)
@@ -261,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "busy": busy,
     }
     rows: list[Row] = []
-    beyond: list[report.Bar] = []
+    beyond: list[Bar] = []
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -271,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         with bar, torch.no_grad(), hata.use_backend(args.backend):
-            out.print(report.heading(args.device, settings), soft_wrap=True)
+            out.print(tables.heading(args.device, settings), soft_wrap=True)
             if changes:
                 change_defaults(registry.load(args.backend), changes)
             if loaded:
@@ -286,13 +292,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     err.print(f"{number}/{len(groups)}  {group[0].name}")
                 new = measure(group, args.device, args.rounds, args.cold, bar)
                 rows += new
-                for shape in report.shapes_of(new):
-                    out.print(report.shape_table(new, shape, busy))
+                for shape in bars.shapes_of(new):
+                    out.print(tables.shape_table(new, shape, busy))
             if kind == "cuda" and "design" in args.suite and not args.shapes:
                 beyond = importlib.import_module("benchmarks.beyond").bars(args.rounds)
                 if args.backend == "cupy" and not changes:
                     beyond += importlib.import_module("benchmarks.phases").scans_apart(args.rounds)
-    except (check.WrongResult, hata.HataError) as error:
+    except (WrongResult, hata.HataError) as error:
         err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
         return 1
     except KeyboardInterrupt:
@@ -301,13 +307,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         err.print("error: no shape fits into memory")
         return 1
-    bars = [*report.bars(rows, kind, args.backend), *beyond]
-    for table in report.closing_tables(rows, bars, busy):
+    met = [*bars.bars(rows, kind, args.backend), *beyond]
+    for table in tables.closing_tables(rows, met, busy):
         out.print(table)
     if args.markdown:
-        print(report.markdown(rows, busy))
+        print(tables.markdown(rows, busy))
     if args.json is not None:
-        figures = report.figures(rows, bars, settings, args.device)
+        figures = tables.figures(rows, met, settings, args.device)
         try:
             write_whole(args.json, json.dumps(figures, indent=1) + "\n")
         except OSError as error:

@@ -30,12 +30,14 @@ from rich.table import Table
 from torch import Tensor
 
 import hata
-from benchmarks import contenders, report
-from benchmarks.check import WrongResult
-from benchmarks.contenders import Case, Contender
+from benchmarks import contenders
+from benchmarks.bars import Bar, least, scan_bar
+from benchmarks.contenders import Case
 from benchmarks.options import shape_option, unwritable
 from benchmarks.shapes import SUITES, Shape, parse
+from benchmarks.verify import WrongResult
 from hata.commandline import Parser
+from hata.measure.clock import CUDAClock
 from hata.profile.store import write_whole
 
 # In the order of `enum Phase`, without the start.
@@ -87,15 +89,13 @@ def clocked() -> Tensor:
 
 def measure(call: Callable[[], object], clocks: Tensor, rounds: int) -> Phases:
     """Run a call whose kernel notes clocks, and look at the clocks of `rounds` launches."""
-    from tune.cuda import Clock
-
     call()
-    clock = Clock()
+    clock = CUDAClock()
     clock.add([call])
     found, times = [], []
     for _ in range(rounds):
         clocks.zero_()
-        times.append(clock.sample(0))
+        times += clock.sample(0)
         noted = clocks[clocks[:, 0] > 0].double()
         ends = noted[:, 1 : len(PHASES) + 1]
         ends = torch.where(ends > 0, ends - noted[:, 0].min(), torch.nan) / 1e3
@@ -106,28 +106,26 @@ def measure(call: Callable[[], object], clocks: Tensor, rounds: int) -> Phases:
 
 def scan_share(case: Case, clocks: Tensor, rounds: int) -> tuple[float, float]:
     """Times of the scan of a case and of a read of as many bytes, in µs, by their clocks."""
-    from benchmarks.cuda import reader
+    from benchmarks.gpu import reader
 
     scan = measure(contenders.hamming_topk(case).call, clocks, rounds).last[SCAN]
-    read = measure(reader(case.shape.code_bytes, "cuda", clocks), clocks, rounds).last[0]
+    read = measure(reader(case.shape.code_bytes, clocks), clocks, rounds).last[0]
     return scan, read
 
 
-def scans(rounds: int) -> list[report.Bar]:
-    """Scans of the design suite that have a bar, against reads: (bar, wanted, measured, met)."""
-    found = []
-    clocks = clocked()
-    shapes = [shape for group in SUITES["design"] for shape in group]
-    for shape in shapes:
-        least = report.scan_bar("cupy", shape)
-        if least is not None:
+def scans(rounds: int) -> list[Bar]:
+    """Scans of the design suite that have a bar, against reads."""
+    found, clocks = [], clocked()
+    for shape in (shape for group in SUITES["design"] for shape in group):
+        wanted = scan_bar("cupy", shape)
+        if wanted is not None:
             scan, read = scan_share(contenders.build(shape, "cuda"), clocks, rounds)
             name = f"{shape.name}: scan ({scan:.1f} µs), share of read speed"
-            found.append((name, least, read / scan, read / scan >= least))
+            found.append(least(name, wanted, read / scan))
     return found
 
 
-def scans_apart(rounds: int) -> list[report.Bar]:
+def scans_apart(rounds: int) -> list[Bar]:
     """`scans`, in a process of its own: kernels of this one keep what they were compiled with.
 
     Raises:
@@ -140,7 +138,7 @@ def scans_apart(rounds: int) -> list[report.Bar]:
         done = subprocess.run([*command, "--scans", str(file)], check=False)
         if done.returncode:
             raise WrongResult(f"benchmarks.phases: exit status {done.returncode}, see above")
-        return [tuple(bar) for bar in json.loads(file.read_text())]
+        return [Bar(*bar) for bar in json.loads(file.read_text())]
 
 
 def table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
@@ -218,8 +216,7 @@ def show(op: str, shapes: Sequence[Shape], rounds: int) -> None:
         clocks = clocked()
         found = []
         for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
-            case = contenders.build(shape, "cuda")
-            step: Contender = contenders.OPS[op](case)
+            step = contenders.OPS[op](contenders.build(shape, "cuda"))
             found.append(measure(step.call, clocks, rounds))
     Console().print(table(op, shapes, found))
 

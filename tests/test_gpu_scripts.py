@@ -17,11 +17,11 @@ def load(path):
 def test_the_sanitizers_script_runs_every_case(repo_root):
     pytest.importorskip("torch", reason="its arrays are torch's")
     script = repo_root / "tests" / "gpu" / "sanitize.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--backend", "reference"]
+    command = [sys.executable, str(script), "--device", "cpu", "--backend", "numba"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
-    assert last == "reference: 0 wrong"
+    assert last == "numba: 0 wrong"
     for op in ("encode", "hamming_topk", "sparse_attend", "hash_attend"):
         assert sum(f" {op} " in line for line in lines) >= 14
     assert all(line.endswith("right") for line in lines)

@@ -25,7 +25,7 @@ H, HKV, D, S, T = 4, 2, 16, 96, 8
 
 @pytest.fixture(scope="module")
 def backend():
-    return registry.load("reference")
+    return registry.load("numba")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_retained_mass_is_what_a_loop_over_queries_finds(backend, probe, encoder
     gauge = quality.Gauge(backend, "cpu", probe, encoder, 0)
     found = gauge.point(64, 12, 2, 3)
     group, kept, exact = H // HKV, [], []
-    with hata.use_backend("reference"):
+    with hata.use_backend("numba"):
         projection = encoder.projection(0)
         codes = [hata.encode(x, projection) for x in (probe.q, probe.keys)]
         indices = hata.hamming_topk(*codes, 12, sink=2, recent=3)

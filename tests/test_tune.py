@@ -19,7 +19,7 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 from hata import registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import capture, cost, database, propose, search, session, space, verdict
+from tune import capture, cost, database, propose, search, session, space, studies, verdict
 from tune.__main__ import main
 from tune.space import Space
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
@@ -69,11 +69,11 @@ def bowl(config):
 
 @pytest.fixture
 def storage(tmp_path):
-    return search.open_storage(f"sqlite:///{tmp_path}/studies.db")[0]
+    return studies.open_storage(f"sqlite:///{tmp_path}/studies.db")[0]
 
 
 def tune(storage, evaluator, *, resume=False, **options):
-    study = search.open_study(storage, "s", resume=resume)
+    study = studies.open_study(storage, "s", resume=resume)
     options.setdefault("limits", LIMITS)
     return search.tune(study, SPACE, DEFAULT, evaluator, **options)
 
@@ -167,7 +167,7 @@ def test_fault_58_failures_are_typed_recorded_and_never_chosen(storage):
     assert {number: failure.kind for number, failure in found.failures.items()} == kinds
     assert SPACE.number(found.config) not in kinds
     assert len([failure for failure in seen if failure]) == 4
-    study = search.open_study(storage, "s", resume=True)
+    study = studies.open_study(storage, "s", resume=True)
     recorded = [trial.user_attrs["result"]["failure"] for trial in study.trials]
     assert [WRONG, "planted"] in recorded
     assert all(set(trial.constraints) == {"failed"} for trial in study.trials)
@@ -233,13 +233,13 @@ def test_fault_57_a_killed_trial_is_run_again_but_not_for_ever(tmp_path, storage
                 if t.SPACE.number(config) == 17:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().check(config)
-        storage = t.search.open_storage(sys.argv[1])[0]
+        storage = t.studies.open_storage(sys.argv[1])[0]
         t.tune(storage, Deadly(t.bowl), resume=True, suggestions=[17])
         """
     )
     url = f"sqlite:///{tmp_path}/studies.db"
     here = str(Path(__file__).parent)
-    for _ in range(search.RETRIES + 1):
+    for _ in range(studies.RETRIES + 1):
         done = subprocess.run([sys.executable, "-c", script, url, here], check=False)
         assert done.returncode == -signal.SIGKILL
     evaluator = Simulated(bowl)
@@ -254,7 +254,7 @@ def test_fault_57_a_killed_trial_is_run_again_but_not_for_ever(tmp_path, storage
 def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     file = tmp_path / "studies.db"
     url = f"sqlite:///{file}"
-    storage, message = search.open_storage(url)
+    storage, message = studies.open_storage(url)
     assert not message
     tune(storage, Simulated(bowl), limits=search.Limits(6, 60, 0))
     storage.engine.dispose()
@@ -271,14 +271,14 @@ def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     if damage == "garbage":
         # Whose file it is, nobody can tell any more, unless by its place.
         with pytest.raises(database.StorageError, match="was left as it is"):
-            search.open_storage(url)
-    storage, message = search.open_storage(url, ours=True)
+            studies.open_storage(url)
+    storage, message = studies.open_storage(url, ours=True)
     assert "studies.db.bad" in message
     assert (tmp_path / "studies.db.bad").read_bytes() == bytes(data)
     assert tune(storage, Simulated(bowl)).config == SPACE.config(17)
     file.write_bytes(b"broken again" * 100)
     storage.engine.dispose()
-    assert "studies.db.bad2" in search.open_storage(url, ours=True)[1]
+    assert "studies.db.bad2" in studies.open_storage(url, ours=True)[1]
 
 
 TABLES = {
@@ -314,7 +314,7 @@ def test_a_file_that_nobody_can_read_is_left_alone(tmp_path):
     data = b"SQLite format 3\0" + b"\xff" * 5000
     file.write_bytes(data)
     with pytest.raises(database.StorageError, match=r"too damaged to tell .* left as it is"):
-        search.open_storage(f"sqlite:///{file}")
+        studies.open_storage(f"sqlite:///{file}")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
 
 
@@ -326,7 +326,7 @@ def test_a_locked_file_of_something_else_is_told(tmp_path, monkeypatch):
         connection.execute("CREATE TABLE notes (text)")
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.raises(database.StorageError, match="has been locked by another program"):
-            search.open_storage(f"sqlite:///{file}")
+            studies.open_storage(f"sqlite:///{file}")
 
 
 @pytest.mark.parametrize("name", ["a?b.db", "a#b%20c.db", "{a} ?.db"])
@@ -336,9 +336,9 @@ def test_a_path_is_no_url(tmp_path, name):
     assert database.storage_url(None, tmp_path / name) == url
     assert database.sqlite_path(url) == tmp_path / name
     for _ in range(2):
-        storage, message = search.open_storage(url)
+        storage, message = studies.open_storage(url)
         assert not message
-        search.open_study(storage, "s", resume=True)
+        studies.open_study(storage, "s", resume=True)
         storage.engine.dispose()
     assert {path.name for path in tmp_path.iterdir()} == {"a", name}
     assert (tmp_path / "a").read_text() == "mine"
@@ -346,10 +346,10 @@ def test_a_path_is_no_url(tmp_path, name):
 
 def test_a_busy_database_is_not_damaged(tmp_path):
     file = tmp_path / "studies.db"
-    search.open_storage(f"sqlite:///{file}")[0].engine.dispose()
+    studies.open_storage(f"sqlite:///{file}")[0].engine.dispose()
     connection = sqlite3.connect(file)
     connection.execute("BEGIN IMMEDIATE")
-    assert search.open_storage(f"sqlite:///{file}")[1] == ""
+    assert studies.open_storage(f"sqlite:///{file}")[1] == ""
     connection.close()
 
 
@@ -364,8 +364,8 @@ def test_a_sweep_evaluates_each_point_once(storage):
         return {"value": 1.0, "constraints": {"quality": -0.1}, "sum": point["layer"]}
 
     with pytest.raises(KeyboardInterrupt):
-        search.sweep(search.open_study(storage, "q", resume=True), points, evaluate)
-    found = search.sweep(search.open_study(storage, "q", resume=True), points, evaluate)
+        studies.sweep(studies.open_study(storage, "q", resume=True), points, evaluate)
+    found = studies.sweep(studies.open_study(storage, "q", resume=True), points, evaluate)
     assert [result["sum"] for result in found] == [0, 0, 1, 1, 2, 2]
     assert len(seen) == 7
 
@@ -391,8 +391,8 @@ class Bad(Backend):
     def unsupported(self, problem):
         return [] if problem.op == "encode" else ["only encode"]
 
-    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
-        how = self.config(problem)["how"]
+    def encode(self, call):
+        x, projection, how = call.x, call.projection, call.config["how"]
         if how == "crash":
             ctypes.string_at(0)
         if how == "raise":
@@ -412,7 +412,7 @@ class Bad(Backend):
             codes[..., -1] ^= 1
         return codes
 
-    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+    hamming_topk = sparse_attend = encode
 """
 
 
@@ -443,7 +443,7 @@ def test_fault_58_the_worker_survives_every_candidate(bad_backend):
             "raise": ERROR,
             "memory": MEMORY,
         }
-        assert "bytes of codes are wrong" in found["wrong"].detail
+        assert "bits of codes are wrong" in found["wrong"].detail
         assert "SIGSEGV" in found["crash"].detail
         assert "planted failure (bad_backend.py:" in found["raise"].detail
         assert worker.restarts == 2
@@ -540,7 +540,7 @@ def test_an_empty_value_is_not_one_left_out(option, capsys):
 
 def test_devices_in_capitals_and_all_backends(small, capsys):
     assert main(["--gpu", "CPU", "--backend", "auto", "--dry-run"]) == 0
-    assert " reference " in capsys.readouterr().out
+    assert " numba " in capsys.readouterr().out
 
 
 def test_an_interruption_while_optuna_is_loaded(monkeypatch, capsys):
@@ -589,7 +589,7 @@ def test_fault_54_a_foreign_profile_is_never_overwritten(tmp_path, capsys):
 def small(monkeypatch):
     """One small problem in place of the grid."""
     layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "float32", 4096)
-    problem = space.hash_problem(layout, "cpu", "float32", 64, 512, 32)
+    problem = space.Grid(layout, "cpu").step("float32", 64, 512, 32)
     monkeypatch.setattr(space, "COMMON", layout)
     monkeypatch.setattr(space, "problems", lambda *args, **kwargs: [problem])
     monkeypatch.setattr(capture, "TOKENS", 1024)
@@ -612,9 +612,9 @@ def test_a_short_run_writes_a_profile_and_its_path(small, tmp_path, monkeypatch,
     (selections,) = written.selections
     assert selections.source == "synthetic"
     assert selections.quality.achieved >= 0.95
-    backend = registry.load("reference")
+    backend = registry.load("numba")
     match = written.lookup(
-        "reference",
+        "numba",
         backend.kernel_hash("hash_attend"),
         small,
         backend.tunables("hash_attend", small),
@@ -628,30 +628,17 @@ def test_a_short_run_writes_a_profile_and_its_path(small, tmp_path, monkeypatch,
 def test_the_problems_are_those_that_calls_ask_for():
     """A key in the profile must be the `Problem` of a real call."""
     from hata import checks
-    from hata.backend import Budget
-    from tune.inputs import Inputs
+    from hata.measure.inputs import Inputs
 
-    backend = registry.load("reference")
+    backend = registry.load("numba")
     layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "bfloat16", 4096)
     for problem in space.problems(layout, "cpu", ["float32", "float16"], norms=True):
-        args, kwargs = (call := Inputs(backend, problem, pool=0).calls[0]).args, call.kwargs
-        budget = Budget(problem.k)
-        norms = kwargs.get("norms") if problem.op == "encode" else kwargs.get("key_norms")
-        if problem.op == "encode":
-            found = checks.encode(*args, None, None, norms)
-        elif problem.op == "hamming_topk":
-            found = checks.hamming_topk(args[0], args[1], budget, None, None, norms, False)
-        elif problem.op == "sparse_attend":
-            found = checks.sparse_attend(*args, None)
-        else:
-            none = (None,) * 4
-            found = checks.hash_attend(*args[:5], *none, 1, None, None, budget, norms, None)
-        assert found[1] == problem
+        assert checks.check(Inputs(backend, problem, pool=0).sets[0]).problem == problem
 
 
 def test_the_model_ranks_threads_and_floors_are_floors():
     machine = cost.Machine(bandwidth=10e3, flops=100e3, launch_us=10, workers=8)
-    problem = space.hash_problem(space.COMMON, "cpu", "float32", 128, 32768, 512)
+    problem = space.Grid(space.COMMON, "cpu").step("float32", 128, 32768, 512)
     one = cost.predict_us(problem, {"threads": "one", "chunk": 4096}, machine)
     every = cost.predict_us(problem, {"threads": "all", "chunk": 4096}, machine)
     assert cost.floor_us(problem, machine) < every < one
@@ -670,7 +657,7 @@ def test_sigkill_and_resume_measure_nothing_twice(tmp_path):
         from tune import capture, space
         from tune.__main__ import main
         layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "float32", 4096)
-        problem = space.hash_problem(layout, "cpu", "float32", 64, 512, 32)
+        problem = space.Grid(layout, "cpu").step("float32", 64, 512, 32)
         space.COMMON = layout
         space.problems = lambda *args, **kwargs: [problem]
         capture.TOKENS = 1024

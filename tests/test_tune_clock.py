@@ -1,5 +1,6 @@
 """The clock of a GPU, held against a `torch` whose GPU is a list of kernels."""
 
+import gc
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ import pytest
 
 pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
-import hata
+from hata.measure import clock
+from hata.measure.clock import CUDAClock
 from hata.problem import Problem
-from tune import cuda, measure
-from tune.inputs import Candidate
+from tune import worker
+from tune.race import Candidate, race
 
 ENCODE = Problem(
     op="encode", device="cpu", dtype="float32", projection_dtype="float32", head_dim=16, bits=32
@@ -115,91 +117,79 @@ class FakeGPU:
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGPU()
-    monkeypatch.setattr(cuda, "_torch", lambda: fake)
-    cuda._sweeps.cache_clear()
+    monkeypatch.setattr(clock, "_torch", lambda: fake)
+    clock._sweeps.cache_clear()
     yield fake
-    cuda._sweeps.cache_clear()
+    clock._sweeps.cache_clear()
 
 
-def simulated(gpu, us, sets=3):
-    """A candidate whose calls take `us` and note which set of inputs they were given."""
+class SimulatedInputs:
+    """Inputs whose calls take `us` and tell which set of them they were given."""
+
     problem = replace(ENCODE, device="cuda")
 
-    class Call:
-        op, args, kwargs = "encode", (), {}
+    def __init__(self, gpu, us, sets=3):
+        self.calls = [lambda n=n: gpu.kernel(f"set {n}", us) for n in range(sets)]
+        self.prepared = 0
 
-        def __init__(self, number):
-            self.number = number
-
-        def __call__(self):
-            gpu.kernel(f"set {self.number}", us)
-
-    inputs = SimpleNamespace(problem=problem, calls=[Call(n) for n in range(sets)])
-    return Candidate(inputs, {})  # type: ignore[arg-type]
+    def prepare(self):
+        self.prepared += len(self.calls)
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    calls = []
-    monkeypatch.setattr(hata, "prepare", lambda op, *_, **__: calls.append(op))
-    return calls
+def simulated(gpu, us):
+    return Candidate(SimulatedInputs(gpu, us), {})  # type: ignore[arg-type]
 
 
-def test_a_sample_is_the_time_of_a_call_without_its_sweep(gpu, prepared):
+def test_a_sample_is_the_time_of_a_call_without_its_sweep(gpu):
     backend = SimpleNamespace(name="any")
     candidates = [simulated(gpu, 25.0), simulated(gpu, 10.0)]
-    samples = measure.race(backend, candidates, seconds=0.0, least=5)  # type: ignore[arg-type]
+    samples = race(backend, candidates, seconds=0.0, least=5)  # type: ignore[arg-type]
     assert np.allclose(samples[0], 25.0)
     assert np.allclose(samples[1], 10.0)
     assert len(samples[0]) == len(samples[1]) == 5
     # More memory is read than the cache holds, before every call.
     assert gpu.largest >= 2 * gpu.L2
     # Each set of each candidate was prepared: nothing compiles in a capture.
-    assert len(prepared) == 6
+    assert [one.inputs.prepared for one in candidates] == [3, 3]
 
 
 def test_calls_take_turns_over_the_sets_behind_sweeps(gpu):
-    clock = cuda.Clock()
-    clock.add(simulated(gpu, 5.0).inputs.calls)
+    watch = CUDAClock()
+    watch.add(simulated(gpu, 5.0).inputs.calls)
     gpu.log.clear()
-    clock.sample(0)
+    watch.sample(0)
     first, second = (n for n, kernel in enumerate(gpu.log[:-1]) if kernel == "event")
     # The GPU has something to do while it is handed the graphs.
-    assert gpu.log[:first] == ["sweep"] * cuda.LEAD
-    assert gpu.log[first + 1 : second] == ["sweep"] * cuda.PAIRS
+    assert gpu.log[:first] == ["sweep"] * clock.LEAD
+    assert gpu.log[first + 1 : second] == ["sweep"] * clock.PAIRS
     pairs = gpu.log[second + 1 : -1]
-    assert pairs[::2] == ["sweep"] * cuda.PAIRS
-    assert pairs[1::2] == [f"set {n % 3}" for n in range(cuda.PAIRS)]
+    assert pairs[::2] == ["sweep"] * clock.PAIRS
+    assert pairs[1::2] == [f"set {n % 3}" for n in range(clock.PAIRS)]
 
 
-def test_the_time_of_the_host_is_in_no_sample(gpu, prepared):
+def test_the_time_of_the_host_is_in_no_sample(gpu):
     """Kernels shorter than their launches, and graphs that take long to hand over."""
     gpu.launch_us = 4.0
     candidates = [simulated(gpu, 25.0), simulated(gpu, 2.0)]
-    samples = measure.race(SimpleNamespace(name="any"), candidates, seconds=0.0)  # type: ignore[arg-type]
+    samples = race(SimpleNamespace(name="any"), candidates, seconds=0.0)  # type: ignore[arg-type]
     assert np.allclose(samples[0], 25.0)
     assert np.allclose(samples[1], 2.0)
 
 
 def test_a_call_that_costs_nothing_is_not_divided_by(gpu):
-    clock = cuda.Clock()
-    clock.add(simulated(gpu, 0.0).inputs.calls)
-    assert clock.sample(0) > 0
+    watch = CUDAClock()
+    watch.add(simulated(gpu, 0.0).inputs.calls)
+    assert watch.sample(0)[0] > 0
 
 
-def test_a_capture_that_fails_is_ended_and_told(gpu, prepared):
-    candidate = simulated(gpu, 1.0)
+def test_a_capture_that_fails_is_ended_and_told(gpu):
+    def failing():
+        raise RuntimeError("not while capturing")
 
-    class Failing:
-        op, args, kwargs = "encode", (), {}
-
-        def __call__(self):
-            raise RuntimeError("not while capturing")
-
-    candidate.inputs.calls[:] = [Failing()]
     with pytest.raises(RuntimeError, match="not while capturing"):
-        cuda.Clock().add(candidate.inputs.calls)
+        CUDAClock().add([failing])
     assert gpu.capturing is None
+    assert gc.isenabled()
 
 
 def test_a_lost_gpu_is_told_from_a_sound_one(monkeypatch):
@@ -208,8 +198,8 @@ def test_a_lost_gpu_is_told_from_a_sound_one(monkeypatch):
 
     fake = FakeGPU()
     monkeypatch.setitem(sys.modules, "torch", fake)
-    assert cuda.fault() is None
+    assert worker.gpu_fault() is None
     fake.synchronize = lost
-    assert cuda.fault() == "CUDA error: an illegal memory access was encountered"
+    assert worker.gpu_fault() == "CUDA error: an illegal memory access was encountered"
     fake.is_initialized = lambda: False
-    assert cuda.fault() is None
+    assert worker.gpu_fault() is None

@@ -14,15 +14,16 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
 import hata
 from hata import checks, registry
-from hata.backend import Backend, Budget
+from hata.backend import Backend
 from hata.device import Fingerprint
+from hata.measure import clock, inputs
+from hata.measure.inputs import Inputs, awkward_problem, sets_for
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import ahead, check, cost, cuda, inputs, session, space
+from tune import ahead, correctness, cost, session, space
 from tune.__main__ import main
 from tune.ahead import Ahead
-from tune.check import Checker
-from tune.inputs import Inputs, sets_for
+from tune.correctness import Checker
 from tune.worker import CRASH, MEMORY, Worker
 
 H200 = Fingerprint("cuda", "NVIDIA H200", 132, sm=90, smem_optin=232448, driver="580", cuda="13.0")
@@ -72,7 +73,7 @@ def test_every_step_that_a_gpu_is_tuned_for_is_one_that_users_call():
     assert len(set(found)) == len(found)
     assert {p.op for p in found[:7]} == set(hata.problem.OPS)
     assert found[0].heads == 32
-    backend = registry.load("reference")
+    backend = registry.load("numba")
     for wanted in found:
         # The same call on few keys and another device; neither is in the way of the rest.
         small = replace(
@@ -80,18 +81,7 @@ def test_every_step_that_a_gpu_is_tuned_for_is_one_that_users_call():
             projection_dtype=wanted.projection_dtype and "float32", slots=min(wanted.slots, 256),
             batch=min(wanted.batch, 2), tokens=min(wanted.tokens, 64), k=min(wanted.k, 64),
         )  # fmt: skip
-        args = Inputs(backend, small, pool=0).calls[0].args
-        if small.op == "encode":
-            seen = checks.encode(*args, None, None, None)
-        elif small.op == "hamming_topk":
-            seen = checks.hamming_topk(*args[:2], Budget(small.k), None, None, None, False)
-        elif small.op == "sparse_attend":
-            seen = checks.sparse_attend(*args, None)
-        else:
-            none = (None,) * 4
-            budget = Budget(small.k)
-            seen = checks.hash_attend(*args[:5], *none, 1, None, None, budget, None, None)
-        assert seen[1] == small
+        assert checks.check(Inputs(backend, small, pool=0).sets[0]).problem == small
 
 
 def test_memory_is_bounded():
@@ -112,32 +102,31 @@ def test_memory_is_bounded():
 @pytest.mark.parametrize("whole", [True, False], ids=["all", "corners"])
 def test_large_inputs_are_checked_at_their_corners(op, whole, monkeypatch):
     if not whole:
-        monkeypatch.setattr(check, "_MOST_SCORES", 0)
-        monkeypatch.setattr(check, "_MOST_VECTORS", 8)
+        monkeypatch.setattr(correctness, "_MOST_SCORES", 0)
+        monkeypatch.setattr(correctness, "_MOST_VECTORS", 8)
     monkeypatch.setattr(space, "LEAST_BUDGET", 32)
     layout = space.Layout("tiny", "synthetic", 2, 12, 3, 32, "float32", 4096)
     problem = replace(
         next(p for p in space.problems(layout, "cpu", ["float32"], norms=True) if p.op == op),
         batch=4, slots=512 if op != "encode" else 0, k=32 if op != "encode" else 0,
     )  # fmt: skip
-    backend = registry.load("reference")
-    with registry.use_backend("reference"):
+    backend = registry.load("numba")
+    with registry.use_backend("numba"):
         checker = Checker(backend, Inputs(backend, problem, pool=0))
         assert checker.fault(backend.default(problem)) is None
-        launcher = f"launch_{op}"
-        right = getattr(backend, launcher)
+        right = getattr(backend, op)
 
-        def wrong(*args):
-            result = right(*args)
+        def wrong(call):
+            result = right(call)
             first = result[0] if isinstance(result, tuple) else result
             # The last row and head, which are looked at wherever not all are.
             first[-1, -1, -1, -1] += 1
             return result
 
-        monkeypatch.setattr(backend, launcher, wrong)
+        monkeypatch.setattr(backend, op, wrong)
         registry.reset()
-        registry._state.backends["reference"] = backend
-        with registry.use_backend("reference"):
+        registry._state.backends["numba"] = backend
+        with registry.use_backend("numba"):
             told = checker.fault(backend.default(problem))
     assert told is not None
     assert not told.startswith("awkward")
@@ -149,8 +138,24 @@ def test_large_inputs_are_checked_at_their_corners(op, whole, monkeypatch):
 BACKEND = """
 import os, pathlib
 import numpy as np
-import tune.cuda
+import tune.worker
 from hata.backend import Backend
+
+class Kernel:
+    def __init__(self, how):
+        self.how = how
+
+    def load(self, device):
+        pass
+
+    def compile(self, sm):
+        if self.how == "exit":
+            os._exit(3)
+        if self.how == "full":
+            raise RuntimeError("does not compile")
+        seen = os.environ["CUDA_VISIBLE_DEVICES"]
+        folder = pathlib.Path(os.environ["MINE_FOLDER"])
+        (folder / self.how).write_text(f"{sm} {seen!r} {os.getpid()}")
 
 class Mine(Backend):
     name = "mine"
@@ -163,20 +168,13 @@ class Mine(Backend):
     def default(self, problem):
         return {"how": "right"}
 
-    def compile(self, problem, sm):
-        how = self.config(problem)["how"]
-        if how == "exit":
-            os._exit(3)
-        if how == "full":
-            raise RuntimeError("does not compile")
-        seen = os.environ["CUDA_VISIBLE_DEVICES"]
-        folder = pathlib.Path(os.environ["MINE_FOLDER"])
-        (folder / how).write_text(f"{sm} {seen!r} {os.getpid()}")
+    def kernels(self, call, sm=None):
+        return [Kernel(call.config["how"])]
 
-    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
-        how = self.config(problem)["how"]
+    def encode(self, call):
+        x, projection, how = call.x, call.projection, call.config["how"]
         if how == "illegal":
-            tune.cuda.fault = lambda: "CUDA error: an illegal memory access was encountered"
+            tune.worker.gpu_fault = lambda: "CUDA error: an illegal memory access was encountered"
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if how == "full":
             raise RuntimeError("Triton Error [CUDA]: out of memory")
@@ -184,7 +182,7 @@ class Mine(Backend):
         bits = x @ projection.repeat(group, axis=0) > 0
         return np.packbits(bits, axis=-1, bitorder="little")
 
-    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+    hamming_topk = sparse_attend = encode
 """
 
 
@@ -272,7 +270,7 @@ def test_what_is_needed_now_is_compiled_before_what_was_asked_for(monkeypatch):
     class Able:
         name = "able"
 
-        def compile(self, problem, sm):
+        def kernels(self, call, sm=None):
             pass
 
     pool = Pool()
@@ -301,7 +299,7 @@ def test_what_a_check_runs_is_compiled_ahead():
     worker = SimpleNamespace(check=lambda problem, config: None)
     evaluator = session._Evaluator("mine", worker, compiler, ENCODE)  # type: ignore[arg-type]
     evaluator.expect([{"how": "right"}, {"how": "full"}])
-    both = [ENCODE, check.awkward_problem(ENCODE)]
+    both = [ENCODE, awkward_problem(ENCODE)]
     assert [problem for problem, _ in asked] == both * 2
     assert [config["how"] for _, config in asked] == ["right", "right", "full", "full"]
     evaluator.check({"how": "full"})
@@ -310,11 +308,13 @@ def test_what_a_check_runs_is_compiled_ahead():
 
 def test_a_backend_that_compiles_nothing_ahead_starts_no_process(monkeypatch):
     monkeypatch.setattr(ahead, "ProcessPoolExecutor", None)
-    backend = registry.load("reference")
-    assert type(backend).compile is Backend.compile
-    with Ahead([backend], 90) as compiler:
+
+    class Plain:
+        name, kernels = "plain", Backend.kernels
+
+    with Ahead([Plain()], 90) as compiler:  # type: ignore[list-item]
         for ask in (compiler.begin, compiler.prefer, compiler.wait):
-            ask("reference", [(ENCODE, {})])
+            ask("plain", [(ENCODE, {})])
 
 
 SIMULATED = """
@@ -322,7 +322,9 @@ import importlib.util, sys
 import numpy as np
 import torch
 from hata.backend import Backend
-from tune import cost, cuda, inputs
+from hata.measure import clock, inputs
+from hata.measure.arrays import TorchKit
+from tune import cost
 
 def load(path):
     spec = importlib.util.spec_from_file_location("tests", path)
@@ -332,13 +334,16 @@ def load(path):
 
 gpu = load(CLOCK).FakeGPU()
 search = load(SEARCH)
-cuda._torch = lambda: gpu
+clock._torch = lambda: gpu
 cost._calibrate_cuda = lambda launch: cost.Machine(4e6, 300e6, launch, 132)
+inputs.kit_for = lambda *_: TorchKit(torch.device("cpu"))
 
-def stand_in(self, backend, device, dtype):
-    self.device, self.name, self._torch = torch.device("cpu"), "torch", torch
+class Kernel:
+    def load(self, device):
+        pass
 
-inputs.Arrays.__init__ = stand_in
+    def compile(self, sm):
+        assert sm == 90
 
 class Simulated(Backend):
     name = "simulated"
@@ -354,11 +359,11 @@ class Simulated(Backend):
     def unsupported(self, problem):
         return [] if problem.op == "encode" else ["only encode"]
 
-    def compile(self, problem, sm):
-        assert sm == 90
+    def kernels(self, call, sm=None):
+        return [Kernel()]
 
-    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
-        config = self.config(problem)
+    def encode(self, call):
+        x, projection, config = call.x, call.projection, call.config
         if config["n4"] == 8:
             raise RuntimeError("planted failure")
         # Next to nothing is the call by which launches are measured.
@@ -372,7 +377,7 @@ class Simulated(Backend):
         codes = torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little"))
         return codes ^ 1 if config["n5"] == 2 else codes
 
-    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+    hamming_topk = sparse_attend = encode
 """
 
 
@@ -394,17 +399,17 @@ def test_a_whole_run_on_a_simulated_gpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "p.yaml"
     arguments = ["--gpu", "h200", "--backend", "simulated", "--quick", "--out", str(out)]
     # This process loads the stand-in too, for the plan.
-    kept = cuda._torch, cost._calibrate_cuda, inputs.Arrays.__init__
+    kept = clock._torch, cost._calibrate_cuda, inputs.kit_for
     try:
         assert main([*arguments, "--storage", str(tmp_path / "s.db")]) == 0
     finally:
-        cuda._torch, cost._calibrate_cuda, inputs.Arrays.__init__ = kept
+        clock._torch, cost._calibrate_cuda, inputs.kit_for = kept
         registry.reset()
         sys.modules.pop("simulated_gpu", None)
     told = capsys.readouterr()
     assert told.out.splitlines()[-1] == str(out)
     assert "planted failure" in told.err
-    assert "bytes of codes are wrong" in told.err
+    assert "bits of codes are wrong" in told.err
     found = Profile.load(out)
     assert found.fingerprint.name == "NVIDIA H200"
     assert found.measured.method == "cuda_graph"
@@ -427,22 +432,21 @@ def test_the_bench_checks_triton_kernels_in_the_interpreter(repo_root):
 from dataclasses import replace
 import torch
 from hata import registry
-from tune import check, inputs, space
+from hata.measure import inputs
+from hata.measure.arrays import TorchKit
+from tune import correctness, space
 from tune.worker import Bench
 
-def stand_in(self, backend, device, dtype):
-    # A device that is not called "cpu" and is one all the same.
-    self.device, self.name, self._torch = torch.device("cpu"), "torch", torch
-
-inputs.Arrays.__init__ = stand_in
-check._MOST_SCORES, check._MOST_VECTORS = 0, 4
+# A device that is not called "cpu" and is one all the same.
+inputs.kit_for = lambda *_: TorchKit(torch.device("cpu"))
+correctness._MOST_SCORES, correctness._MOST_VECTORS = 0, 4
 layout = space.Layout("tiny", "synthetic", 2, 6, 3, 16, "float32", 4096)
 bench, backend = Bench("triton", pool=0), registry.load("triton")
 for p in space.problems(layout, "cuda", ["float32"], quick=True, norms=True)[1:]:
     p = replace(p, batch=min(p.batch, 2), tokens=min(p.tokens, 8), slots=min(p.slots, 128),
                 k=min(p.k, 16))
-    held = bench._problem(p)
-    assert all(x.device.type == "cpu" for x in held.inputs.calls[0].args if hasattr(x, "device"))
+    arrays = bench.inputs(p).sets[0].arrays().values()
+    assert all(x.device.type == "cpu" for x in arrays if x is not None)
     print(p.op, bench.check(p, backend.default(p)))
 """
     done = subprocess.run(

@@ -10,13 +10,14 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
 from hata import registry
 from hata.problem import Problem
-from tune import cost, propose, search, session, space
+from tune import cost, propose, search, session, space, studies
 from tune.space import Space
 from tune.worker import Failure
 
 ENCODE = Problem(
     op="encode", device="cpu", dtype="float32", projection_dtype="float32", head_dim=16, bits=32
 )
+STEPS = space.Grid(space.COMMON, "cuda")
 KNOBS = (*((f"n{i}", (1, 2, 4, 8, 16)) for i in range(6)), ("way", (False, True)))
 LARGE = Space(KNOBS)
 MIDDLE = {**{f"n{i}": 4 for i in range(6)}, "way": False}
@@ -68,7 +69,7 @@ def test_what_won_on_problems_like_it_is_tried_first():
         replace(problem, tokens=4096, bits=64): {**MIDDLE, "n2": 8},
         # Not a configuration here, and another op.
         replace(problem, tokens=2048): {"other": 1},
-        space.hash_problem(space.COMMON, "cuda", "bfloat16", 128, 4096, 512): {**MIDDLE, "n3": 8},
+        STEPS.step("bfloat16", 128, 4096, 512): {**MIDDLE, "n3": 8},
     }
     found = [LARGE.config(n) for n in propose.winners(problem, LARGE, won)]
     assert found == [{**MIDDLE, "n1": 8}, {**MIDDLE, "n0": 8}, {**MIDDLE, "n2": 8}]
@@ -82,8 +83,8 @@ def test_where_time_is_short_every_backend_has_the_same_problems(monkeypatch):
     run = object.__new__(session._Session)
     # One of them cannot run the second problem.
     of_b = [problems[0], *problems[2:]]
-    run.plan = SimpleNamespace(backends=names, problems={"a": problems, "b": of_b})  # type: ignore[assignment]
-    run.effort, run.entries, run.skipped = space.Effort(1e-9, 1), [], []
+    run.task = SimpleNamespace(backends=names, problems={"a": problems, "b": of_b})  # type: ignore[assignment]
+    run.effort, run.settled, run.skipped = space.Effort(1e-9, 1), {}, []
     run.report = SimpleNamespace(advance=lambda: None)  # type: ignore[assignment]
     tuned: list[tuple[str, int]] = []
     monkeypatch.setattr(run, "_look_ahead", lambda queue: None)
@@ -92,7 +93,7 @@ def test_where_time_is_short_every_backend_has_the_same_problems(monkeypatch):
 
     def tune(backend, problem, *_):
         tuned.append((backend.name, problems.index(problem)))
-        run.entries.append(problem)
+        run.settled[backend.name, problem] = None
 
     monkeypatch.setattr(run, "_tune", tune)
     queue = run._queue({"a", "b"})
@@ -120,8 +121,8 @@ class OnPaper:
 
 
 def test_a_large_space_is_searched_from_the_default_and_nothing_is_wasted(tmp_path):
-    storage = search.open_storage(f"sqlite:///{tmp_path}/s.db")[0]
-    study = search.open_study(storage, "s", resume=False)
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/s.db")[0]
+    study = studies.open_study(storage, "s", resume=False)
     problem = replace(ENCODE, device="cuda")
     machine = cost.Machine(4e6, 300e6, 3.0, 132)
     evaluator = OnPaper()
@@ -142,7 +143,7 @@ def test_a_large_space_is_searched_from_the_default_and_nothing_is_wasted(tmp_pa
 
 def test_shares_that_do_not_fill_a_gpu_look_slow():
     machine = cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132)
-    problem = space.hash_problem(space.COMMON, "cuda", "bfloat16", 128, 131072, 2048)
+    problem = STEPS.step("bfloat16", 128, 131072, 2048)
     us = [cost.predict_us(problem, {"parts": n, "splits": 32}, machine) for n in (1, 4, 16, 32)]
     assert us == sorted(us, reverse=True)
     floor = cost.floor_us(problem, machine)

@@ -4,20 +4,19 @@ It finds the fastest right configuration of every kernel on this machine, then t
 selection (bits, budget, sink, recent) of every layer that keeps the attention a model needs, and
 writes both to a profile. What each file knows:
 
-- `plan`: the command line held against what is here
+- `task`: the command line held against what is here
 - `space`: which problems are tuned, and the knobs of each
 - `cost`: how long a problem must take, and which configurations look good on paper
-- `inputs`: what a problem is checked and timed on
-- `measure`: the race of candidates, and the clock; `cuda`: the clock of a GPU
 - `propose`: which configurations are tried; `ahead`: compiles them before they are
-- `check`: whether a configuration's results are right
-- `worker`: runs the two above in a process that may crash or hang
+- `correctness`: whether a configuration's results are right; `race`: how fast it is
+- `worker`: runs the two in a process that may crash or hang
 - `search`: Optuna; `database`: the file its studies lie in; `verdict`: who wins
 - `capture`: what the layers of a model attend with
 - `quality`: how much of it a selection keeps; `selections`: which one each layer gets
 - `session`: what happens in which order, and what is written when
-- `report`: what people see
+- `console`: what people see
 - `__main__`: the command line
 
 Nothing imports this package; it uses the public parts of `hata` and reaches kernels by name only.
+Inputs, clocks and tolerances are those of `hata.measure`.
 """

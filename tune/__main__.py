@@ -35,72 +35,54 @@ def parser() -> argparse.ArgumentParser:
         description="Find the fastest right configuration of every kernel on this machine, and "
         "the cheapest selection that keeps a model's attention; write both to a profile.",
     )
-    made.add_argument(
-        "--gpu",
-        default="auto",
-        metavar="auto|cpu|NAME",
+    option = made.add_argument
+    option(
+        "--gpu", default="auto", metavar="auto|cpu|NAME",
         help="what to tune for: what is here (default), the CPU, or a GPU by name, such as h200, "
         "which must be here",
-    )
-    made.add_argument("--backend", metavar="B", help="tune this backend only (default: auto, all)")
-    made.add_argument(
-        "--model",
-        metavar="PATH",
+    )  # fmt: skip
+    option("--backend", metavar="B", help="tune this backend only (default: auto, all)")
+    option(
+        "--model", metavar="PATH",
         help="folder of a transformers model: tune for its heads, and choose what its layers "
         "attend to",
-    )
-    made.add_argument(
-        "--encoder",
-        metavar="FILE",
+    )  # fmt: skip
+    option(
+        "--encoder", metavar="FILE",
         help='encoder of the model, or "random" (default: random, 256 bits, seed 0)',
-    )
-    made.add_argument(
-        "--text",
-        nargs="+",
-        metavar="FILE",
+    )  # fmt: skip
+    option(
+        "--text", nargs="+", metavar="FILE",
         help="what the model reads while its queries and keys are captured: files, or folders of "
         "text files; some 4,096 tokens at least",
-    )
-    made.add_argument(
-        "--quality",
-        type=float,
-        default=QUALITY,
-        metavar="Q",
+    )  # fmt: skip
+    option(
+        "--quality", type=float, default=QUALITY, metavar="Q",
         help="share of the attention mass of exact top-k that a selection must keep at the same "
         f"budget (default {QUALITY})",
-    )
-    made.add_argument("--quick", action="store_true", help="a few problems, a short search")
-    made.add_argument(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        help="time for the search of kernels (default "
-        f"{_efforts('seconds')}); a problem that has begun is finished",
-    )
-    made.add_argument(
-        "--trials",
-        type=int,
-        metavar="N",
+    )  # fmt: skip
+    option("--quick", action="store_true", help="a few problems, a short search")
+    option(
+        "--budget", type=float, metavar="SECONDS",
+        help=f"time for the search of kernels (default {_efforts('seconds')}); a problem that has "
+        "begun is finished",
+    )  # fmt: skip
+    option(
+        "--trials", type=int, metavar="N",
         help=f"configurations to measure for each problem (default {_efforts('trials')})",
-    )
-    made.add_argument(
-        "--storage",
-        metavar="URL",
+    )  # fmt: skip
+    option(
+        "--storage", metavar="URL",
         help="database of the studies: an SQLite file or a URL that Optuna takes (default: a file "
         "in the user's cache folder)",
-    )
-    made.add_argument(
-        "--resume", action="store_true", help="go on with what was measured in the storage"
-    )
-    made.add_argument(
-        "--out",
-        metavar="FILE",
+    )  # fmt: skip
+    option("--resume", action="store_true", help="go on with what was measured in the storage")
+    option(
+        "--out", metavar="FILE",
         help="profile to write, merged with what it holds (default: this device's profile in the "
         "user's cache folder, which hata finds by itself)",
-    )
-    made.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and write nothing"
-    )
+    )  # fmt: skip
+    option("--dry-run", action="store_true", help="say what would be done, and write nothing")
     return made
 
 
@@ -112,17 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Optuna is loaded here, so that `--help` works without it.
             from tune import session
         except ImportError as error:
-            return _refuse(f"needs {error.name or error}; pip install 'hata-attention[tune]'")
+            return _told(f"error: needs {error.name or error}; pip install 'hata-attention[tune]'")
         return session.run(options)
     except KeyboardInterrupt:
-        print(
-            "hata tune: interrupted; what was measured is kept, go on with the same command and "
-            "--resume",
-            file=sys.stderr,
-        )
-        return 130
+        kept = "what was measured is kept, go on with the same command and --resume"
+        return _told(f"interrupted; {kept}", 130)
     except HataError as error:
-        return _refuse(str(error))
+        return _told(f"error: {error}")
     except BrokenPipeError:
         # `hata tune --dry-run | head` closes early; what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -132,17 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HATA_DEBUG"):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
-        print(
-            f"hata tune: internal error: {type(error).__name__}: {text}; set HATA_DEBUG=1 to see "
-            "where",
-            file=sys.stderr,
-        )
-        return 1
+        where = "set HATA_DEBUG=1 to see where"
+        return _told(f"internal error: {type(error).__name__}: {text}; {where}", 1)
 
 
-def _refuse(message: str) -> int:
-    print(f"hata tune: error: {message}", file=sys.stderr)
-    return 2
+def _told(message: str, code: int = 2) -> int:
+    print(f"hata tune: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from hata import registry
-from hata.backend import Backend, Config, use_config
+from hata.backend import Backend, Config
+from hata.measure.clock import cores
 from hata.problem import Problem
 from tune.worker import die_with
 
@@ -40,7 +41,7 @@ class Ahead:
     """Compiles configurations in other processes, which start at the first of them.
 
     Args:
-        backends: Whose kernels they are; those that cannot compile ahead are left alone.
+        backends: Whose kernels they are; those that list none are left alone.
         sm: Compute capability of the GPU; `None` where there is none.
         processes: How many; `None`: as many as there are cores, within reason.
     """
@@ -48,11 +49,10 @@ class Ahead:
     def __init__(
         self, backends: Iterable[Backend], sm: int | None, processes: int | None = None
     ) -> None:
-        able = {b.name for b in backends if type(b).compile is not Backend.compile}
+        able = {b.name for b in backends if type(b).kernels is not Backend.kernels}
         self._names = able if sm is not None else set()
         self._sm = sm or 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self._processes = processes or max(min(cores - _SPARE_CORES, MOST_PROCESSES), 1)
+        self._processes = processes or max(min(cores() - _SPARE_CORES, MOST_PROCESSES), 1)
         self._pool: ProcessPoolExecutor | None = None
         self._jobs: dict[_Key, Future] = {}
 
@@ -133,8 +133,7 @@ def _begin(parent: int) -> None:
     die_with(parent)
     os.nice(_NICE)
     # Before any framework is loaded: the GPU belongs to the one that measures.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["HATA_PROFILE"] = "none"
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HATA_PROFILE": "none"}
 
 
 _backends: dict[str, Backend] = {}
@@ -143,5 +142,6 @@ _backends: dict[str, Backend] = {}
 def _compile(name: str, problem: Problem, config: tuple, sm: int) -> None:
     # A backend is asked to compile where it could not run: `registry.load` would refuse it.
     backend = _backends.get(name) or _backends.setdefault(name, registry.class_of(name)())
-    with contextlib.suppress(Exception), use_config(name, problem.op, dict(config)):
-        backend.compile(problem, sm)
+    with contextlib.suppress(Exception):
+        for kernel in backend.ahead(problem, dict(config), sm):
+            kernel.compile(sm)

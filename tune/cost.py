@@ -12,33 +12,27 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from hata.backend import Backend, Config, use_config
+from hata.measure.clock import CPUSweep
+from hata.measure.inputs import Inputs
 from hata.problem import Problem
-from tune.inputs import Candidate, Inputs, last_cache_bytes
-from tune.measure import race
+from tune.race import Candidate, race
 
 SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "": 0}
 # Cost of handing out one piece of work, in µs: an atomic counter and its cache line.
 _PIECE_US = 0.3
 # Cost of one more share of a row on a GPU, in µs: its part of a merge.
 _SHARE_US = 0.01
-# Knobs that say into how large pieces work is cut, and along what.
-_ALONG_KEYS = ("chunk",)
-_ALONG_TOKENS = ("block",)
-_ALONG_BUDGET = ("tile",)
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(NamedTuple):
     """Constants of a machine.
 
     Attributes:
@@ -54,45 +48,40 @@ class Machine:
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What one call has to do.
 
     Attributes:
-        read: Bytes from memory.
+        read: Bytes from memory, all in all.
         flops: Multiply-adds.
         popcounts: 64-bit popcounts of the direct way.
+        gather: Of the bytes those of selected rows.
     """
 
     read: float
     flops: float
-    popcounts: float
+    popcounts: float = 0.0
+    gather: float = 0.0
 
 
 def work(problem: Problem) -> Work:
     """What a problem has to do, with a full cache."""
     p = problem
-    size = SIZE[p.dtype]
-    rows = p.batch * p.tokens
+    size, rows = SIZE[p.dtype], p.batch * p.tokens
     projection = p.kv_heads * p.head_dim * p.bits * SIZE[p.projection_dtype]
+    encode = rows * p.heads * p.head_dim * p.bits
     if p.op == "encode":
         vectors = rows * p.heads
-        return Work(
-            vectors * (p.head_dim * size + p.bits // 8) + projection,
-            vectors * p.head_dim * p.bits,
-            0,
-        )
-    scan_bytes = p.batch * p.kv_heads * p.slots * (p.bits // 8 + 2 * p.norms)
+        return Work(vectors * (p.head_dim * size + p.bits // 8) + projection, encode)
+    scan = p.batch * p.kv_heads * p.slots * (p.bits // 8 + 2 * p.norms)
     popcounts = rows * p.heads * p.slots * p.bits / 64
-    taken = min(p.k, p.slots)
-    gather = rows * p.kv_heads * taken * (p.head_dim + p.value_dim) * size
-    attend = rows * p.heads * taken * (p.head_dim + p.value_dim)
     if p.op == "hamming_topk":
-        return Work(scan_bytes, 0, popcounts)
+        return Work(scan, 0, popcounts)
+    taken = rows * min(p.k, p.slots) * (p.head_dim + p.value_dim)
+    gather, attend = taken * p.kv_heads * size, taken * p.heads
     if p.op == "sparse_attend":
-        return Work(gather, attend, 0)
-    encode = rows * p.heads * p.head_dim * p.bits
-    return Work(scan_bytes + gather + projection, attend + encode, popcounts)
+        return Work(gather, attend, gather=gather)
+    return Work(scan + gather + projection, attend + encode, popcounts, gather)
 
 
 def floor_us(problem: Problem, machine: Machine) -> float:
@@ -103,9 +92,8 @@ def floor_us(problem: Problem, machine: Machine) -> float:
 
 def predict_us(problem: Problem, config: Config, machine: Machine) -> float:
     """Microseconds that a configuration should take. Knobs without a known meaning are free."""
-    if problem.device == "cuda":
-        return _predict_gpu_us(problem, config, machine)
-    return _predict_cpu_us(problem, config, machine)
+    predict = _predict_gpu_us if problem.device == "cuda" else _predict_cpu_us
+    return predict(problem, config, machine)
 
 
 def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float:
@@ -113,11 +101,8 @@ def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float
     todo = work(problem)
     heads = problem.heads if problem.per_head else problem.kv_heads
     rows = problem.batch * problem.tokens * heads
-    taken = min(problem.k, problem.slots) or 1
-    gather = 0.0
-    if problem.op in ("sparse_attend", "hash_attend"):
-        size = SIZE[problem.dtype] * (problem.head_dim + problem.value_dim)
-        gather = rows * taken * size / machine.bandwidth
+    # Where a selection is per head, rows are gathered for each of them.
+    gather = todo.gather / problem.kv_heads * heads / machine.bandwidth
     streamed = max(todo.read / machine.bandwidth - gather, todo.flops / machine.flops)
 
     def stretched(us: float, name: str) -> float:
@@ -143,14 +128,15 @@ def _predict_cpu_us(problem: Problem, config: Config, machine: Machine) -> float
     popcount_us = todo.popcounts * min(planes, 1.0) * 2 / machine.flops
     # Cores do not compute while they wait for scattered rows, so the two add up.
     busy = (todo.read / machine.bandwidth + todo.flops / machine.flops + popcount_us) / share
-    lengths = {
-        **dict.fromkeys(_ALONG_KEYS, problem.slots),
-        **dict.fromkeys(_ALONG_TOKENS, problem.tokens),
-        **dict.fromkeys(_ALONG_BUDGET, min(problem.k, problem.slots)),
+    # Knobs that say into how large pieces work is cut, and along what.
+    along = {
+        "chunk": problem.slots,
+        "block": problem.tokens,
+        "tile": min(problem.k, problem.slots),
     }
     cut_us = 0.0
     for name, value in config.items():
-        length = lengths.get(name)
+        length = along.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0 and length:
             pieces = problem.batch * problem.kv_heads * math.ceil(length / value)
             waves = math.ceil(pieces / workers)
@@ -165,17 +151,13 @@ def calibrate(backend: Backend, device: str) -> Machine:
     launch = _launch_us(backend, device)
     if device == "cuda":
         return _calibrate_cuda(launch)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or 1
-    # A buffer for every worker, together beyond the last cache as far as memory is cheap.
-    size = min(2 * last_cache_bytes(), 512 << 20) // workers // 8
-    data = [np.ones(size, np.float64) for _ in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
-        seconds = _best(lambda: list(pool.map(np.max, data)), 0.5)
-    bandwidth = workers * size * 8 / (seconds * 1e6)
-    a = np.ones((768, 768), np.float32)
-    flops = 768**3 / (_best(lambda: a @ a, 0.3) * 1e6)
-    return Machine(bandwidth, flops, launch, workers)
+    sweep, a = CPUSweep(), np.ones((768, 768), np.float32)
+    return Machine(
+        bandwidth=sweep.bytes / (_best(sweep, 0.5) * 1e6),
+        flops=768**3 / (_best(lambda: a @ a, 0.3) * 1e6),
+        launch_us=launch,
+        workers=sweep.cores,
+    )
 
 
 def _calibrate_cuda(launch: float) -> Machine:

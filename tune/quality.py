@@ -9,23 +9,22 @@ the same budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import hata
-from hata import registry
+from hata import checks, registry
 from hata.backend import Backend, use_config
+from hata.call import Encode, HammingTopK
 from hata.encoder import Encoder
 from hata.encoder_layer import Hidden, features
 from hata.evaluate.mass import group_mass, hidden_keys
-from hata.problem import Problem
+from hata.measure.arrays import kit_for
+from hata.measure.inputs import public
 from hata.selection import Selection
 from tune.capture import Probe
-from tune.measure import Arrays
 
 # Budgets as shares of the context, 1/64 being what HATA uses for long ones.
 SHARES = (64, 32, 16, 8, 4)
@@ -65,11 +64,8 @@ class Gauge:
     def __init__(
         self, backend: Backend, device: str, probe: Probe, encoder: Encoder, layer: int
     ) -> None:
-        self._backend = backend
-        self._arrays = Arrays(backend, device, "float32")
-        self._device = device
-        self._encoder, self._layer = encoder, layer
-        self._probe = probe
+        self._backend, self._kit = backend, kit_for(backend, device, "float32")
+        self._probe, self._encoder, self._layer = probe, encoder, layer
         self._mass, self._exact = _masses(probe)
         self._codes: dict[int, tuple[Any, Any, Any]] = {}
 
@@ -78,60 +74,40 @@ class Gauge:
         if bits not in self._codes:
             self._codes[bits] = self._encode(bits)
         q_codes, k_codes, norms = self._codes[bits]
-        with self._configured("hamming_topk", bits):
-            indices = self._arrays.read(
-                hata.hamming_topk(q_codes, k_codes, k, sink=sink, recent=recent, key_norms=norms)
-            )
+        call = HammingTopK(q_codes, k_codes, key_norms=norms, k=k, sink=sink, recent=recent)
+        indices = self._kit.get(self._run(call))
         kept = np.take_along_axis(self._mass, np.maximum(indices, 0).astype(np.int64), axis=-1)
         retained = float(np.where(indices >= 0, kept, 0).sum(-1).mean())
         return Point(bits, k, sink, recent, retained, float(self._exact[k - 1]))
 
     def _encode(self, bits: int) -> tuple[Any, Any, Any]:
         heads = self._probe.keys.shape[1]
-        encoder, layer = self._encoder, self._layer
+        encoder, layer, put = self._encoder, self._layer, self._kit.put
         query = encoder.query(layer, bits)
         keys = (encoder.projection(layer, bits), encoder.bias(layer, bits), encoder.hidden[layer])
-        make = self._arrays.make
+        own = keys if query is None else (query.projection, query.bias, query.hidden)
         norms = None
         if encoder.key_norms:
-            norms = make(np.empty(self._probe.keys.shape[:3], np.float16))
+            norms = put(np.zeros(self._probe.keys.shape[:3], np.float16))
 
         def codes(x: np.ndarray, side: tuple[Any, Any, Any], norms: Any = None) -> Any:
             projection, bias, hidden = side
             # The synthetic set has the first KV heads only.
             cut = slice(len(projection) * heads // encoder.shape.kv_heads)
             before = [Hidden(weight[cut], offset[cut]) for weight, offset in hidden]
-            given = make(features(x, before, len(projection[cut])))
-            offset = None if bias is None else make(bias[cut].astype(np.float32))
-            made = make(projection[cut].astype(np.float32))
-            return hata.encode(given, made, offset, norms=norms)
+            given = put(features(x, before, len(projection[cut])))
+            offset = None if bias is None else put(bias[cut].astype(np.float32))
+            made = put(projection[cut].astype(np.float32))
+            return self._run(Encode(given, made, offset, norms=norms))
 
-        with self._configured("encode", bits):
-            own = None if query is None else (query.projection, query.bias, query.hidden)
-            q_codes = codes(self._probe.q, own or keys)
-            k_codes = codes(self._probe.keys, keys, norms)
-        return q_codes, k_codes, norms
+        return codes(self._probe.q, own), codes(self._probe.keys, keys, norms), norms
 
-    @contextmanager
-    def _configured(self, op: str, bits: int) -> Iterator[None]:
-        """This backend with its defaults, whatever profile is in force."""
-        batch, heads, tokens, size = self._probe.q.shape
-        problem = Problem(
-            op=op,
-            device=self._device,
-            dtype="float32" if op == "encode" else "uint8",
-            heads=heads,
-            kv_heads=self._probe.keys.shape[1],
-            head_dim=size if op == "encode" else 0,
-            bits=bits,
-            batch=batch,
-            tokens=tokens,
-            slots=0 if op == "encode" else self._probe.keys.shape[2],
-            norms=self._encoder.key_norms,
-        )
-        name = self._backend.name
-        with registry.use_backend(name), use_config(name, op, self._backend.default(problem)):
-            yield
+    def _run(self, call: Any) -> Any:
+        """A call on this backend with its default, whatever profile is in force."""
+        name, problem = self._backend.name, checks.check(call).problem
+        default = self._backend.default(problem)
+        with registry.use_backend(name), use_config(name, problem.op, default):
+            return public(call)()
 
 
 def _masses(probe: Probe) -> tuple[np.ndarray, np.ndarray]:

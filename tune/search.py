@@ -1,73 +1,52 @@
-"""The search: Optuna studies, and the rules by which a winner is chosen.
+"""The search of one problem, in one study (`tune.studies`), and when it ends.
 
-The only file that knows Optuna. One study per problem, in an SQLite file (or any database Optuna
-speaks to), named after the device, the kernel sources and the problem, so that it can be continued:
-
-- a trial checks one configuration and times it in turns with the default; its value is the ratio
-  of the two, which a machine that slows down does not change;
-- a configuration that was measured is never measured again, its stored value is told;
-- one that fails is a finished trial with a violated constraint and a typed failure, never chosen;
-- trials of a process that is gone (no heartbeat, or no such process) are queued again, a few times.
+- A trial checks one configuration and times it in turns with the default; its value is the ratio
+  of the two, which a machine that slows down does not change.
+- A configuration that was measured is never measured again, its stored value is told.
+- One that fails is a finished trial with a violated constraint and a typed failure, never chosen.
 
 The winner is settled by a last race of the best few against the default (`tune.verdict`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import socket
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import optuna
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, OptunaError
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
 from hata.backend import Config
-from tune.database import StorageError, damage, foreign, move_aside, sqlite_path
-from tune.measure import Timing
+from hata.measure.clock import timing_of
 from tune.propose import climb
 from tune.space import Space
-from tune.verdict import Verdict, decide, from_json, to_json
+from tune.studies import RETRIES, owner, result_of
+from tune.verdict import Verdict, decide, from_json
 from tune.worker import CRASH, CandidateFailed, Failure
 
-SEED = 0
 # How near the floor is near enough.
 NEAR_FLOOR = 1.05
 FINALISTS = 3
 # A few candidates are always tried: time may be short, or a floor measured on a busy machine high.
 LEAST_TRIALS = 6
 REPEATS = 10
-RETRIES = 2
-HEARTBEAT_SECONDS = 5
 # Value of a trial that failed; its constraint says so, the value only has to be a bad one.
 _FAILED = 1e3
 
 
-class DefaultFailed(Exception):
+class DefaultFailed(CandidateFailed):
     """The default configuration of a problem fails, so there is nothing to compare with."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(str(failure))
-        self.failure = failure
 
 
 class Evaluator(Protocol):
     """What runs configurations of one problem."""
 
     def check(self, config: Config) -> Failure | None:
-        """Whether a configuration's results are right; `None` if they are."""
+        """What is wrong with a configuration; `None` if its results are right."""
 
     def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
         """Microseconds of each configuration, one sample a round; may raise `CandidateFailed`."""
@@ -77,8 +56,7 @@ class Evaluator(Protocol):
         """Told which configurations come next, to make ready for them."""
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """When the search of one problem ends.
 
     Attributes:
@@ -90,150 +68,6 @@ class Limits:
     trials: int = 40
     seconds: float = 30.0
     sample_seconds: float = 0.08
-
-
-@contextlib.contextmanager
-def _experimental() -> Iterator[None]:
-    """Heartbeats and their callback are marked experimental; everything else may still warn."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r".*(heartbeat|Heartbeat).*experimental", category=ExperimentalWarning
-        )
-        yield
-
-
-def _retry() -> RetryHeartbeatStaleTrialCallback:
-    with _experimental():
-        return RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-
-
-def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
-    """Open a database; a broken SQLite file is moved aside.
-
-    Args:
-        url: Of `tune.database.storage_url`.
-        ours: It is a file of the user's cache folder, so that whatever lies there may be moved.
-
-    Returns:
-        The storage, and what people should be told (`""` for nothing).
-
-    Raises:
-        StorageError: it cannot be opened or written, or is a file of something else.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    message = ""
-    path = sqlite_path(url)
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"storage: {path.parent} cannot be made ({error.strerror}); name another with "
-                "--storage"
-            ) from None
-        if not ours and (why := foreign(path)):
-            raise StorageError(
-                f"--storage: {path} {why}, and was left as it is; name another file, or a new one"
-            )
-        broken = damage(path)
-        if broken:
-            moved = move_aside(path)
-            message = f"{path} is damaged ({broken}); it was moved to {moved}, a new one begins"
-    try:
-        with _experimental():
-            storage = RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                heartbeat_stale_trial_callback=_retry(),
-            )
-    except (
-        SQLAlchemyError,
-        OptunaError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(
-            f"storage: {url} cannot be opened ({reason}); check it, or name another with --storage"
-        ) from None
-    if path is not None:
-        # A kill loses nothing without the syncs, and after a power cut a broken file is replaced.
-        event.listen(storage.engine, "connect", _do_not_sync)
-        storage.engine.dispose()
-    return storage, message
-
-
-def _do_not_sync(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA synchronous = OFF")
-
-
-def digest(*parts: object) -> str:
-    """A short name for values that print the same wherever they are equal."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def open_study(storage: RDBStorage, name: str, *, resume: bool, notes: str = "") -> optuna.Study:
-    """The study of a name: the latest run of it to go on with, or a new run beside the others.
-
-    Args:
-        storage: Where it lies.
-        name: Without the number of the run.
-        resume: Go on with the latest run, if there is one.
-        notes: What it is about, for people who look into the database.
-    """
-    runs = _runs(storage, name)
-    run = max(runs, default=0)
-    sampler = optuna.samplers.TPESampler(seed=SEED)
-    if resume and runs:
-        study = optuna.load_study(study_name=f"{name}#{run}", storage=storage, sampler=sampler)
-        # The seed's first draws were made before.
-        study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
-        _requeue_dead(study)
-        return study
-    while True:
-        run += 1
-        with contextlib.suppress(DuplicatedStudyError):
-            study = optuna.create_study(
-                study_name=f"{name}#{run}", storage=storage, sampler=sampler, direction="minimize"
-            )
-            study.set_user_attr("about", notes)
-            return study
-
-
-def _owner() -> list[object]:
-    return [socket.gethostname(), os.getpid(), _started(os.getpid())]
-
-
-def _started(pid: int) -> str:
-    """When a process started, so that a new process under an old number is told apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return stat.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _is_dead(owner: object) -> bool:
-    if not (isinstance(owner, list) and len(owner) == 3):
-        return False
-    host, pid, started = owner
-    if host != socket.gethostname() or not Path("/proc/self").exists():
-        return False
-    return _started(int(pid)) != started
-
-
-def _requeue_dead(study: optuna.Study) -> None:
-    """Queue trials again whose process is gone, without waiting for their heartbeat to be late."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_dead(trial.user_attrs.get("owner")):
-            study.tell(trial.number, state=TrialState.FAIL)
-            _retry()(study, trial)
-
-
-def _result(trial: FrozenTrial) -> dict[str, Any] | None:
-    return trial.user_attrs.get("result") if trial.state == TrialState.COMPLETE else None
 
 
 class _Search:
@@ -258,14 +92,16 @@ class _Search:
         self.best, self.repeats, self.began = 1.0, 0, time.monotonic()
         deaths: Counter[int] = Counter()
         for trial in study.get_trials(deepcopy=False):
-            result = _result(trial)
+            result = result_of(trial)
             if result is not None:
                 self._learn(result)
-            elif trial.state == TrialState.FAIL and "interrupted" not in trial.user_attrs:
-                # Optuna fails a trial only when its process died.
-                number = self._number(trial)
-                if number is not None:
-                    deaths[number] += 1
+            # Optuna fails a trial only when its process died, maybe before all knobs were drawn.
+            elif (
+                trial.state == TrialState.FAIL
+                and "interrupted" not in trial.user_attrs
+                and all(name in trial.params for name, _ in space.knobs)
+            ):
+                deaths[space.number_at(trial.params)] += 1
         for number, times in deaths.items():
             if times > RETRIES and number not in self.known:
                 failure = Failure(CRASH, f"the tuner itself ended {times} times while it ran")
@@ -277,12 +113,6 @@ class _Search:
             self.failures[result["number"]] = Failure(*result["failure"])
         else:
             self.best = min(self.best, result["ratio"])
-
-    def _number(self, trial: FrozenTrial) -> int | None:
-        # A process may die before all knobs are drawn.
-        if any(name not in trial.params for name, _ in self.space.knobs):
-            return None
-        return self.space.number_at(trial.params)
 
     def enqueue(self, numbers: Sequence[int]) -> None:
         """Queue configurations, once each."""
@@ -302,7 +132,7 @@ class _Search:
 
     def objective(self, trial: Trial) -> float:
         """One trial: check, then time; or tell what is known."""
-        trial.set_user_attr("owner", _owner())
+        trial.set_user_attr("owner", owner())
         # Values are in ascending order, so their places are what the sampler should see.
         places = {
             name: trial.suggest_int(name, 0, len(values) - 1) for name, values in self.space.knobs
@@ -324,53 +154,47 @@ class _Search:
         trial.set_user_attr("result", result)
         # On every trial: samplers want to see the same constraints everywhere.
         trial.set_constraint("failed", 1.0 if result["failure"] else -1.0)
-        self._stop_if_done()
+        self.stopped = self._reason_to_stop()
+        if self.stopped:
+            self.study.stop()
         return result["ratio"]
 
     def _measure(self, number: int) -> dict[str, Any]:
         config = self.space.config(number)
         failure = self.evaluator.check(config)
-        found: dict[str, Any] = {"number": number, "ratio": _FAILED, "failure": None}
         if failure is None:
-            is_default = number == self.default
-            racers = [config] if is_default else [self.space.config(self.default), config]
+            default = self.space.config(self.default)
+            racers = [config] if number == self.default else [default, config]
             try:
                 samples = self.evaluator.race(racers, self.limits.sample_seconds)
             except CandidateFailed as error:
                 failure = error.failure
             else:
-                ratios = np.asarray(samples[-1]) / np.asarray(samples[0])
-                found["ratio"] = 1.0 if is_default else float(np.median(ratios))
-                found["us"] = list(Timing.of(samples[-1]))
-        if failure is not None:
-            found["failure"] = list(failure)
-        return found
+                # Of the default to itself: 1.
+                ratio = float(np.median(np.asarray(samples[-1]) / np.asarray(samples[0])))
+                us = float(np.median(samples[-1]))
+                return {"number": number, "ratio": ratio, "us": us, "failure": None}
+        return {"number": number, "ratio": _FAILED, "failure": list(failure)}
 
-    def _stop_if_done(self) -> None:
-        times = [r["us"][0] for r in self.known.values() if not r["failure"]]
+    def _reason_to_stop(self) -> str:
+        measured = len(self.known)
+        times = [r["us"] for r in self.known.values() if not r["failure"]]
         if self.default in self.failures:
-            self.stopped = "the default fails"
-        elif len(self.known) >= self.space.size:
-            self.stopped = "every configuration was measured"
-        elif len(self.known) >= self.limits.trials:
-            self.stopped = f"{len(self.known)} configurations were measured"
-        elif len(times) >= LEAST_TRIALS and min(times) <= NEAR_FLOOR * self.floor_us:
-            self.stopped = "within 5% of the floor"
-        elif self.repeats >= REPEATS:
-            self.stopped = "the sampler repeats itself"
-        elif (
-            len(self.known) >= LEAST_TRIALS and time.monotonic() - self.began >= self.limits.seconds
-        ):
-            self.stopped = "its time was up"
-        if self.stopped:
-            self.study.stop()
+            return "the default fails"
+        if measured >= self.space.size:
+            return "every configuration was measured"
+        if measured >= self.limits.trials:
+            return f"{measured} configurations were measured"
+        if len(times) >= LEAST_TRIALS and min(times) <= NEAR_FLOOR * self.floor_us:
+            return "within 5% of the floor"
+        if self.repeats >= REPEATS:
+            return "the sampler repeats itself"
+        late = time.monotonic() - self.began >= self.limits.seconds
+        return "its time was up" if late and measured >= LEAST_TRIALS else ""
 
     def run(self) -> None:
         """Run trials until there is a reason to stop."""
-        if self.default in self.failures:
-            self.stopped = "the default fails"
-        elif len(self.known) >= min(self.space.size, self.limits.trials):
-            self.stopped = f"{len(self.known)} configurations were measured"
+        self.stopped = self._reason_to_stop()
         while not self.stopped:
             waiting = len(self._waiting)
             if waiting:
@@ -399,11 +223,10 @@ class _Search:
                 break
             except CandidateFailed as error:
                 # Somebody who was well before fails now: find out who, and go on without.
-                failed = {}
-                for number in dict.fromkeys(racers):
-                    failure = self.evaluator.check(self.space.config(number))
-                    if failure is not None:
-                        failed[number] = failure
+                checked = {
+                    n: self.evaluator.check(self.space.config(n)) for n in dict.fromkeys(racers)
+                }
+                failed = {n: failure for n, failure in checked.items() if failure is not None}
                 self.failures |= failed
                 if self.default in failed or (not failed and not finalists):
                     raise DefaultFailed(failed.get(self.default, error.failure)) from None
@@ -414,8 +237,8 @@ class _Search:
         place = 0 if winner == self.default else 2 + finalists.index(winner)
         return Verdict(
             config=self.space.config(winner),
-            us=Timing.of(samples[place]),
-            default_us=Timing.of(samples[0]),
+            us=timing_of(samples[place]),
+            default_us=timing_of(samples[0]),
             noise=noise,
             rounds=len(samples[0]),
             trials=len(self.known),
@@ -465,66 +288,5 @@ def tune(
     if search.default in search.failures:
         raise DefaultFailed(search.failures[search.default])
     verdict = search.settle()
-    study.set_user_attr("verdict", to_json(verdict))
+    study.set_user_attr("verdict", asdict(verdict))
     return verdict
-
-
-def sweep(
-    study: optuna.Study,
-    points: Sequence[Mapping[str, int]],
-    evaluate: Callable[[Mapping[str, int]], dict[str, Any]],
-    on_point: Callable[[int], None] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """Evaluate every point of a grid, each once in the life of a study.
-
-    Args:
-        study: Of `open_study`.
-        points: Knob -> value; the same knobs in each.
-        evaluate: Returns JSON values: `value` (smaller is better), `constraints` (name -> number,
-            positive where violated), and anything else.
-        on_point: Called with how many are done.
-
-    Returns:
-        What `evaluate` returned, in the order of the points.
-    """
-    values = {name: sorted({point[name] for point in points}) for name in points[0]}
-    done: dict[tuple, dict[str, Any]] = {}
-    for trial in study.get_trials(deepcopy=False):
-        result = _result(trial)
-        if result is not None:
-            done[tuple(result["point"])] = result
-    names = tuple(values)
-
-    def objective(trial: Trial) -> float:
-        trial.set_user_attr("owner", _owner())
-        point = {n: int(trial.suggest_categorical(n, values[n]) or 0) for n in names}
-        key = tuple(point.values())
-        result = done.get(key) or evaluate(point) | {"point": list(key)}
-        done[key] = result
-        trial.set_user_attr("result", result)
-        for name, amount in result["constraints"].items():
-            trial.set_constraint(name, amount)
-        return result["value"]
-
-    for point in points:
-        # A trial of a process that died may stand before this one in the queue.
-        while tuple(point[n] for n in names) not in done:
-            study.enqueue_trial({n: point[n] for n in names})
-            study.optimize(objective, n_trials=1)
-            on_point(len(done))
-    return [done[tuple(point[n] for n in names)] for point in points]
-
-
-def is_settled(storage: RDBStorage, name: str) -> bool:
-    """Whether the latest run of a study has a verdict."""
-    runs = _runs(storage, name)
-    if not runs:
-        return False
-    study = optuna.load_study(study_name=f"{name}#{max(runs)}", storage=storage)
-    return "verdict" in study.user_attrs
-
-
-def _runs(storage: RDBStorage, name: str) -> list[int]:
-    """Numbers of the runs of a study."""
-    split = [found.rpartition("#") for found in optuna.get_all_study_names(storage)]
-    return [int(run) for base, _, run in split if base == name and run.isdecimal()]

@@ -12,17 +12,16 @@ import dataclasses
 import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from hata.backend import Backend, Config
 from hata.problem import Problem
 from hata.profile import ModelKey, Quality, SelectionSet
 from hata.selection import Selection
-from tune import capture, cost, quality, search, space
+from tune import capture, cost, quality, space, studies
 from tune.ahead import Ahead
-from tune.plan import Plan
-from tune.report import Report, layer_row
+from tune.console import Report, layer_row
+from tune.task import Task
 from tune.worker import CandidateFailed, Worker
 
 # Layers that a selection for any model leaves dense, as HATA does.
@@ -30,19 +29,18 @@ DENSE_LAYERS = 2
 SEQUENCES, QUICK_SEQUENCES = 2, 1
 
 
-@dataclass
-class Chosen:
+class Chosen(NamedTuple):
     """Outcome: what goes into the profile, and the rows of the table."""
 
     selections: SelectionSet | None
-    rows: list[list[str]] = field(default_factory=list)
+    rows: list[list[str]]
 
 
 class Chooser:
     """Chooses the selections of one run.
 
     Args:
-        plan: What the run is to do.
+        task: What the run is to do.
         report: Told what happens.
         backend: Runs hash attention.
         tuned: Its tuned configurations.
@@ -54,7 +52,7 @@ class Chooser:
 
     def __init__(
         self,
-        plan: Plan,
+        task: Task,
         report: Report,
         backend: Backend,
         tuned: Mapping[Problem, Config],
@@ -63,12 +61,11 @@ class Chooser:
         quick: bool,
         ahead: Ahead,
     ) -> None:
-        self._ahead = ahead
-        self._plan, self._report, self._backend = plan, report, backend
+        self._task, self._report, self._backend, self._ahead = task, report, backend, ahead
         self._tuned, self._machine, self._noise, self._quick = tuned, machine, noise, quick
-        self._bits = [b for b in space.BITS if b <= plan.encoder.bits] or [plan.encoder.bits]
+        self._bits = space.bits_of(task.encoder.bits)
         # Nothing can be learned about positions from a set that has none.
-        self._guards = quality.GUARDS if plan.model else quality.GUARDS[:1]
+        self._guards = quality.GUARDS if task.model else quality.GUARDS[:1]
         self._captured: capture.Captured | None = None
         self._gauge: tuple[int, quality.Gauge] | None = None
 
@@ -76,32 +73,25 @@ class Chooser:
         """Measure what is not known, and choose.
 
         Args:
-            storage: Of `search.open_storage`.
+            storage: Of `studies.open_storage`.
             required: Share of what exact top-k keeps.
             resume: Whether to use what an earlier run measured.
         """
-        plan = self._plan
-        tokens = min(capture.TOKENS, plan.layout.context) if plan.model else capture.TOKENS
+        task = self._task
+        tokens = min(capture.TOKENS, task.layout.context) if task.model else capture.TOKENS
         us = self._step_times(tokens)
-        layers = [i for i in range(plan.layout.layers) if i not in plan.encoder.dense_layers]
-        points = [
-            {"layer": layer, "bits": bits}
-            for layer in (layers if plan.model else [0])
-            for bits in self._bits
-        ]
+        hashed = [i for i in range(task.layout.layers) if i not in task.encoder.dense_layers]
+        layers = hashed if task.model else [0]
+        points = [{"layer": layer, "bits": bits} for layer in layers for bits in self._bits]
 
         def evaluate(point: Mapping[str, int]) -> dict[str, Any]:
             return self._evaluate(point["layer"], point["bits"], us, required)
 
-        study = search.open_study(
-            storage,
-            self._study_name(),
-            resume=resume,
-            notes=f"retained attention mass of {plan.layout.name}",
-        )
+        notes = f"retained attention mass of {task.layout.name}"
+        study = studies.open_study(storage, self._study_name(), resume=resume, notes=notes)
         with self._report.watching(len(points), "selections"):
-            self._report.begin("reading text" if plan.model else "synthetic set")
-            found = search.sweep(study, points, evaluate, lambda _: self._report.advance())
+            self._report.begin("reading text" if task.model else "synthetic set")
+            found = studies.sweep(study, points, evaluate, lambda _: self._report.advance())
         tables: dict[int, list[quality.Point]] = {}
         length = tokens
         for point, result in zip(points, found, strict=True):
@@ -114,24 +104,24 @@ class Chooser:
         return self._settle(tables, us, length, required)
 
     def _study_name(self) -> str:
-        plan = self._plan
-        projections = [p for p in plan.encoder.projections if p is not None]
-        key = search.digest(
-            plan.layout,
-            plan.encoder_key,
-            plan.encoder.key_norms,
+        task = self._task
+        projections = [p for p in task.encoder.projections if p is not None]
+        key = studies.digest(
+            task.layout,
+            task.encoder_key,
+            task.encoder.key_norms,
             [hashlib.sha256(p.tobytes()).hexdigest() for p in projections],
-            hashlib.sha256(plan.text.encode()).hexdigest(),
+            hashlib.sha256(task.text.encode()).hexdigest(),
             self._sequences,
             (capture.TOKENS, capture.QUERIES, quality.SHARES, self._guards),
             self._backend.name,
             self._backend.kernel_hash("hamming_topk"),
         )
-        return f"hata/selection/{plan.layout.name[:64]}/{key}"
+        return f"hata/selection/{task.layout.name[:64]}/{key}"
 
     @property
     def _sequences(self) -> int:
-        return QUICK_SEQUENCES if self._quick or not self._plan.model else SEQUENCES
+        return QUICK_SEQUENCES if self._quick or not self._task.model else SEQUENCES
 
     def _evaluate(
         self, layer: int, bits: int, us: Mapping[tuple[int, int], float], required: float
@@ -151,20 +141,20 @@ class Chooser:
 
     def _gauge_of(self, layer: int) -> tuple[quality.Gauge | None, int]:
         """The gauge of a layer, one at a time; text is read when the first one is needed."""
-        plan = self._plan
+        task = self._task
         if self._captured is None:
-            if plan.model is None:
-                self._captured = capture.synthetic(plan.layout, sequences=self._sequences)
+            if task.model is None:
+                self._captured = capture.synthetic(task.layout, sequences=self._sequences)
             else:
                 self._captured = capture.capture(
-                    plan.model, plan.text, device=plan.device, sequences=self._sequences
+                    task.model, task.text, device=task.device, sequences=self._sequences
                 )
             self._report.begin("retained mass")
         probe = self._captured.probes.get(layer)
         if probe is None:
             return None, self._captured.tokens
         if self._gauge is None or self._gauge[0] != layer:
-            gauge = quality.Gauge(self._backend, plan.device, probe, plan.encoder, layer)
+            gauge = quality.Gauge(self._backend, task.device, probe, task.encoder, layer)
             self._gauge = (layer, gauge)
         return self._gauge[1], self._captured.tokens
 
@@ -175,13 +165,13 @@ class Chooser:
         tokens: int,
         required: float,
     ) -> Chosen:
-        plan, layout = self._plan, self._plan.layout
+        task, layout = self._task, self._task.layout
         chosen: list[Selection | None] = []
         rows: list[list[str]] = []
         achieved = []
-        for layer in range(layout.layers) if plan.model else [0]:
+        for layer in range(layout.layers) if task.model else [0]:
             points = tables.get(layer, ())
-            name = str(layer) if plan.model else "any"
+            name = str(layer) if task.model else "any"
             point = quality.choose(points, us, required, self._noise) if points else None
             if point is None:
                 best = max((p.quality for p in points), default=None)
@@ -190,47 +180,37 @@ class Chooser:
                 if not points:
                     self._report.note(f"  layer {layer} stays dense: {self._why_dense(layer)}")
                 continue
-            dense_layers = 0 if plan.model else DENSE_LAYERS
+            dense_layers = 0 if task.model else DENSE_LAYERS
             chosen.append(quality.selection_of(point, tokens, layout.context, dense_layers))
             achieved.append(point.quality)
             rows.append(layer_row(name, chosen[-1], point, us[point.bits, point.k], point.quality))
-        layers = tuple(chosen) if plan.model else chosen[0]
+        layers = tuple(chosen) if task.model else chosen[0]
         if layers is None:
             self._report.note("no selection keeps enough of the synthetic set; none is written")
             return Chosen(None, rows)
+        source = "measured" if task.model else "synthetic"
         key = ModelKey(
-            layout.name if plan.model else "synthetic",
-            layout.model_type,
-            layout.layers,
-            layout.heads,
-            layout.kv_heads,
-            layout.head_dim,
+            layout.name if task.model else source,
+            *(layout.model_type, layout.layers, layout.heads, layout.kv_heads, layout.head_dim),
         )
         # Layers that are dense keep everything.
-        kept = min(1.0, round(min(achieved, default=1.0), 4))
-        source = "measured" if plan.model else "synthetic"
-        return Chosen(
-            SelectionSet(key, plan.encoder_key, source, Quality(required, kept), layers), rows
-        )
+        kept = Quality(required, min(1.0, round(min(achieved, default=1.0), 4)))
+        return Chosen(SelectionSet(key, task.encoder_key, source, kept, layers), rows)
 
     def _why_dense(self, layer: int) -> str:
-        if layer in self._plan.encoder.dense_layers:
+        if layer in self._task.encoder.dense_layers:
             return "the encoder leaves it so"
         return (self._captured.dense if self._captured else {}).get(layer, "it cannot be hashed")
 
     def _step_times(self, tokens: int) -> dict[tuple[int, int], float]:
         """Microseconds of a decode step for every number of bits and budget of the grid."""
-        plan, backend = self._plan, self._backend
-        dtypes = space.dtypes_of(plan.layout, plan.device, backend.dtypes)
+        task, backend = self._task, self._backend
+        dtypes = space.dtypes_of(task.layout, task.device, backend.dtypes)
         dtype = (dtypes or sorted(backend.dtypes))[0]
+        grid = space.Grid(task.layout, task.device, task.encoder.key_norms)
         points = [(bits, k) for bits in self._bits for k in quality.budgets(tokens)]
-        entries: list[tuple[Problem, Config]] = []
-        for bits, k in points:
-            problem = space.hash_problem(
-                plan.layout, plan.device, dtype, bits, tokens, k, plan.encoder.key_norms
-            )
-            default = backend.default(problem)
-            entries.append((problem, space.nearest_config(problem, self._tuned, default)[0]))
+        problems = [grid.step(dtype, bits, tokens, k) for bits, k in points]
+        entries = [(p, space.nearest_config(p, self._tuned, backend.default(p))) for p in problems]
         try:
             # Few sets of inputs for each, so that all fit into memory together.
             with Worker(backend.name, pool=24 << 20, keep=len(points)) as worker:
@@ -242,10 +222,7 @@ class Chooser:
             self._report.note(
                 f"  steps could not be timed ({error.failure}); their times are predicted"
             )
-            return {
-                point: cost.predict_us(problem, config, self._machine)
-                for point, (problem, config) in zip(points, entries, strict=True)
-            }
-        return {
-            point: statistics.median(sample) for point, sample in zip(points, samples, strict=True)
-        }
+            us = [cost.predict_us(*entry, self._machine) for entry in entries]
+        else:
+            us = map(statistics.median, samples)
+        return dict(zip(points, us, strict=True))

@@ -11,24 +11,17 @@ from collections.abc import Container, Mapping, Sequence
 from datetime import date
 
 from hata.backend import Backend, Config
+from hata.measure.inputs import awkward_problem
 from hata.problem import Problem
-from hata.profile import (
-    Entry,
-    Measured,
-    Profile,
-    SelectionSet,
-    Timing,
-    default_output,
-)
-from tune import capture, cost, search, space
+from hata.profile import Entry, Measured, Profile, SelectionSet, default_output
+from tune import capture, cost, search, space, studies
 from tune.ahead import Ahead
 from tune.ahead import Entry as ToCompile
-from tune.check import awkward_problem
-from tune.plan import Plan, check_folder, check_numbers, make_plan
+from tune.console import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.propose import suggestions, winners
-from tune.report import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.selections import Chooser
 from tune.space import Space
+from tune.task import Task, check_folder, check_numbers, make_task
 from tune.verdict import Verdict
 from tune.worker import CandidateFailed, Failure, Worker
 
@@ -51,84 +44,24 @@ def run(options: argparse.Namespace) -> int:
     """
     report = Report()
     check_numbers(options)
-    plan = make_plan(options)
-    for note in plan.notes:
+    task = make_task(options)
+    for note in task.notes:
         report.note(note)
+    session = _Session(task, options, report)
     if options.dry_run:
-        _tell_plan(plan, options, report)
+        session.tell()
         return 0
-    _check_output(plan)
-    return _Session(plan, options, report).run()
-
-
-def _check_output(plan: Plan) -> None:
-    """Fail before the work rather than after it."""
-    if plan.out.exists() and plan.out.stat().st_size:
-        _profile(plan, [], [], []).merged_with(Profile.load(plan.out))
-    check_folder(plan.out)
-
-
-def _profile(
-    plan: Plan,
-    entries: Sequence[Entry],
-    verdicts: Sequence[Verdict],
-    selections: Sequence[SelectionSet],
-) -> Profile:
-    noise = statistics.median([v.noise for v in verdicts]) if verdicts else 0.0
-    rounds = statistics.median_low([v.rounds for v in verdicts]) if verdicts else 0
-    return Profile(
-        fingerprint=plan.fingerprint,
-        measured=Measured(
-            date=date.today().isoformat(),
-            method="cuda_graph" if plan.device == "cuda" else "perf_counter",
-            repeats=rounds,
-            cold_cache=True,
-            noise_pct=round(100 * noise, 2),
-            trials=sum(v.trials for v in verdicts),
-            seed=search.SEED,
-        ),
-        entries=tuple(entries),
-        selections=tuple(selections),
-    )
-
-
-def _tell_plan(plan: Plan, options: argparse.Namespace, report: Report) -> None:
-    report.say(f"device    {plan.fingerprint.describe()}")
-    report.say(f"heads     {plan.layout.name}: {plan.layout.heads_text}, D {plan.layout.head_dim}")
-    rows = []
-    for backend in plan.backends:
-        for problem in plan.problems[backend.name]:
-            configs = Space.of(backend, problem)
-            default = backend.default(problem)
-            best = suggestions(problem, configs, _NOMINAL[plan.device], default)
-            first = _apart(configs.config(best[0]), default) if best else "no knobs"
-            rows.append(
-                [problem.op, space.shape_text(problem), backend.name, str(configs.size), first]
-            )
-    header = ("op", "shape", "backend", "configurations", "first candidate after the default")
-    report.table(f"{len(rows)} problems", header, rows)
-    effort = _effort(plan.device, options)
-    report.say(
-        f"search    at most {effort.trials} configurations each, {effort.seconds:.0f} s in all"
-    )
-    source = f"text of {len(plan.text):,} characters" if plan.model else "the synthetic set"
-    report.say(f"selection bits, k, sink, recent at quality {options.quality:g}, from {source}")
-    report.say(f"studies   {plan.storage}")
-    report.say(f"profile   {plan.out} (not written: --dry-run)")
+    # Fail before the work rather than after it.
+    if task.out.exists() and task.out.stat().st_size:
+        session.profile().merged_with(Profile.load(task.out))
+    check_folder(task.out)
+    return session.run()
 
 
 def _apart(config: Config, default: Config) -> str:
     """A configuration in words: all of it, or where it differs from the default."""
     told = {name: value for name, value in config.items() if value != default[name]} or config
     return " ".join(f"{name}={value}" for name, value in told.items()) or "no knobs"
-
-
-def _effort(device: str, options: argparse.Namespace) -> space.Effort:
-    usual = space.EFFORT[device, options.quick]
-    return space.Effort(
-        seconds=usual.seconds if options.budget is None else options.budget,
-        trials=options.trials or usual.trials,
-    )
 
 
 def to_compile(problem: Problem, configs: Sequence[Config]) -> list[ToCompile]:
@@ -155,59 +88,102 @@ class _Evaluator:
 
 
 class _Session:
-    def __init__(self, plan: Plan, options: argparse.Namespace, report: Report) -> None:
-        self.plan, self.options, self.report = plan, options, report
-        self.effort = _effort(plan.device, options)
-        self.entries: list[Entry] = []
-        self.verdicts: list[Verdict] = []
+    def __init__(self, task: Task, options: argparse.Namespace, report: Report) -> None:
+        self.task, self.options, self.report = task, options, report
+        usual = space.EFFORT[task.device, options.quick]
+        self.effort = space.Effort(
+            seconds=usual.seconds if options.budget is None else options.budget,
+            trials=options.trials or usual.trials,
+        )
+        # By the name of a backend, and a problem.
+        self.settled: dict[tuple[str, Problem], Verdict] = {}
         self.selections: list[SelectionSet] = []
-        self.rows: list[list[str]] = []
         self.layer_rows: list[list[str]] = []
-        self.tuned: dict[str, dict[Problem, Config]] = {b.name: {} for b in plan.backends}
-        self.won: dict[str, dict[Problem, Config]] = {b.name: {} for b in plan.backends}
         self.machines: dict[str, cost.Machine] = {}
         self.skipped: list[str] = []
 
+    def profile(self) -> Profile:
+        """What was found so far."""
+        verdicts = list(self.settled.values())
+        entries = (
+            Entry(name, problem, verdict.config, verdict.us, verdict.default_us.median)
+            for (name, problem), verdict in self.settled.items()
+        )
+        return Profile(
+            fingerprint=self.task.fingerprint,
+            measured=Measured(
+                date=date.today().isoformat(),
+                method="cuda_graph" if self.task.device == "cuda" else "perf_counter",
+                repeats=statistics.median_low([v.rounds for v in verdicts] or [0]),
+                cold_cache=True,
+                noise_pct=round(100 * statistics.median([v.noise for v in verdicts] or [0.0]), 2),
+                trials=sum(v.trials for v in verdicts),
+                seed=studies.SEED,
+            ),
+            entries=tuple(entries),
+            selections=tuple(self.selections),
+        )
+
+    def tell(self) -> None:
+        """Say what would be done."""
+        task, say, rows = self.task, self.report.say, []
+        say(f"device    {task.fingerprint.describe()}")
+        say(f"heads     {task.layout.name}: {task.layout.heads_text}, D {task.layout.head_dim}")
+        for backend in task.backends:
+            for problem in task.problems[backend.name]:
+                configs, default = Space.of(backend, problem), backend.default(problem)
+                best = suggestions(problem, configs, _NOMINAL[task.device], default)
+                first = _apart(configs.config(best[0]), default) if best else "no knobs"
+                shape = space.shape_text(problem)
+                rows.append([problem.op, shape, backend.name, str(configs.size), first])
+        header = ("op", "shape", "backend", "configurations", "first candidate after the default")
+        self.report.table(f"{len(rows)} problems", header, rows)
+        trials, seconds = self.effort.trials, self.effort.seconds
+        say(f"search    at most {trials} configurations each, {seconds:.0f} s in all")
+        source = f"text of {len(task.text):,} characters" if task.model else "the synthetic set"
+        quality = self.options.quality
+        say(f"selection bits, k, sink, recent at quality {quality:g}, from {source}")
+        say(f"studies   {task.storage}")
+        say(f"profile   {task.out} (not written: --dry-run)")
+
     def run(self) -> int:
-        self.storage, message = search.open_storage(
-            self.plan.storage, ours=self.options.storage is None
+        self.storage, message = studies.open_storage(
+            self.task.storage, ours=self.options.storage is None
         )
         if message:
             self.report.note(message)
-        total = sum(map(len, self.plan.problems.values()))
+        total = sum(map(len, self.task.problems.values()))
         self.report.note(
-            f"tuning {', '.join(b.name for b in self.plan.backends)} on "
-            f"{self.plan.fingerprint.describe()}: {total} searches in {self.effort.seconds:.0f} s"
+            f"tuning {', '.join(b.name for b in self.task.backends)} on "
+            f"{self.task.fingerprint.describe()}: {total} searches in {self.effort.seconds:.0f} s"
         )
         try:
-            with Ahead(self.plan.backends, self.plan.fingerprint.sm) as self.ahead:
+            with Ahead(self.task.backends, self.task.fingerprint.sm) as self.ahead:
                 with self.report.watching(total, "kernels"):
                     self._tune_kernels()
                 self._choose_selections()
         except KeyboardInterrupt:
-            if self.entries:
+            if self.settled:
                 self._close()
             raise
-        if not self.entries:
+        if not self.settled:
             self.report.note("nothing could be tuned: " + "; ".join(self.skipped))
             return 1
         self._close()
         return 0
 
-    # Kernels.
-
     def _tune_kernels(self) -> None:
-        patience = _CHECK_SECONDS[self.plan.device]
+        patience = _CHECK_SECONDS[self.task.device]
         with contextlib.ExitStack() as stack:
             workers = {
                 backend.name: stack.enter_context(Worker(backend.name, check_seconds=patience))
-                for backend in self.plan.backends
+                for backend in self.task.backends
             }
             # All of them load their frameworks at the same time.
             for worker in workers.values():
                 worker.start()
             self._look_ahead(self._queue(workers))
-            for backend in self.plan.backends:
+            for backend in self.task.backends:
                 if not self._probe(backend, workers[backend.name]):
                     del workers[backend.name]
             self._tune_all(self._queue(workers), workers)
@@ -222,7 +198,7 @@ class _Session:
             seconds = seconds_left / (len(queue) - number)
             title = self._title(backend, problem)
             # What one backend has, the others must have too: times are compared.
-            late = seconds <= 0 and self.entries and problem not in begun
+            late = seconds <= 0 and self.settled and problem not in begun
             if late and not self._finished(backend, problem):
                 self.skipped.append(f"{title}: {_TIME_UP}")
                 self.report.advance()
@@ -235,9 +211,9 @@ class _Session:
 
     def _queue(self, names: Container[str]) -> list[tuple[Backend, Problem]]:
         """What to tune, in turn, so that where time is short every backend has the same."""
-        backends = [backend for backend in self.plan.backends if backend.name in names]
-        problems = dict.fromkeys(p for b in backends for p in self.plan.problems[b.name])
-        return [(b, p) for p in problems for b in backends if p in self.plan.problems[b.name]]
+        backends = [backend for backend in self.task.backends if backend.name in names]
+        problems = dict.fromkeys(p for b in backends for p in self.task.problems[b.name])
+        return [(b, p) for p in problems for b in backends if p in self.task.problems[b.name]]
 
     def _look_ahead(self, queue: Sequence[tuple[Backend, Problem]]) -> None:
         """Have compiled what comes next: one problem's first candidates, and before them defaults.
@@ -254,25 +230,29 @@ class _Session:
 
     def _suggestions(self, backend: Backend, problem: Problem, configs: Space) -> list[int]:
         """What to try first: what won elsewhere, then what looks good on paper."""
-        machine = self.machines.get(backend.name, _NOMINAL[self.plan.device])
+        machine = self.machines.get(backend.name, _NOMINAL[self.task.device])
+        tuned = self._tuned(backend).items()
+        won = {other: config for other, config in tuned if config != backend.default(other)}
         proposed = suggestions(problem, configs, machine, backend.default(problem))
-        return [*winners(problem, configs, self.won[backend.name]), *proposed]
+        return [*winners(problem, configs, won), *proposed]
+
+    def _tuned(self, backend: Backend) -> dict[Problem, Config]:
+        return {p: v.config for (name, p), v in self.settled.items() if name == backend.name}
 
     def _title(self, backend: Backend, problem: Problem) -> str:
-        name = f"{backend.name} " if len(self.plan.backends) > 1 else ""
+        name = f"{backend.name} " if len(self.task.backends) > 1 else ""
         return f"{name}{problem.op} {space.shape_text(problem)}"
 
     def _probe(self, backend: Backend, worker: Worker) -> bool:
         """Measure the machine with a backend; whether that could be done."""
         self.report.begin(f"measuring this machine with {backend.name}")
         try:
-            self.machines[backend.name] = worker.calibrate(self.plan.device)
+            self.machines[backend.name] = worker.calibrate(self.task.device)
         except CandidateFailed as error:
-            self.skipped.append(f"backend {backend.name} fails: {error.failure}")
-            self.report.note("  " + self.skipped[-1])
-            self.report.advance(len(self.plan.problems[backend.name]))
+            problems = len(self.task.problems[backend.name])
+            self._skip(f"backend {backend.name} fails: {error.failure}", problems)
             return False
-        if self.plan.device == "cpu":
+        if self.task.device == "cpu":
             # A GPU's kernels are compiled ahead, configuration by configuration.
             self._compile(backend, worker)
         return True
@@ -280,7 +260,7 @@ class _Session:
     def _compile(self, backend: Backend, worker: Worker) -> None:
         """Run every op once on little data, so that compiling does not eat the time to search."""
         self.report.begin(f"compiling {backend.name}")
-        for problem in {p.op: p for p in self.plan.problems[backend.name]}.values():
+        for problem in {p.op: p for p in self.task.problems[backend.name]}.values():
             tokens = problem.tokens if problem.slots else 16
             small = dataclasses.replace(
                 problem, tokens=tokens, slots=min(problem.slots, 256), k=min(problem.k, 16)
@@ -289,39 +269,25 @@ class _Session:
             worker.check(small, backend.default(small))
 
     def _study_name(self, backend: Backend, problem: Problem) -> str:
-        configs = Space.of(backend, problem)
+        knobs = studies.digest(problem, Space.of(backend, problem).knobs)
         kernel = backend.kernel_hash(problem.op)[:12]
-        return "/".join(
-            (
-                "hata",
-                self.plan.fingerprint.slug,
-                backend.name,
-                problem.op,
-                kernel,
-                search.digest(problem, configs.knobs),
-            )
-        )
+        device = self.task.fingerprint.slug
+        return "/".join(("hata", device, backend.name, problem.op, kernel, knobs))
 
     def _finished(self, backend: Backend, problem: Problem) -> bool:
         """Whether an earlier run that is continued has settled a problem."""
-        if not self.options.resume:
-            return False
-        return search.is_settled(self.storage, self._study_name(backend, problem))
+        name = self._study_name(backend, problem)
+        return self.options.resume and studies.is_settled(self.storage, name)
 
     def _tune(
-        self,
-        backend: Backend,
-        problem: Problem,
-        evaluator: _Evaluator,
-        seconds: float,
-        title: str,
+        self, backend: Backend, problem: Problem, evaluator: _Evaluator, seconds: float, title: str
     ) -> None:
         configs, default = Space.of(backend, problem), backend.default(problem)
-        study = search.open_study(
+        study = studies.open_study(
             self.storage,
             self._study_name(backend, problem),
             resume=self.options.resume,
-            notes=f"{title} on {self.plan.fingerprint.describe()}",
+            notes=f"{title} on {self.task.fingerprint.describe()}",
         )
         self.report.begin(title)
         try:
@@ -338,61 +304,54 @@ class _Session:
                 on_trial=self.report.trial,
             )
         except search.DefaultFailed as error:
-            self.skipped.append(f"{title}: the default fails, {error.failure}")
-            self.report.note("  " + self.skipped[-1])
-            self.report.advance()
+            self._skip(f"{title}: the default fails, {error.failure}")
             return
         self.report.done(title, verdict)
-        self.tuned[backend.name][problem] = verdict.config
-        if verdict.config != default:
-            self.won[backend.name][problem] = verdict.config
-        self.verdicts.append(verdict)
-        self.entries.append(
-            Entry(
-                backend=backend.name,
-                key=problem,
-                config=verdict.config,
-                us=Timing(*verdict.us),
-                default_us=verdict.default_us.median,
-            )
-        )
-        name = backend.name if len(self.plan.backends) > 1 else ""
-        self.rows.append(kernel_row(problem.op, space.shape_text(problem), name, verdict))
-        self._save()
+        self.settled[backend.name, problem] = verdict
+        self.profile().save(self.task.out)
 
-    def _save(self) -> None:
-        _profile(self.plan, self.entries, self.verdicts, self.selections).save(self.plan.out)
+    def _skip(self, why: str, problems: int = 1) -> None:
+        self.skipped.append(why)
+        self.report.note("  " + why)
+        self.report.advance(problems)
 
     def _choose_selections(self) -> None:
-        able = {entry.backend for entry in self.entries if entry.op == "hash_attend"}
-        backend = next((b for b in self.plan.backends if b.name in able), None)
+        able = {name for name, problem in self.settled if problem.op == "hash_attend"}
+        backend = next((b for b in self.task.backends if b.name in able), None)
         if backend is None:
-            if self.entries:
+            if self.settled:
                 self.report.note("no selection is chosen: no backend here runs hash_attend")
             return
         chosen = Chooser(
-            self.plan,
+            self.task,
             self.report,
             backend,
-            self.tuned[backend.name],
+            self._tuned(backend),
             self.machines[backend.name],
-            statistics.median([verdict.noise for verdict in self.verdicts]),
+            statistics.median([verdict.noise for verdict in self.settled.values()]),
             self.options.quick,
             self.ahead,
         ).run(self.storage, self.options.quality, self.options.resume)
         self.layer_rows = chosen.rows
         if chosen.selections is not None:
             self.selections = [chosen.selections]
-            self._save()
+            self.profile().save(self.task.out)
 
     def _close(self) -> None:
-        report, plan = self.report, self.plan
+        report, task = self.report, self.task
         report.say()
-        names = ", ".join(backend.name for backend in plan.backends)
-        title = f"Kernels of {names} on {plan.fingerprint.describe()}"
-        report.table(title, KERNEL_HEADER, self.rows)
+        names = ", ".join(backend.name for backend in task.backends)
+        title = f"Kernels of {names} on {task.fingerprint.describe()}"
+        rows = [
+            kernel_row(problem.op, space.shape_text(problem), name, verdict)
+            for (name, problem), verdict in self.settled.items()
+        ]
+        if len(task.backends) == 1:
+            # In the title already; a column without words is left out.
+            rows = [[*row[:2], "", *row[3:]] for row in rows]
+        report.table(title, KERNEL_HEADER, rows)
         if self.layer_rows:
-            source = plan.layout.name if plan.model else "the synthetic set, attach will warn"
+            source = task.layout.name if task.model else "the synthetic set, attach will warn"
             report.say()
             report.table(
                 f"Selections at quality {self.options.quality:g} ({source}); k is the budget, and "
@@ -408,9 +367,9 @@ class _Session:
             if any(text.endswith(_TIME_UP) for text in self.skipped):
                 report.say("The same command with --resume goes on; --budget gives it more time.")
         report.say()
-        if plan.out == default_output(plan.fingerprint):
+        if task.out == default_output(task.fingerprint):
             report.say("hata finds this profile by itself. To name it: HATA_PROFILE=<file>, or")
         else:
-            report.say(f"Use it with HATA_PROFILE={plan.out}, or")
-        report.say(f'  hata.use_profile("{plan.out}")')
-        report.say(str(plan.out))
+            report.say(f"Use it with HATA_PROFILE={task.out}, or")
+        report.say(f'  hata.use_profile("{task.out}")')
+        report.say(str(task.out))

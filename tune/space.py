@@ -27,9 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from hata.backend import Backend, Config
-from hata.problem import Problem, pow2
+from hata.problem import SOFT_FIELDS, Problem, pow2
 
 BITS = (64, 128, 256)
 # Slots at which decoding is tuned where no model says how long its context is.
@@ -37,8 +39,7 @@ SLOTS = (32768, 4096, 131072)
 QUICK_BITS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
+class Effort(NamedTuple):
     """How much is measured: seconds for all kernels, configurations for one problem."""
 
     seconds: float
@@ -173,84 +174,61 @@ def budget_for(slots: int, device: str = "cpu") -> int:
     return max(slots // 64, min(least, slots))
 
 
-def hash_problem(
-    layout: Layout,
-    device: str,
-    dtype: str,
-    bits: int,
-    slots: int,
-    k: int,
-    norms: bool = False,
-    batch: int = 1,
-) -> Problem:
-    """One decode step of hash attention."""
-    return Problem(
-        op="hash_attend",
-        device=device,
-        dtype=dtype,
-        projection_dtype=dtype,
-        batch=pow2(batch),
-        heads=layout.heads,
-        kv_heads=layout.kv_heads,
-        head_dim=layout.head_dim,
-        value_dim=layout.head_dim,
-        bits=bits,
-        k=k,
-        slots=pow2(slots),
-        norms=norms,
-        aligned=_aligned(bits),
-    )
+def bits_of(most: int) -> tuple[int, ...]:
+    """Bits of codes that may be selected from an encoder of `most` bits."""
+    return tuple(bits for bits in BITS if bits <= most) or (most,)
 
 
-def _aligned(bits: int) -> bool:
-    # Rows of codes below 128 bits are not multiples of 16 bytes.
-    return bits % 128 == 0
+class Grid(NamedTuple):
+    """Makes the problems of one head layout.
 
+    Attributes:
+        layout: Heads of the model.
+        device: Kind of device.
+        norms: Whether scores are weighted with key norms.
+    """
 
-def _topk_problem(layout: Layout, device: str, bits: int, slots: int, norms: bool) -> Problem:
-    return Problem(
-        op="hamming_topk",
-        device=device,
-        dtype="uint8",
-        heads=layout.heads,
-        kv_heads=layout.kv_heads,
-        bits=bits,
-        k=budget_for(slots, device),
-        slots=pow2(slots),
-        norms=norms,
-        aligned=_aligned(bits),
-    )
+    layout: Layout
+    device: str
+    norms: bool = False
 
+    def _problem(self, op: str, dtype: str, **sizes: Any) -> Problem:
+        heads = {"heads": self.layout.heads, "kv_heads": self.layout.kv_heads}
+        return Problem(op, self.device, dtype, **{**heads, **sizes})
 
-def _encode_problem(
-    layout: Layout, device: str, dtype: str, bits: int, tokens: int, norms: bool
-) -> Problem:
-    return Problem(
-        op="encode",
-        device=device,
-        dtype=dtype,
-        projection_dtype=dtype,
-        heads=layout.kv_heads,
-        kv_heads=layout.kv_heads,
-        head_dim=layout.head_dim,
-        bits=bits,
-        tokens=pow2(tokens),
-        norms=norms,
-    )
+    def _coded(self, bits: int) -> dict[str, Any]:
+        # Rows of codes below 128 bits are not multiples of 16 bytes.
+        return {"bits": bits, "norms": self.norms, "aligned": bits % 128 == 0}
 
+    def step(
+        self, dtype: str, bits: int, slots: int, k: int | None = None, batch: int = 1
+    ) -> Problem:
+        """One decode step of hash attention."""
+        size = self.layout.head_dim
+        return self._problem(
+            "hash_attend", dtype, projection_dtype=dtype, batch=pow2(batch), head_dim=size,
+            value_dim=size, k=budget_for(slots, self.device) if k is None else k, slots=pow2(slots),
+            **self._coded(bits),
+        )  # fmt: skip
 
-def _attend_problem(layout: Layout, device: str, dtype: str, slots: int) -> Problem:
-    return Problem(
-        op="sparse_attend",
-        device=device,
-        dtype=dtype,
-        heads=layout.heads,
-        kv_heads=layout.kv_heads,
-        head_dim=layout.head_dim,
-        value_dim=layout.head_dim,
-        k=budget_for(slots, device),
-        slots=pow2(slots),
-    )
+    def topk(self, bits: int, slots: int) -> Problem:
+        """Selecting by itself."""
+        k = budget_for(slots, self.device)
+        return self._problem("hamming_topk", "uint8", k=k, slots=pow2(slots), **self._coded(bits))
+
+    def encode(self, dtype: str, bits: int, tokens: int = 4096) -> Problem:
+        """Encoding the keys of a prompt."""
+        return self._problem(
+            "encode", dtype, projection_dtype=dtype, heads=self.layout.kv_heads, norms=self.norms,
+            head_dim=self.layout.head_dim, bits=bits, tokens=pow2(tokens),
+        )  # fmt: skip
+
+    def attend(self, dtype: str, slots: int) -> Problem:
+        """Attention to selected keys by itself."""
+        size, k = self.layout.head_dim, budget_for(slots, self.device)
+        return self._problem(
+            "sparse_attend", dtype, head_dim=size, value_dim=size, k=k, slots=pow2(slots)
+        )
 
 
 def dtypes_of(layout: Layout, device: str, allowed: Iterable[str]) -> list[str]:
@@ -282,36 +260,32 @@ def problems(
         quick: One point of each op only.
     """
     main = QUICK_BITS if QUICK_BITS in bits else bits[-1]
+    grid = Grid(layout, device, norms)
     if device == "cuda":
-        return _gpu_problems(layout, dtypes, bits, main, norms, of_model, quick)
+        return _gpu_problems(grid, dtypes, bits, main, of_model, quick)
     if of_model:
         slots = [s for s in (4096, 16384) if s <= max(layout.context, 4096)]
     else:
         slots = [s for s in SLOTS if s <= layout.context]
     first = slots[0]
     if quick:
-        found = [
-            hash_problem(layout, device, dtypes[0], b, first, budget_for(first), norms)
-            for b in (bits if of_model else (main,))
+        return [
+            *(grid.step(dtypes[0], b, first) for b in (bits if of_model else (main,))),
+            grid.encode(dtypes[0], bits[-1] if of_model else main),
+            grid.topk(main, first),
+            grid.attend(dtypes[0], first),
         ]
-        found += [
-            _encode_problem(layout, device, dtypes[0], bits[-1] if of_model else main, 4096, norms),
-            _topk_problem(layout, device, main, first, norms),
-            _attend_problem(layout, device, dtypes[0], first),
-        ]
-        return found
     found = [
-        hash_problem(layout, device, dtype, b, s, budget_for(s), norms)
+        grid.step(dtype, b, s)
         for s in slots
         for dtype in dtypes
         for b in bits
         # How a dtype scales with the context is much like how another does.
         if of_model or s == first or dtype == dtypes[0]
     ]
-    found += [_topk_problem(layout, device, b, first, norms) for b in bits]
+    found += [grid.topk(b, first) for b in bits]
     for dtype in dtypes:
-        found += [_encode_problem(layout, device, dtype, b, 4096, norms) for b in bits]
-        found.append(_attend_problem(layout, device, dtype, first))
+        found += [*(grid.encode(dtype, b) for b in bits), grid.attend(dtype, first)]
 
     def unlike(problem: Problem) -> int:
         """In how many ways a problem differs from the one in the middle."""
@@ -325,19 +299,9 @@ def problems(
 
 
 def _gpu_problems(
-    layout: Layout,
-    dtypes: list[str],
-    bits: tuple[int, ...],
-    main: int,
-    norms: bool,
-    of_model: bool,
-    quick: bool,
+    grid: Grid, dtypes: list[str], bits: tuple[int, ...], main: int, of_model: bool, quick: bool
 ) -> list[Problem]:
-    def step(heads: Layout, dtype: str, width: int, slots: int, batch: int) -> Problem:
-        k = budget_for(slots, "cuda")
-        return hash_problem(heads, "cuda", dtype, width, slots, k, norms, batch)
-
-    dtype = dtypes[0]
+    dtype, layout = dtypes[0], grid.layout
     most = max(layout.context, 8192) if of_model else max(slots for _, slots, _ in GPU_STEPS)
     steps = [(batch, slots, width) for batch, slots, width in GPU_STEPS if slots <= most]
     if quick:
@@ -347,66 +311,52 @@ def _gpu_problems(
         near = steps[0][:2]
         steps += [(*near, width) for width in bits if width != main]
     found = [
-        step(layout, dtype, main if width == QUICK_BITS else width, slots, batch)
+        grid.step(dtype, main if width == QUICK_BITS else width, slots, batch=batch)
         for batch, slots, width in steps
         if width in bits or width == QUICK_BITS
     ]
     long = min(GPU_LONG, pow2(most))
-    alone = [
-        _topk_problem(layout, "cuda", main, long, norms),
-        _encode_problem(layout, "cuda", dtype, main, min(long, 16384 if quick else long), norms),
-        _attend_problem(layout, "cuda", dtype, long),
-    ]
     # The whole step first where time is short, but every op before the rarer steps.
-    found[4:4] = alone
+    found[4:4] = [
+        grid.topk(main, long),
+        grid.encode(dtype, main, min(long, 16384 if quick else long)),
+        grid.attend(dtype, long),
+    ]
     if not quick:
-        found += [_encode_problem(layout, "cuda", dtype, main, 4096, norms)]
-        if not of_model:
-            found += [
-                step(replace(layout, heads=heads, kv_heads=kv_heads), dtype, main, slots, batch)
-                for heads, kv_heads, batch, slots in GPU_LAYOUTS
-            ]
-        found += [step(layout, other, main, steps[0][1], 1) for other in dtypes[1:]]
+        found.append(grid.encode(dtype, main))
+        for heads, kv_heads, batch, slots in () if of_model else GPU_LAYOUTS:
+            other = grid._replace(layout=replace(layout, heads=heads, kv_heads=kv_heads))
+            found.append(other.step(dtype, main, slots, batch=batch))
+        found += [grid.step(other, main, steps[0][1]) for other in dtypes[1:]]
     return list(dict.fromkeys(found))
 
 
 def shape_text(problem: Problem) -> str:
     """A problem in a few words, for tables."""
-    heads = f"{problem.heads}/{problem.kv_heads}"
-    parts = [problem.dtype, heads]
-    if problem.head_dim:
-        parts.append(f"D {problem.head_dim}")
-    if problem.bits:
-        parts.append(f"r {problem.bits}")
-    if problem.batch > 1:
-        parts.append(f"B {problem.batch}")
-    if problem.op == "encode":
-        parts.append(f"T {problem.tokens}")
-    if problem.slots:
-        parts.append(f"S {problem.slots}")
-    if problem.k:
-        parts.append(f"k {problem.k}")
-    return " ".join(parts)
-
-
-_SOFT = ("batch", "tokens", "slots", "k")
+    p = problem
+    sizes = (
+        ("D", p.head_dim),
+        ("r", p.bits),
+        ("B", p.batch if p.batch > 1 else 0),
+        ("T", p.tokens if p.op == "encode" else 0),
+        ("S", p.slots),
+        ("k", p.k),
+    )
+    told = (f"{name} {size}" for name, size in sizes if size)
+    return " ".join((p.dtype, f"{p.heads}/{p.kv_heads}", *told))
 
 
 def apart(problem: Problem, other: Problem) -> float:
     """How far one problem of an op is from another: in sizes, and much farther in what they are."""
     steps = sum(
         abs(math.log2(max(getattr(problem, name), 1) / max(getattr(other, name), 1)))
-        for name in _SOFT
+        for name in SOFT_FIELDS
     )
-    soft = dict.fromkeys(_SOFT, 1)
+    soft = dict.fromkeys(SOFT_FIELDS, 1)
     return steps + (0 if replace(problem, **soft) == replace(other, **soft) else 100)
 
 
-def nearest_config(
-    problem: Problem, tuned: Mapping[Problem, Config], default: Config
-) -> tuple[Config, bool]:
-    """The configuration a profile with `tuned` entries would give, and whether it is tuned."""
+def nearest_config(problem: Problem, tuned: Mapping[Problem, Config], default: Config) -> Config:
+    """The configuration that a profile with `tuned` entries would give."""
     same = [key for key in tuned if apart(problem, key) < 100]
-    if not same:
-        return default, False
-    return tuned[min(same, key=lambda key: apart(problem, key))], True
+    return tuned[min(same, key=partial(apart, problem))] if same else default

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tune.measure import Timing
+from hata.profile import Timing
 from tune.worker import Failure
 
 # The least difference that is believed.
@@ -85,29 +85,8 @@ def decide(
     return min(n for n, middle in faster.items() if middle <= best + noise), noise
 
 
-def to_json(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as a database keeps it."""
-    return {
-        "config": verdict.config,
-        "us": list(verdict.us),
-        "default_us": list(verdict.default_us),
-        "noise": verdict.noise,
-        "rounds": verdict.rounds,
-        "trials": verdict.trials,
-        "failures": [[number, *failure] for number, failure in verdict.failures.items()],
-        "stopped": verdict.stopped,
-    }
-
-
 def from_json(told: Mapping[str, Any]) -> Verdict:
-    """What `to_json` wrote."""
-    return Verdict(
-        config=dict(told["config"]),
-        us=Timing(*told["us"]),
-        default_us=Timing(*told["default_us"]),
-        noise=told["noise"],
-        rounds=told["rounds"],
-        trials=told["trials"],
-        failures={number: Failure(kind, detail) for number, kind, detail in told["failures"]},
-        stopped=told["stopped"],
-    )
+    """A verdict as a database keeps it: `dataclasses.asdict` of it, through JSON."""
+    us, default_us = Timing(**told["us"]), Timing(**told["default_us"])
+    failures = {int(number): Failure(*failure) for number, failure in told["failures"].items()}
+    return Verdict(**{**told, "us": us, "default_us": default_us, "failures": failures})

@@ -16,9 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +24,11 @@ from typing import Any, NamedTuple
 from hata import registry
 from hata.backend import Config
 from hata.errors import HataError
+from hata.measure.inputs import Inputs
 from hata.problem import Problem
-from tune import cost, cuda
-from tune.check import Checker
-from tune.inputs import Candidate, Inputs
-from tune.measure import race
+from tune import cost
+from tune.correctness import Checker
+from tune.race import Candidate, race
 
 # Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
 # memory was left.
@@ -61,63 +59,80 @@ class CandidateFailed(Exception):
         self.failure = failure
 
 
-@dataclass
-class _Held:
-    inputs: Inputs
-    checker: Checker | None
-
-
 class Bench:
     """Checks and times configurations of one backend, in this process."""
 
     def __init__(self, backend: str, *, pool: int | None = None, keep: int = 1) -> None:
         self._backend = registry.load(backend)
-        self._pool = pool
-        self._keep = keep
-        self._held: OrderedDict[Problem, _Held] = OrderedDict()
+        self._pool, self._keep = pool, keep
+        self._inputs: dict[Problem, Inputs] = {}
+        self._checkers: dict[Problem, Checker] = {}
 
-    def _problem(self, problem: Problem) -> _Held:
-        held = self._held.get(problem)
-        if held is None:
-            if len(self._held) >= self._keep:
-                while len(self._held) >= self._keep:
-                    self._held.popitem(last=False)
-                cuda.release()
-            held = _Held(Inputs(self._backend, problem, pool=self._pool), None)
-            self._held[problem] = held
-        return held
+    def inputs(self, problem: Problem) -> Inputs:
+        """The inputs of a problem; those of the last few are kept."""
+        if problem not in self._inputs:
+            dropped = list(self._inputs)[: max(len(self._inputs) - self._keep + 1, 0)]
+            for old in dropped:
+                del self._inputs[old]
+                self._checkers.pop(old, None)
+            if dropped:
+                release()
+            self._inputs[problem] = Inputs(self._backend, problem, pool=self._pool)
+        return self._inputs[problem]
 
     def check(self, problem: Problem, config: Config) -> str | None:
         """What is wrong with a configuration's results; `None` if nothing is."""
         with registry.use_backend(self._backend.name):
-            held = self._problem(problem)
-            if held.checker is None:
-                held.checker = Checker(self._backend, held.inputs)
-            return held.checker.fault(config)
+            inputs = self.inputs(problem)
+            if problem not in self._checkers:
+                self._checkers[problem] = Checker(self._backend, inputs)
+            return self._checkers[problem].fault(config)
 
     def race(
-        self,
-        entries: Sequence[tuple[Problem, Config]],
-        seconds: float,
-        least: int = 7,
-        most: int = 400,
+        self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
     ) -> list[list[float]]:
-        """Time checked configurations against each other; see `measure.race`."""
+        """Time checked configurations against each other; see `tune.race`."""
         with registry.use_backend(self._backend.name):
             self._keep = max(self._keep, len({problem for problem, _ in entries}))
-            candidates = [Candidate(self._problem(p).inputs, config) for p, config in entries]
-            return race(self._backend, candidates, seconds=seconds, least=least, most=most)
+            candidates = [Candidate(self.inputs(p), config) for p, config in entries]
+            return race(self._backend, candidates, seconds=seconds, **rounds)
 
     def forget(self) -> None:
         """Drop all inputs, so that the next candidate finds the memory that this one did not."""
-        self._held.clear()
+        self._inputs.clear()
+        self._checkers.clear()
         gc.collect()
-        cuda.release()
+        release()
 
     def calibrate(self, device: str) -> cost.Machine:
         """The constants of the analytic model."""
         with registry.use_backend(self._backend.name):
             return cost.calibrate(self._backend, device)
+
+
+def _gpu() -> Any:
+    """`torch.cuda`, if it is in use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def release() -> None:
+    """Give memory that nothing uses back to the GPU."""
+    if (cuda := _gpu()) is not None:
+        cuda.empty_cache()
+
+
+def gpu_fault() -> str | None:
+    """Why no further work can be done on the GPU in this process; `None` if it can.
+
+    After an illegal access every call of the process fails, whoever made it.
+    """
+    try:
+        if (cuda := _gpu()) is not None:
+            cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _serve(connection: Connection, parent: int, backend: str, options: Mapping[str, Any]) -> None:
@@ -142,17 +157,13 @@ def _serve(connection: Connection, parent: int, backend: str, options: Mapping[s
         # Kernels are somebody else's code: whatever they raise is an answer.
         except BaseException as error:
             answer = FAILED, _describe(error)
-        if answer[0] == DONE:
-            connection.send(answer)
-            continue
-        failure = answer[1]
-        broken = cuda.fault()
-        if broken is not None:
+        state, failure = answer
+        if state == FAILED and (lost := gpu_fault()) is not None:
             # Whatever came next would fail too: the parent starts another process.
-            connection.send((BROKEN, (CRASH, f"{failure[1]}; the GPU is lost to it: {broken}")))
+            connection.send((BROKEN, (CRASH, f"{failure[1]}; the GPU is lost to it: {lost}")))
             return
-        connection.send((FAILED, failure))
-        if failure[0] == MEMORY and bench is not None:
+        connection.send(answer)
+        if state == FAILED and failure[0] == MEMORY and bench is not None:
             bench.forget()
 
 
@@ -216,7 +227,7 @@ class Worker:
             self._start()
 
     def check(self, problem: Problem, config: Config) -> Failure | None:
-        """Run a configuration and hold it against the oracle; `None` if it is right."""
+        """Run a configuration and hold it against the reference; `None` if it is right."""
         config = dict(config)
         good = self._good.setdefault(problem, config)
         if problem not in self._seen and good != config:
@@ -234,13 +245,9 @@ class Worker:
         return None if wrong is None else Failure(WRONG, wrong)
 
     def race(
-        self,
-        entries: Sequence[tuple[Problem, Config]],
-        seconds: float,
-        least: int = 7,
-        most: int = 400,
+        self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
     ) -> list[list[float]]:
-        """Samples of each entry in microseconds, one a round.
+        """Samples of each entry in microseconds, one a round; see `tune.race`.
 
         Raises:
             CandidateFailed: one of them failed now.
@@ -248,10 +255,7 @@ class Worker:
         fresh = any(problem not in self._seen for problem, _ in entries)
         patience = seconds + (self._first if fresh else self._later)
         plain = [(problem, dict(config)) for problem, config in entries]
-        samples = self._ask(patience, "race", plain, seconds, least=least, most=most)
-        if isinstance(samples, Failure):
-            raise CandidateFailed(samples)
-        return samples
+        return self._answer(patience, "race", plain, seconds, **rounds)
 
     def calibrate(self, device: str) -> cost.Machine:
         """The constants of the analytic model.
@@ -259,10 +263,13 @@ class Worker:
         Raises:
             CandidateFailed: the backend's defaults cannot run.
         """
-        machine = self._ask(self._first, "calibrate", device)
-        if isinstance(machine, Failure):
-            raise CandidateFailed(machine)
-        return machine
+        return self._answer(self._first, "calibrate", device)
+
+    def _answer(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
+        answer = self._ask(patience, method, *args, **kwargs)
+        if isinstance(answer, Failure):
+            raise CandidateFailed(answer)
+        return answer
 
     def _ask(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._connection is None:
@@ -288,12 +295,8 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve,
-            args=(theirs, os.getpid(), self._backend, self._options),
-            daemon=True,
-            name="hata-tune",
-        )
+        given = theirs, os.getpid(), self._backend, self._options
+        self._process = context.Process(target=_serve, args=given, daemon=True, name="hata-tune")
         self._process.start()
         theirs.close()
         self._seen.clear()
@@ -325,8 +328,3 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def with_budget(problem: Problem, bits: int, k: int) -> Problem:
-    """The same decode step with other codes and another budget."""
-    return replace(problem, bits=bits, k=k, aligned=bits % 128 == 0)

@@ -47,6 +47,11 @@ def sets_for(problem: Problem, pool: int | None = None) -> tuple[int, int]:
     return wanted, max(1, min(wanted, 2 * pool // max(held, 1)))
 
 
+def public(call: Any) -> Callable[[], Any]:
+    """The public op on the arguments of a call."""
+    return partial(getattr(hata, call.OP), **call.arrays(), **call.options())
+
+
 class Inputs:
     """The sets of inputs of one problem, and the calls of its op on them.
 
@@ -71,7 +76,7 @@ class Inputs:
     @property
     def calls(self) -> list[Callable[[], Any]]:
         """The public op on each set."""
-        return [partial(getattr(hata, c.OP), **c.arrays(), **c.options()) for c in self.sets]
+        return [public(call) for call in self.sets]
 
     def prepare(self) -> None:
         """Have all that the calls need compiled and loaded."""

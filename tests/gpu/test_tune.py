@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="the planted kernels are in Triton")
 import torch
 
 from hata import device, registry
+from hata.measure.clock import CUDAClock
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import ahead, capture, cuda, space
+from tune import ahead, capture, space
 from tune.__main__ import main
 from tune.worker import CRASH, MEMORY, WRONG, Worker
 
@@ -45,8 +46,8 @@ class Bad(Backend):
     def default(self, problem):
         return {"how": "slow"}
 
-    def launch_encode(self, problem, fw, x, projection, bias, out, norms):
-        how = self.config(problem)["how"]
+    def encode(self, call):
+        x, projection, fw, how = call.x, call.projection, call.fw, call.config["how"]
         group = x.shape[1] // projection.shape[0]
         if how == "full":
             fw.empty((1 << 44,), "uint8", x)
@@ -61,7 +62,7 @@ class Bad(Backend):
         codes = (bits.int() << places).sum(-1).to(torch.uint8)
         return codes ^ 1 if how == "wrong" else codes
 
-    launch_hamming_topk = launch_sparse_attend = launch_hash_attend = launch_encode
+    hamming_topk = sparse_attend = encode
 """
 
 
@@ -113,7 +114,7 @@ def test_the_clock_agrees_with_events_around_many_calls(cycles):
         torch.cuda._sleep(cycles)
 
     wait()
-    clock = cuda.Clock()
+    clock = CUDAClock()
     clock.add([wait])
     us = np.median([clock.sample(0) for _ in range(15)])
     assert us == pytest.approx(by_events(wait), rel=0.05)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,11 +29,11 @@ class UsageError(HataError, ValueError):
 
 
 @dataclass
-class Plan:
+class Task:
     """What a run is to do.
 
     Attributes:
-        device: `"cpu"` or `"cuda"`.
+        device: Kind of device.
         fingerprint: The device, with the kernels that are tuned.
         backends: Those to tune; the first also measures selections.
         layout: Heads to tune for.
@@ -45,6 +44,7 @@ class Plan:
         problems: For each backend, what to tune.
         out: The profile.
         storage: URL of the studies.
+        notes: What people should be told.
     """
 
     device: str
@@ -80,7 +80,7 @@ def check_numbers(options: argparse.Namespace) -> None:
         )
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_task(options: argparse.Namespace) -> Task:
     """Find out what is here and what is asked for.
 
     Raises:
@@ -89,23 +89,20 @@ def make_plan(options: argparse.Namespace) -> Plan:
     notes: list[str] = []
     given = _output(options.out) if options.out else None
     device, backends = _choose_backends(options.gpu, options.backend, notes)
-    layout = space.COMMON
-    text = ""
+    layout, text = space.COMMON, ""
     if options.model is not None:
         layout = capture.load_layout(options.model)
         text = read_text(options.text)
         # Said now rather than after minutes.
         capture.token_sequences(options.model, text, 1, layout.context)
     encoder, encoder_key = _choose_encoder(options.encoder, layout)
-    base = devices.fingerprint(device)
     problems = {}
     for backend in backends:
-        dtypes = space.dtypes_of(layout, device, backend.dtypes) or sorted(backend.dtypes)[:1]
         wanted = space.problems(
             layout,
             device,
-            dtypes,
-            bits=tuple(b for b in space.BITS if b <= encoder.bits) or (encoder.bits,),
+            space.dtypes_of(layout, device, backend.dtypes) or sorted(backend.dtypes)[:1],
+            bits=space.bits_of(encoder.bits),
             norms=encoder.key_norms,
             of_model=options.model is not None,
             quick=options.quick,
@@ -115,11 +112,11 @@ def make_plan(options: argparse.Namespace) -> Plan:
             reasons = backend.unsupported(wanted[0])
             notes.append(f"backend {backend.name} cannot run these problems: {'; '.join(reasons)}")
     kernels = {
-        backend.name: {op: backend.kernel_hash(op) for op in _ops(problems[backend.name])}
-        for backend in backends
+        b.name: {op: b.kernel_hash(op) for op in sorted({p.op for p in problems[b.name]})}
+        for b in backends
     }
-    fingerprint = dataclasses.replace(base, kernels=kernels)
-    return Plan(
+    fingerprint = dataclasses.replace(devices.fingerprint(device), kernels=kernels)
+    return Task(
         device=device,
         fingerprint=fingerprint,
         backends=backends,
@@ -143,43 +140,40 @@ def _output(given: str) -> Path:
         raise UsageError(f"--out: {str(error).removeprefix('output: ')}") from None
 
 
-def _ops(problems: Sequence[Problem]) -> list[str]:
-    return sorted({problem.op for problem in problems})
-
-
 def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str, list[Backend]]:
     """The device to tune for, and the backends that run on it."""
     if name == "auto":
         name = None
     here = devices.has_cuda()
     infos = registry.list_backends()
+    absent = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
     usable = []
     # Unknown and unavailable names say so themselves.
     for candidate in [i.name for i in infos if i.available] if name is None else [name]:
         try:
-            usable.append(registry.load(candidate))
+            backend = registry.load(candidate)
+            # Of one without knobs, such as the reference, nothing can be tuned.
+            if name is not None or type(backend).tunables is not Backend.tunables:
+                usable.append(backend)
         except HataError:
             raise
         # A plug-in is somebody else's code, and must not stop the others.
         except Exception as error:
+            told = f"{candidate} fails to start: {type(error).__name__}: {error}"
             if name is not None:
-                raise BackendUnavailable(
-                    f"--backend: {name} fails to start: {type(error).__name__}: {error}"
-                ) from None
-            notes.append(f"backend {candidate} fails to start: {type(error).__name__}: {error}")
+                raise BackendUnavailable(f"--backend: {told}") from None
+            notes.append(f"backend {told}")
 
     def on(kind: str) -> list[Backend]:
         return [backend for backend in usable if kind in backend.devices]
 
-    kind = gpu.lower()
-    if kind == "cpu":
-        device = "cpu"
-    elif kind == "auto":
-        device = "cuda" if here and on("cuda") else "cpu"
-        if here and device == "cpu" and name is None:
-            reasons = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
-            notes.append(f"A GPU is here, but no backend for it ({reasons}); tuning the CPU.")
-    else:
+    kind, device = gpu.lower(), "cpu"
+    if kind == "auto":
+        if here and on("cuda"):
+            device = "cuda"
+        elif here and name is None:
+            notes.append(f"A GPU is here, but no backend for it ({absent}); tuning the CPU.")
+    elif kind != "cpu":
         device = "cuda"
         found = devices.fingerprint("cuda").name if here else ""
         if kind not in found.lower().replace(" ", "-") and kind not in found.lower():
@@ -196,8 +190,7 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
             f"{gpu} means {device} here; change one of them"
         )
     if not chosen:
-        reasons = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
-        raise BackendUnavailable(f"no backend can be tuned for {device} here ({reasons})")
+        raise BackendUnavailable(f"no backend can be tuned for {device} here ({absent})")
     return device, chosen
 
 

@@ -1,7 +1,7 @@
 """What people see: progress on stderr, tables and the profile's path on stdout.
 
-`rich` draws where it is installed and somebody looks at a terminal; elsewhere the same is said in
-plain lines, one a problem, so that logs stay short.
+`rich` draws where somebody looks at a terminal; elsewhere the same is said in plain lines, one a
+problem, so that logs stay short.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from hata.selection import Selection
 from tune.quality import Point
 from tune.verdict import Verdict
 from tune.worker import Failure
+
+KERNEL_HEADER = ("op", "shape", "backend", "default µs", "tuned µs", "ratio", "noise", "tried")
+LAYER_HEADER = ("layer", "bits", "k", "sink", "recent", "µs", "kept", "exact", "quality")
 
 
 class Report:
     """Tells people what happens."""
 
     def __init__(self) -> None:
-        self._progress: Any = None
+        self._progress: Progress | None = None
         self._task: Any = None
         self._title = ""
-        try:
-            import rich
-        except ImportError:
-            self.rich = False
-        else:
-            self.rich = bool(rich)
-        self._live = self.rich and sys.stderr.isatty()
 
     def note(self, text: str) -> None:
         """Say something that is not a result."""
@@ -46,26 +47,16 @@ class Report:
     @contextmanager
     def watching(self, total: int, what: str) -> Iterator[None]:
         """A progress display around `total` steps."""
-        if not self._live:
+        if not sys.stderr.isatty():
             yield
             return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        with Progress(
+        columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as self._progress:
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as self._progress:
             self._task = self._progress.add_task(what, total=total)
             try:
                 yield
@@ -107,11 +98,7 @@ class Report:
         kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
         header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
         right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
-        if self.rich and sys.stdout.isatty():
-            from rich import box
-            from rich.console import Console
-            from rich.table import Table
-
+        if sys.stdout.isatty():
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             for name, is_right in zip(header, right, strict=True):
                 # Where a terminal is narrow, shapes fold and nothing else.
@@ -142,21 +129,14 @@ def _is_number(text: str) -> bool:
 
 def kernel_row(op: str, shape: str, backend: str, verdict: Verdict) -> list[str]:
     """A row of the table of kernels; see `KERNEL_HEADER`."""
-    gain = verdict.default_us.median / verdict.us.median
-    return [
-        op,
-        shape,
-        backend,
-        f"{verdict.default_us.median:.1f}",
-        f"{verdict.us.median:.1f}",
-        f"{gain:.2f}x",
+    default, tuned = verdict.default_us.median, verdict.us.median
+    told = (
+        f"{default:.1f}",
+        f"{tuned:.1f}",
+        f"{default / tuned:.2f}x",
         f"{100 * verdict.noise:.1f}%",
-        str(verdict.trials),
-    ]
-
-
-KERNEL_HEADER = ("op", "shape", "backend", "default µs", "tuned µs", "ratio", "noise", "tried")
-LAYER_HEADER = ("layer", "bits", "k", "sink", "recent", "µs", "kept", "exact", "quality")
+    )
+    return [op, shape, backend, *told, str(verdict.trials)]
 
 
 def layer_row(
@@ -166,14 +146,6 @@ def layer_row(
     if selection is None or point is None:
         best = "" if quality is None else f"{quality:.3f}"
         return [layer, "dense", "", "", "", "", "", "", best]
-    return [
-        layer,
-        str(point.bits),
-        str(point.k),
-        str(point.sink),
-        str(point.recent),
-        f"{us:.1f}",
-        f"{point.kept:.3f}",
-        f"{point.exact:.3f}",
-        f"{point.quality:.3f}",
-    ]
+    sizes = map(str, (point.bits, point.k, point.sink, point.recent))
+    shares = (f"{share:.3f}" for share in (point.kept, point.exact, point.quality))
+    return [layer, *sizes, f"{us:.1f}", *shares]

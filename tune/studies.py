@@ -1,0 +1,221 @@
+"""Studies: what Optuna keeps of a search in an SQLite file, or any database that it speaks to.
+
+A study is named after the device, the kernel sources and the problem, so that it can be continued:
+trials of a process that is gone (no heartbeat, or no such process) are queued again, a few times.
+Only this file and `tune.search` know Optuna.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, OptunaError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+
+from tune.database import StorageError, damage, foreign, move_aside, sqlite_path
+
+SEED = 0
+RETRIES = 2
+HEARTBEAT_SECONDS = 5
+
+
+def _quietly(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Heartbeats and their callback are marked experimental; everything else may still warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r".*(heartbeat|Heartbeat).*experimental", category=ExperimentalWarning
+        )
+        return make(*args, **options)
+
+
+def _retry() -> RetryHeartbeatStaleTrialCallback:
+    return _quietly(RetryHeartbeatStaleTrialCallback, max_retry=RETRIES)
+
+
+def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
+    """Open a database; a broken SQLite file is moved aside.
+
+    Args:
+        url: Of `tune.database.storage_url`.
+        ours: It is a file of the user's cache folder, so that whatever lies there may be moved.
+
+    Returns:
+        The storage, and what people should be told (`""` for nothing).
+
+    Raises:
+        StorageError: it cannot be opened or written, or is a file of something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    message = ""
+    path = sqlite_path(url)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"storage: {path.parent} cannot be made ({error.strerror}); name another with "
+                "--storage"
+            ) from None
+        if not ours and (why := foreign(path)):
+            raise StorageError(
+                f"--storage: {path} {why}, and was left as it is; name another file, or a new one"
+            )
+        if broken := damage(path):
+            moved = move_aside(path)
+            message = f"{path} is damaged ({broken}); it was moved to {moved}, a new one begins"
+    try:
+        storage = _quietly(
+            RDBStorage, url, heartbeat_interval=HEARTBEAT_SECONDS,
+            heartbeat_stale_trial_callback=_retry(),
+        )  # fmt: skip
+    except (SQLAlchemyError, OptunaError, ImportError, LookupError, RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise StorageError(
+            f"storage: {url} cannot be opened ({reason}); check it, or name another with --storage"
+        ) from None
+    if path is not None:
+        # A kill loses nothing without the syncs, and after a power cut a broken file is replaced.
+        off = "PRAGMA synchronous = OFF"
+        event.listen(storage.engine, "connect", lambda connection, _: connection.execute(off))
+        storage.engine.dispose()
+    return storage, message
+
+
+def digest(*parts: object) -> str:
+    """A short name for values that print the same wherever they are equal."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def open_study(storage: RDBStorage, name: str, *, resume: bool, notes: str = "") -> optuna.Study:
+    """The study of a name: the latest run of it to go on with, or a new run beside the others.
+
+    Args:
+        storage: Where it lies.
+        name: Without the number of the run.
+        resume: Go on with the latest run, if there is one.
+        notes: What it is about, for people who look into the database.
+    """
+    study = _latest(storage, name) if resume else None
+    if study is not None:
+        # The seed's first draws were made before.
+        study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
+        _requeue_dead(study)
+        return study
+    sampler, run = optuna.samplers.TPESampler(seed=SEED), _run(storage, name)
+    while True:
+        run += 1
+        with contextlib.suppress(DuplicatedStudyError):
+            study = optuna.create_study(
+                study_name=f"{name}#{run}", storage=storage, sampler=sampler, direction="minimize"
+            )
+            study.set_user_attr("about", notes)
+            return study
+
+
+def is_settled(storage: RDBStorage, name: str) -> bool:
+    """Whether the latest run of a study has a verdict."""
+    study = _latest(storage, name)
+    return study is not None and "verdict" in study.user_attrs
+
+
+def _latest(storage: RDBStorage, name: str) -> optuna.Study | None:
+    run = _run(storage, name)
+    return optuna.load_study(study_name=f"{name}#{run}", storage=storage) if run else None
+
+
+def _run(storage: RDBStorage, name: str) -> int:
+    """The number of the latest run of a study; 0 if there is none."""
+    split = [found.rpartition("#") for found in optuna.get_all_study_names(storage)]
+    runs = [int(run) for base, _, run in split if base == name and run.isdecimal()]
+    return max(runs, default=0)
+
+
+def owner() -> list[object]:
+    """This process, as a trial notes it."""
+    return [socket.gethostname(), os.getpid(), _started(os.getpid())]
+
+
+def _started(pid: int) -> str:
+    """When a process started, so that a new process under an old number is told apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return stat.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_dead(noted: object) -> bool:
+    if not (isinstance(noted, list) and len(noted) == 3):
+        return False
+    host, pid, started = noted
+    if host != socket.gethostname() or not Path("/proc/self").exists():
+        return False
+    return _started(int(pid)) != started
+
+
+def _requeue_dead(study: optuna.Study) -> None:
+    """Queue trials again whose process is gone, without waiting for their heartbeat to be late."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if _is_dead(trial.user_attrs.get("owner")):
+            study.tell(trial.number, state=TrialState.FAIL)
+            _retry()(study, trial)
+
+
+def result_of(trial: FrozenTrial) -> dict[str, Any] | None:
+    """What a trial came to, if it is finished."""
+    return trial.user_attrs.get("result") if trial.state == TrialState.COMPLETE else None
+
+
+def sweep(
+    study: optuna.Study,
+    points: Sequence[Mapping[str, int]],
+    evaluate: Callable[[Mapping[str, int]], dict[str, Any]],
+    on_point: Callable[[int], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Evaluate every point of a grid, each once in the life of a study.
+
+    Args:
+        study: Of `open_study`.
+        points: Knob -> value; the same knobs in each.
+        evaluate: Returns JSON values: `value` (smaller is better), `constraints` (name -> number,
+            positive where violated), and anything else.
+        on_point: Called with how many are done.
+
+    Returns:
+        What `evaluate` returned, in the order of the points.
+    """
+    values = {name: sorted({point[name] for point in points}) for name in points[0]}
+    done: dict[tuple, dict[str, Any]] = {}
+    for result in filter(None, map(result_of, study.get_trials(deepcopy=False))):
+        done[tuple(result["point"])] = result
+    names = tuple(values)
+
+    def objective(trial: Trial) -> float:
+        trial.set_user_attr("owner", owner())
+        point = {n: int(trial.suggest_categorical(n, values[n]) or 0) for n in names}
+        key = tuple(point.values())
+        result = done.get(key) or evaluate(point) | {"point": list(key)}
+        done[key] = result
+        trial.set_user_attr("result", result)
+        for name, amount in result["constraints"].items():
+            trial.set_constraint(name, amount)
+        return result["value"]
+
+    for point in points:
+        # A trial of a process that died may stand before this one in the queue.
+        while tuple(point[n] for n in names) not in done:
+            study.enqueue_trial({n: point[n] for n in names})
+            study.optimize(objective, n_trials=1)
+            on_point(len(done))
+    return [done[tuple(point[n] for n in names)] for point in points]
