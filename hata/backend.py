@@ -15,19 +15,15 @@ against `hata.testing.BackendSuite`.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from hata import checks
 from hata.arrays import Framework
-from hata.call import Call, Encode, HammingTopK, HashAttend, Route, SparseAttend, examples, visible
+from hata.call import Encode, HammingTopK, HashAttend, Route, SparseAttend, examples, visible
 from hata.errors import HataDeviceError, HataDTypeError, UnsupportedProblem
 from hata.problem import Problem
 
@@ -113,28 +109,30 @@ class Backend(ABC):
         q, keys, tokens = call.q, call.keys, call.q.shape[2]
         q_codes = call.q_codes
         if q_codes is None:
-            q_codes = self._part(call, Encode(q, call.query_projection, call.query_bias))
+            q_codes = self._part(Encode(q, call.query_projection, call.query_bias))
         spans = list(visible(call))
         for b, t, start, stop in spans:
             if call.fresh and t == tokens - 1:
                 rows = slice(b, b + 1), slice(None), slice(max(start, stop - call.fresh), stop)
                 norms = None if call.key_norms is None else call.key_norms[rows]
                 codes = call.key_codes[rows]
-                self._part(call, Encode(keys[rows], call.projection, call.bias, codes, norms))
+                self._part(Encode(keys[rows], call.projection, call.bias, codes, norms))
         arrays = q_codes, call.key_codes, call.lengths, call.starts, call.key_norms
-        numbers = call.k, call.ratio, call.k_min, call.sink, call.recent
-        indices = self._part(call, HammingTopK(*arrays, *numbers))
+        # Clipped to the slots one by one, those that always win may be more than k.
+        k = max(call.k, call.sink + call.recent)
+        numbers = k, call.ratio, call.k_min, call.sink, call.recent
+        indices = self._part(HammingTopK(*arrays, *numbers))
         if call.dense_below:
-            short = self._part(call, HammingTopK(*arrays, max(call.k, call.dense_below)))
+            short = self._part(HammingTopK(*arrays, max(k, call.dense_below)))
             for b, t, start, stop in spans:
                 if stop - start > call.dense_below:
-                    short[b, :, t, : call.k] = indices[b, :, t]
-                    short[b, :, t, call.k :] = -1
+                    short[b, :, t, :k] = indices[b, :, t]
+                    short[b, :, t, k:] = -1
             indices = short
         arrays = q, keys, call.values, indices, call.sink_logits
-        return self._part(call, SparseAttend(*arrays, call.scale, call.softcap, call.return_lse))
+        return self._part(SparseAttend(*arrays, call.scale, call.softcap, call.return_lse))
 
-    def _part(self, whole: Call, part: Any) -> Any:
+    def _part(self, part: Any) -> Any:
         """Run another op for a part of a call."""
         route = checks.check(part)
         route.backend, route.config = self, self.config(route.problem)
@@ -177,19 +175,12 @@ class Backend(ABC):
     def kernel_hash(self, op: str) -> str:
         """SHA-256 (hex) of the sources behind an op; a tuned entry is valid for one hash only.
 
-        The default hashes every Python and CUDA source beside the class, so that any change of
-        the backend asks for a new tuning; of a module that is in no package, that file alone.
+        The default covers what the op's module in the backend's package reaches, by imports and by
+        `#include`, but for docstrings and comments; see `hata.sources`.
         """
-        file = Path(inspect.getfile(type(self)))
-        sources = [file]
-        # A module by itself lies among strangers, such as all of site-packages.
-        if _in_package(type(self)):
-            sources = sorted([*file.parent.glob("*.py"), *file.parent.glob("*.cu")])
-        digest = hashlib.sha256()
-        for source in sources:
-            digest.update(source.name.encode())
-            digest.update(source.read_bytes())
-        return digest.hexdigest()
+        from hata import sources
+
+        return sources.digest(type(self), op)
 
     # What every backend has.
 
@@ -262,15 +253,39 @@ class Backend(ABC):
             )
 
 
+class PlanningBackend(Backend):
+    """A backend whose calls follow plans, each made once for all calls with one signature."""
+
+    @abstractmethod
+    def plan(self, call: Any) -> Any:
+        """The plan of a call: its `run(call)` gives the results that it allocates, in order."""
+
+    def encode(self, call: Encode) -> Any:
+        """Run `hata.encode`."""
+        made = self._run(call)
+        return made[0] if call.out is None else call.out
+
+    def hamming_topk(self, call: HammingTopK) -> Any:
+        """Run `hata.hamming_topk`."""
+        return self._run(call)[0]
+
+    def sparse_attend(self, call: SparseAttend | HashAttend) -> tuple[Any, Any]:
+        """Run `hata.sparse_attend` or `hata.hash_attend`."""
+        made = self._run(call)
+        return made[0], made[1] if call.return_lse else None
+
+    hash_attend = sparse_attend
+
+    def _run(self, call: Any) -> list[Any]:
+        plan = call.route.memo
+        if plan is None:
+            plan = call.route.memo = self.plan(call)
+        return plan.run(call)
+
+
 def _completed(call: Any, route: Route) -> Any:
     arrays = call[: call.ARRAYS]
     return call.complete(arrays, route, route.fw.signatures(arrays)[1])
-
-
-def _in_package(backend_class: type[Backend]) -> bool:
-    """Whether the module of a class is a package or a part of one."""
-    name = backend_class.__module__
-    return "." in name or hasattr(sys.modules.get(name), "__path__")
 
 
 @contextmanager

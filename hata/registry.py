@@ -24,10 +24,10 @@ from contextvars import ContextVar
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hata import device as devices
 from hata.arrays import Framework
 from hata.backend import Backend, Config
 from hata.checks import reads_values
-from hata.device import fingerprint
 from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBackend
 from hata.problem import Problem
 
@@ -358,7 +358,7 @@ def _match(backend: Backend, problem: Problem) -> Match | None:
 
 def _refusal(backend: Backend, problem: Problem, config: Config) -> str | None:
     """Why the kernels of a configuration do not fit the GPU that is here, if so."""
-    here = fingerprint(problem.device)
+    here = devices.fingerprint(problem.device)
     if here.sm is None:
         return None
     return backend.refusal(problem, config, here.sm, here.smem_optin or 0)

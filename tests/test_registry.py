@@ -25,16 +25,15 @@ X = np.ones((1, 1, 2, 16), np.float32)
 PROJECTION = np.ones((1, 16, 32), np.float32)
 PROBLEM = Problem(op="encode", device="cpu", dtype="float32", head_dim=16, bits=32)
 
-# A whole backend in one launcher: what it returns says that it ran.
+# A whole backend in one method: what it returns says that it ran.
 WORKING = """
 from hata.backend import Backend
 class Mine(Backend):
     name = "mine"
     frameworks = frozenset({"numpy"})
-    def launch_encode(self, *arguments): return "mine ran"
-    def launch_hamming_topk(self, *arguments): raise NotImplementedError
-    def launch_sparse_attend(self, *arguments): raise NotImplementedError
-    def launch_hash_attend(self, *arguments): raise NotImplementedError
+    def encode(self, call): return "mine ran"
+    def hamming_topk(self, call): raise NotImplementedError
+    def sparse_attend(self, call): raise NotImplementedError
 """
 
 
@@ -65,9 +64,9 @@ def reason_of(name):
     return {info.name: info.reason for info in hata.list_backends()}[name]
 
 
-def test_auto_is_the_default_and_runs_the_reference_here():
+def test_auto_is_the_default_and_runs_numba_here():
     assert hata.get_backend() == "auto"
-    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "reference"
+    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "numba"
 
 
 def adapter():
@@ -76,8 +75,8 @@ def adapter():
 
 def test_every_backend_is_listed_with_its_reason():
     listed = {info.name: info for info in hata.list_backends()}
-    assert listed["reference"].available
-    assert listed["reference"].reason == ""
+    for name in ("numba", "reference"):
+        assert (listed[name].available, listed[name].reason) == (True, "")
     for info in listed.values():
         assert info.available == (not info.reason)
 
@@ -160,7 +159,7 @@ BROKEN = {
         WORKING + "    @classmethod\n    def missing(cls): raise OSError('no such device')\n",
         "no such device",
     ),
-    "launcher is absent": (WORKING.replace("launch_encode", "encode"), "abstract"),
+    "method is absent": (WORKING.replace("def encode", "def encoded"), "abstract"),
     "constructor fails": (
         WORKING + "    def __init__(self): raise OSError('no device node')\n",
         "no device node",
@@ -177,7 +176,7 @@ def test_fault_48_broken_plug_in(plug_in, fault):
     assert hata.get_backend() == "auto"
     # It is reported, and it harms nobody else.
     listed = {info.name: info for info in hata.list_backends()}
-    assert {"reference", "triton", "cupy", "mine"} == set(listed)
+    assert {*registry.BUILT_IN, "mine"} == set(listed)
     if fault != "constructor fails":  # which a list does not call
         assert re.search(expected, listed["mine"].reason)
     assert hata.encode(X, PROJECTION).dtype == np.uint8
@@ -253,14 +252,14 @@ def test_hash_of_a_plug_in_names_its_own_sources(plug_in, tmp_path):
 
 def test_plug_in_comes_after_our_own_in_auto(plug_in):
     plug_in("mine", WORKING)
-    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "reference"
+    assert registry.resolve(PROBLEM, adapter(), "cpu").name == "numba"
 
 
 @pytest.mark.parametrize("name", ["reference", "auto"])
 def test_plug_in_cannot_take_a_name_of_ours(plug_in, name):
     plug_in(name, WORKING.replace('"mine"', f'"{name}"'))
     assert hata.encode(X, PROJECTION).dtype == np.uint8
-    assert [info.name for info in hata.list_backends()] == ["reference", "triton", "cupy"]
+    assert [info.name for info in hata.list_backends()] == list(registry.BUILT_IN)
 
 
 def test_explicit_choice_never_falls_back(plug_in):
@@ -288,7 +287,7 @@ def test_backend_refuses_dtypes_it_does_not_declare(plug_in):
 def test_auto_lists_every_reason_where_nothing_can_run():
     with pytest.raises(hata.BackendUnavailable) as caught:
         registry.resolve(Problem(op="encode", device="cuda", dtype="float32"), adapter(), "cuda:0")
-    for name in ("cupy", "triton", "reference"):
+    for name in registry.BUILT_IN:
         assert f"'{name}'" in str(caught.value)
 
 
@@ -300,7 +299,7 @@ def test_fault_38_device_arrays_for_the_reference():
 def test_fault_38_host_arrays_for_a_device_backend(plug_in):
     plug_in("mine", WORKING + "    devices = frozenset({'cuda'})\n")
     with hata.use_backend("mine"):
-        match = r"got arrays on cpu, expected cuda.*set_backend\('reference'\)"
+        match = r"got arrays on cpu, expected cuda.*set_backend\('numba'\)"
         with pytest.raises(hata.HataDeviceError, match=match):
             hata.encode(X, PROJECTION)
 
@@ -382,27 +381,36 @@ def test_broken_profile_leaves_the_one_in_force(tmp_path):
 def test_prepare_sees_the_call(monkeypatch):
     """Kernels may depend on arguments that no problem holds, such as the heads of query codes."""
     seen = []
-    backend = registry.load("reference")
-
-    def prepare_call(launcher, problem, fw, *args):
-        seen.append((launcher, problem.op, fw.name, args))
-
-    monkeypatch.setattr(backend, "prepare_call", prepare_call)
+    monkeypatch.setattr(registry.load("numba"), "prepare", seen.append)
     ones, codes = np.ones((1, 2, 5, 16), np.float32), np.zeros((1, 2, 5, 4), np.uint8)
     q_codes = np.zeros((1, 14, 1, 4), np.uint8)
     given = (ones[:, :, :1], ones, ones, codes, np.ones((2, 16, 32), np.float32))
     hata.prepare("hash_attend", *given, 3, q_codes=q_codes, fresh=2)
-    ((launcher, op, framework, args),) = seen
-    assert (launcher, op, framework) == ("launch_hash_attend", "hash_attend", "numpy")
-    assert any(arg is q_codes for arg in args)
+    (call,) = seen
+    assert (call.OP, call.problem.op, call.fw.name) == ("hash_attend", "hash_attend", "numpy")
+    assert call.q_codes is q_codes
     assert (codes == 0).all()
 
 
-def test_prepare_of_a_backend_that_knows_problems_alone(monkeypatch):
-    seen = []
-    monkeypatch.setattr(registry.load("reference"), "prepare", seen.append)
-    hata.prepare("encode", X, PROJECTION)
-    assert [problem.op for problem in seen] == ["encode"]
+def test_what_is_prepared_compiled_and_refused_follows_from_one_list(plug_in):
+    source = """
+    class Piece:
+        def __init__(self, call, sm): self.op, self.sm, self.done = call.OP, sm, []
+        def load(self, device): LOADED.append((self.op, device))
+        def misfit(self, sm, smem): return f"too large for {smem}" if smem < 100 else None
+    LOADED = []
+    """
+    listing = "    def kernels(self, call, sm=None): return [Piece(call, sm)]\n"
+    plug_in("mine", textwrap.dedent(source) + WORKING + listing)
+    backend = registry.load("mine")
+    with hata.use_backend("mine"):
+        hata.prepare("encode", X, PROJECTION)
+    assert sys.modules[type(backend).__module__].LOADED == [("encode", "cpu")]
+    problem = replace(PROBLEM, projection_dtype="float32")
+    ahead = backend.ahead(problem, {}, 80)
+    assert {(kernel.op, kernel.sm) for kernel in ahead} == {("encode", 80)}
+    assert backend.refusal(problem, {}, 80, 99) == "too large for 99"
+    assert backend.refusal(problem, {}, 80, 100) is None
 
 
 def test_auto_takes_what_the_profile_of_a_gpu_measured_fastest(monkeypatch, tmp_path):
@@ -417,7 +425,7 @@ def test_auto_takes_what_the_profile_of_a_gpu_measured_fastest(monkeypatch, tmp_
         found = registry.class_of(name)
         monkeypatch.setattr(found, "missing", classmethod(lambda cls: None))
         # It would compile kernels to see whether they fit.
-        monkeypatch.setattr(found, "refusal", lambda self, problem, config: None)
+        monkeypatch.setattr(found, "refusal", lambda self, problem, config, sm, smem: None)
         monkeypatch.setattr(found, "devices", frozenset({"cuda"}))
         backends[name] = registry.load(name)
     few, many = (

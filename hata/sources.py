@@ -1,0 +1,172 @@
+"""What a kernel is made of: the files that an op reaches, and a digest of them.
+
+A tuned entry is valid for the sources that it was measured with: the modules that the op's module
+imports from its package, the CUDA files beside them, and the headers that those include.
+Docstrings, comments and blank lines do not count, so that words can be mended without tuning anew.
+The digest is one of texts and not of syntax trees, so every version of Python gives the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+# Strings come first, for they may hold what looks like a comment.
+_STRING = r""""(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""
+_LONG_STRING = r""""{3}(?:\\.|[^\\])*?"{3}|'{3}(?:\\.|[^\\])*?'{3}"""
+_C_COMMENT = re.compile(rf"({_STRING})|//[^\n]*|/\*.*?\*/", re.DOTALL)
+_COMMENT = re.compile(rf"({_LONG_STRING}|{_STRING})|#[^\n]*", re.DOTALL)
+_INCLUDE = re.compile(r'^#\s*include\s*"([^"]+)"', re.MULTILINE)
+_NAMED = re.compile(r"""["']([\w-][\w/-]*\.(?:cuh?|hip|cpp|cl|metal))["']""")
+_DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+_BLOCKS = "body", "handlers", "cases", "orelse", "finalbody"
+
+
+class _Source(NamedTuple):
+    """A file: its text without words for people, and what it names of others.
+
+    Attributes:
+        code: The text without docstrings, comments, blank lines and trailing blanks.
+        imports: Level, module and names of each import; no names for `import module`.
+        files: Other sources: those that it includes, or that a string of it names.
+    """
+
+    code: str
+    imports: tuple[tuple[int, str, tuple[str, ...]], ...]
+    files: tuple[str, ...]
+
+
+def digest(backend_class: type, op: str) -> str:
+    """SHA-256 (hex) of the sources behind an op of a backend, and of their names in its package.
+
+    It starts at the module of the package that is named like the op, else at that of the class. Of
+    a class in no package, that one file counts.
+    """
+    name, file = backend_class.__module__, Path(inspect.getfile(backend_class))
+    package = name if hasattr(sys.modules.get(name), "__path__") else name.rpartition(".")[0]
+    folder = file.parent
+    found = [file]
+    if package:
+        found = reached(_module(folder, (op,)) or file, folder, package)
+    together = hashlib.sha256()
+    for path in sorted(found):
+        together.update(
+            f"{Path(os.path.relpath(path, folder)).as_posix()}\0{code(path)}\0".encode()
+        )
+    return together.hexdigest()
+
+
+def reached(start: Path, folder: Path, package: str) -> list[Path]:
+    """The files of a package that one of its files is made of, that file first.
+
+    Those are what it imports from the package, at its top or inside functions; the CUDA file of its
+    own name (`scan.py`: `scan.cu`), and others that a string in it names (`"kernels/scan.cu"`); the
+    headers of those; and so on. A package's `__init__` counts where something is imported from it.
+    """
+    found = [start]
+    # It grows meanwhile.
+    for file in found:
+        source = _source(file)
+        more = [m for one in source.imports for m in _imported(file, folder, package, *one)]
+        more += [file.with_suffix(".cu"), *(file.parent / name for name in source.files)]
+        found += [one for one in dict.fromkeys(more) if one not in found and one.is_file()]
+    return found
+
+
+def headers(path: Path) -> list[Path]:
+    """The files that a CUDA source reaches by `#include "..."`."""
+    return reached(path, path.parent, "")[1:]
+
+
+def code(path: Path) -> str:
+    """The text of a source without docstrings, comments, blank lines and trailing blanks."""
+    return _source(path).code
+
+
+def _source(path: Path) -> _Source:
+    # Read anew each time, for it may have been edited.
+    return (_python if path.suffix == ".py" else _cuda)(path.read_text("utf-8", "replace"))
+
+
+@lru_cache(maxsize=256)
+def _cuda(text: str) -> _Source:
+    lines = map(str.strip, _C_COMMENT.sub(lambda found: found[1] or " ", text).split("\n"))
+    text = "\n".join(filter(None, lines))
+    return _Source(text, (), tuple(_INCLUDE.findall(text)))
+
+
+@lru_cache(maxsize=256)
+def _python(text: str) -> _Source:
+    lines = text.split("\n")
+    begins = [0, *accumulate(len(line) + 1 for line in lines)]
+    imports, kept, end = [], [], 0
+
+    def place(row: int | None, column: int | None) -> int:
+        # Trees count lines from 1, and columns in bytes.
+        line = lines[(row or 1) - 1].encode()
+        return begins[(row or 1) - 1] + len(line[:column].decode())
+
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        # For another version of Python; no call gets there.
+        tree = ast.Module([], [])
+    for node in _statements(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple(alias.name for alias in node.names)
+            imports.append((node.level, node.module or "", names))
+        elif isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            said = node.body[0]
+            kept.append(text[end : place(said.lineno, said.col_offset)])
+            end = place(said.end_lineno, said.end_col_offset)
+    text = _COMMENT.sub(lambda found: found[1] or "", "".join((*kept, text[end:])))
+    text = "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
+    return _Source(text, tuple(imports), tuple(_NAMED.findall(text)))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A module or statement and all statements in it, in order."""
+    yield node
+    for block in _BLOCKS:
+        for inner in getattr(node, block, ()):
+            yield from _statements(inner)
+
+
+def _imported(
+    file: Path, folder: Path, package: str, level: int, module: str, names: tuple[str, ...]
+) -> list[Path]:
+    """The files that an import in a file of a package means, if they are of the package."""
+    parts = tuple(module.split(".")) if module else ()
+    if level:
+        above = file.relative_to(folder).parent.parts
+        if level - 1 > len(above):
+            return []
+        parts = above[: len(above) - (level - 1)] + parts
+    else:
+        own = tuple(package.split("."))
+        if parts[: len(own)] != own:
+            return []
+        parts = parts[len(own) :]
+    base = _module(folder, parts)
+    found = [base]
+    if names and (base is None or base.name == "__init__.py"):
+        found = [_module(folder, (*parts, name)) or base for name in names]
+    return [file for file in found if file]
+
+
+def _module(folder: Path, parts: tuple[str, ...]) -> Path | None:
+    """The file of a module below a package's folder, if there is one."""
+    base = folder.joinpath(*parts)
+    files = base / "__init__.py", base.with_name(f"{base.name}.py")
+    return next((file for file in files if file.is_file()), None)
