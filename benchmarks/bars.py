@@ -58,13 +58,10 @@ def most(name: str, wanted: float, measured: float) -> Bar:
 
 
 class Row(NamedTuple):
-    """One measured line.
+    """One measured line: a contender on a shape.
 
     Attributes:
-        shape: What was run.
-        name: Which contender.
         family: `"op"`, `"dense"`, `"read"`, or `"kernel"` for one of a step's kernels.
-        us: Time of a call in µs.
         bytes: What a call moves at least; 0: not counted.
         samples: Behind the time.
     """

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,8 +25,7 @@ from benchmarks.shapes import Shape
 _CHUNK = 16_384
 
 
-@dataclass
-class Case:
+class Case(NamedTuple):
     """The arrays of one decode step of one layer: a cache that holds `keys` of `slots` slots.
 
     The last visible key is fresh: it is in the cache and its code is not. Slots behind the visible
@@ -41,8 +39,8 @@ class Case:
     codes: Tensor  # [B, Hkv, S, r/8]
     projection: Tensor  # [Hkv, D, r]
     lengths: Tensor  # [B]
-    q_codes: Tensor = field(init=False)  # [B, H, 1, r/8]
-    indices: Tensor = field(init=False)  # [B, Hkv, 1, k]
+    q_codes: Tensor  # [B, H, 1, r/8]
+    indices: Tensor  # [B, Hkv, 1, k]
 
     @property
     def fresh_key(self) -> Tensor:
@@ -72,36 +70,27 @@ def build(shape: Shape, device: str, seed: int = 0) -> Case:
         return x
 
     config = {
-        "num_hidden_layers": 1,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": h,
+        "num_hidden_layers": 1, "num_attention_heads": shape.heads, "num_key_value_heads": h,
         "head_dim": d,
-    }
+    }  # fmt: skip
     projection = torch.from_numpy(hata.Encoder.random(config, shape.bits, seed).projection(0))
-    case = Case(
-        shape,
-        normal(b, shape.heads, 1, d),
-        cache(),
-        cache(),
-        torch.zeros((b, h, shape.s, shape.bits // 8), dtype=torch.uint8, device=device),
-        projection.to(device, dtype).contiguous(),
-        torch.full((b,), n, dtype=torch.int32, device=device),
-    )
+    projection = projection.to(device, dtype).contiguous()
+    q, keys, values = normal(b, shape.heads, 1, d), cache(), cache()
+    codes = torch.zeros((b, h, shape.s, shape.bits // 8), dtype=torch.uint8, device=device)
     for start in range(0, n, _CHUNK):
         part = slice(start, min(start + _CHUNK, n))
-        case.codes[:, :, part] = hata.encode(case.keys[:, :, part], case.projection)
-    case.q_codes = hata.encode(case.q, case.projection)
-    case.indices = hata.hamming_topk(case.q_codes, case.codes, shape.k, lengths=case.lengths)
-    return case
+        codes[:, :, part] = hata.encode(keys[:, :, part], projection)
+    lengths = torch.full((b,), n, dtype=torch.int32, device=device)
+    q_codes = hata.encode(q, projection)
+    indices = hata.hamming_topk(q_codes, codes, shape.k, lengths=lengths)
+    return Case(shape, q, keys, values, codes, projection, lengths, q_codes, indices)
 
 
 class Contender(NamedTuple):
     """Something to time.
 
     Attributes:
-        name: Row of the table.
         family: `"op"`, `"dense"` or `"read"`.
-        call: Runs it once and returns its result.
         bytes: What it must read and write at least.
     """
 
@@ -125,8 +114,8 @@ def encode(case: Case) -> Contender:
 
 def hamming_topk(case: Case) -> Contender:
     """Scan the codes and select."""
-    q_codes, codes, k, lengths = case.q_codes, case.codes, case.shape.k, case.lengths
-    call = partial(hata.hamming_topk, q_codes, codes, k, lengths=lengths)
+    given = case.q_codes, case.codes, case.shape.k
+    call = partial(hata.hamming_topk, *given, lengths=case.lengths)
     return Contender("hamming_topk", "op", call, case.shape.code_bytes)
 
 

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,28 +25,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hata
-from benchmarks import bars, contenders, tables
+from benchmarks import bars, contenders, options, tables
 from benchmarks.bars import Bar, Row
 from benchmarks.contenders import Case, Contender
-from benchmarks.options import shape_option, unwritable
 from benchmarks.shapes import ITEMSIZE, SUITES, Shape
 from benchmarks.verify import WrongResult, verify
 from hata import registry
 from hata.backend import Backend, Config
 from hata.commandline import Parser
-from hata.errors import ProfileError
 from hata.measure.clock import cores, times, timing_of
 from hata.problem import OPS, Problem
-from hata.profile import Profile
 from hata.profile.store import write_whole
+
+# Names and samples of the kernels that each call launches, in order; by kind of device.
+Profiler = Callable[[Sequence[Callable[[], object]]], list[list[tuple[str, list[float]]]]]
+PROFILERS: dict[str, Profiler] = {}
 
 
 def measure(
-    group: Sequence[Shape],
-    device: str,
-    rounds: int,
-    cold: bool = False,
-    progress: Progress | None = None,
+    group: Sequence[Shape], device: str, rounds: int, cold: bool = False, progress: Any = None
 ) -> list[Row]:
     """Fill, check and time the shapes of a group, interleaved.
 
@@ -56,28 +53,22 @@ def measure(
     """
     kind = torch.device(device).type
     tasks: list[tuple[Case, Contender]] = []
-    task = None if progress is None else progress.add_task("", total=None)
-
-    def say(text: str, **fields: Any) -> None:
-        if progress is not None and task is not None:
-            progress.update(task, description=text, **fields)
-
+    progress = progress or Progress(disable=True)
+    say = partial(progress.update, progress.add_task("", total=None))
     for shape in group:
-        say(f"fill   {shape.name}")
+        say(description=f"fill   {shape.name}")
         case = contenders.build(shape, device)
-        say(f"check  {shape.name}")
+        say(description=f"check  {shape.name}")
         ops = [make(case) for make in contenders.OPS.values()]
         dense = [make(case) for make in contenders.DENSE[kind].values()]
         verify(case, ops, dense)
         reads = [make(case) for make in contenders.READS.values()]
         tasks += [(case, one) for one in (*ops, *dense, *reads)]
 
-    what = f"time   {group[0].name}"
-    say(what, total=rounds * len(tasks))
+    say(description=f"time   {group[0].name}", total=rounds * len(tasks))
     calls = [one.call for _, one in tasks]
-    found = times(calls, kind, rounds, cold=cold, tick=lambda: say(what, advance=1))
-    if progress is not None and task is not None:
-        progress.remove_task(task)
+    found = times(calls, kind, rounds, cold=cold, tick=partial(say, advance=1))
+    say(visible=False)
     rows = [
         Row(case.shape, one.name, one.family, timing_of(samples), one.bytes, len(samples))
         for (case, one), samples in zip(tasks, found, strict=True)
@@ -86,11 +77,6 @@ def measure(
         for case in {id(case): case for case, _ in tasks}.values():
             rows += kernels(case, PROFILERS[kind])
     return rows
-
-
-# Names and samples of the kernels that each call launches, in order; by kind of device.
-Profiler = Callable[[Sequence[Callable[[], object]]], list[list[tuple[str, list[float]]]]]
-PROFILERS: dict[str, Profiler] = {}
 
 
 def kernels(case: Case, profiler: Profiler) -> list[Row]:
@@ -109,45 +95,34 @@ def kernels(case: Case, profiler: Profiler) -> list[Row]:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="python -m benchmarks.ops", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--backend", default="auto", help="what runs the ops (default: auto)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: cpu)")
-    parser.add_argument(
-        "--suite",
-        action="append",
-        choices=SUITES,
+    option = parser.add_argument
+    option("--backend", default="auto", help="what runs the ops (default: auto)")
+    option("--device", default="cpu", help="cpu or cuda[:index] (default: cpu)")
+    option(
+        "--suite", action="append", choices=SUITES,
         help="may be repeated (default: cpu on a CPU, design on a GPU)",
-    )
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape_option, metavar="BxH/HkvxKEYS",
+    )  # fmt: skip
+    option(
+        "--shapes", nargs="+", type=options.shape, metavar="BxH/HkvxKEYS",
         help="shapes instead of a suite, such as 1x32/8x128K",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=ITEMSIZE, help="instead of the shapes' own")
-    parser.add_argument("--bits", type=int, help="bits of a code, instead of the shapes' own")
-    parser.add_argument("--k", type=int, help="key budget, instead of 1/64 and at least 512")
-    parser.add_argument("--rounds", type=int, default=15, help="blocks of calls (default: 15)")
-    parser.add_argument(
-        "--cold", action="store_true", help="empty the caches before every counted call"
-    )
-    parser.add_argument(
-        "--set", nargs="+", type=_knob, default=[], metavar="KNOB=VALUE",
+    option("--dtype", choices=ITEMSIZE, help="instead of the shapes' own")
+    option("--bits", type=options.bits, help="bits of a code, instead of the shapes' own")
+    option("--k", type=options.count, help="key budget, instead of 1/64 and at least 512")
+    option("--rounds", type=options.count, default=15, help="blocks of calls (default: 15)")
+    option("--cold", action="store_true", help="empty the caches before every counted call")
+    option(
+        "--set", nargs="+", type=options.knob, default=[], metavar="KNOB=VALUE",
         help="change the backend's default configuration, in every op that has the knob",
     )  # fmt: skip
-    parser.add_argument("--profile", help="a tuned profile, or 'none' (default: the one in force)")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the closing table as Markdown too"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    option(
+        "--profile", type=options.profile,
+        help="a tuned profile, or 'none' (default: the one in force)",
+    )  # fmt: skip
+    option("--markdown", action="store_true", help="print the closing table as Markdown too")
+    option("--json", type=options.output, metavar="FILE", help="write all figures here")
     args = parser.parse_args(argv)
-    for name in ("rounds", "k"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: got {value}, expected 1 or more")
-    if args.bits is not None and (args.bits < 32 or args.bits % 32):
-        parser.error(f"--bits: got {args.bits}, expected a positive multiple of 32")
     kind = args.device.partition(":")[0]
-    if kind == "cuda":
-        # It needs Triton.
-        PROFILERS[kind] = importlib.import_module("benchmarks.gpu").kernels
     if kind not in contenders.DENSE:
         parser.error(
             f"--device: got {args.device!r}, expected one of {', '.join(contenders.DENSE)}; there "
@@ -155,30 +130,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device: got {args.device!r}, expected cpu, cuda or cuda:<index>")
+    if kind == "cuda":
+        # It needs Triton.
+        PROFILERS[kind] = importlib.import_module("benchmarks.gpu").kernels
     if args.shapes and args.suite:
         parser.error("--shapes and --suite: got both, expected one of them")
     if args.set and args.backend == "auto":
         parser.error("--set: knobs are a backend's own; name it with --backend")
     if args.set and args.profile not in (None, "none"):
         parser.error("--set and --profile: got both, expected one of them")
-    if args.profile not in (None, "none"):
-        try:
-            Profile.load(args.profile)
-        except ProfileError as error:
-            parser.error(f"--profile: {error}")
-    if args.json is not None and (why := unwritable(args.json)):
-        parser.error(f"--json: {args.json} cannot be written ({why}); name another file")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
     return args
-
-
-def _knob(text: str) -> tuple[str, bool | int | str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected KNOB=VALUE, such as threads=256")
-    if value in ("true", "false"):
-        return name, value == "true"
-    return name, int(value) if value.isdecimal() else value
 
 
 def change_defaults(backend: Backend, changes: Mapping[str, bool | int | str]) -> None:
@@ -187,15 +149,13 @@ def change_defaults(backend: Backend, changes: Mapping[str, bool | int | str]) -
     Raises:
         HataError: no op has such a knob, or a knob has no such value.
     """
-    known = set()
-    for op in OPS:
-        known |= set(backend.tunables(op, Problem(op, "cuda", "float16", "float16")))
-    for name in changes:
-        if name not in known:
-            raise hata.HataError(
-                f"--set: got {name!r}, expected a knob of backend {backend.name!r}: "
-                f"{', '.join(sorted(known)) or 'it has none'}"
-            )
+    problems = (Problem(op, "cuda", "float16", "float16") for op in OPS)
+    known = {name for problem in problems for name in backend.tunables(problem.op, problem)}
+    for name in changes.keys() - known:
+        raise hata.HataError(
+            f"--set: got {name!r}, expected a knob of backend {backend.name!r}: "
+            f"{', '.join(sorted(known)) or 'it has none'}"
+        )
 
     def changed(backend: Backend, problem: Problem) -> Config:
         knobs = backend.tunables(problem.op, problem)
@@ -213,21 +173,15 @@ def change_defaults(backend: Backend, changes: Mapping[str, bool | int | str]) -
 
 def groups_of(args: argparse.Namespace) -> list[list[Shape]]:
     """The groups that a command line asks for, each shape once."""
-    changes = {
-        name: value
-        for name, value in (("dtype", args.dtype), ("bits", args.bits), ("budget", args.k))
-        if value is not None
-    }
-    groups = (
-        [[shape] for shape in args.shapes]
-        if args.shapes
-        else [group for suite in args.suite for group in SUITES[suite]]
-    )
+    given = {"dtype": args.dtype, "bits": args.bits, "budget": args.k}
+    changes = {name: value for name, value in given.items() if value is not None}
+    groups = [[shape] for shape in args.shapes or ()]
+    groups = groups or [group for suite in args.suite for group in SUITES[suite]]
     changed = [tuple(replace(shape, **changes) for shape in group) for group in groups]
     return [list(group) for group in dict.fromkeys(changed)]
 
 
-def _too_large(group: Sequence[Shape], device: str) -> str | None:
+def _too_large(group: Sequence[Shape], device: str) -> str:
     """Why a group does not fit into memory, if so. Filling needs a little more than it holds."""
     if torch.device(device).type == "cpu":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -235,7 +189,7 @@ def _too_large(group: Sequence[Shape], device: str) -> str | None:
         free = torch.cuda.mem_get_info(device)[0]
     needed = round(1.2 * sum(shape.resident for shape in group))
     if needed <= free:
-        return None
+        return ""
     return f"{group[0].name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
@@ -268,13 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     rows: list[Row] = []
     beyond: list[Bar] = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=err, transient=True)
     try:
         with bar, torch.no_grad(), hata.use_backend(args.backend):
             out.print(tables.heading(args.device, settings), soft_wrap=True)
@@ -284,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 err.print("the machine is not quiet (see load): do not trust these times")
             groups = groups_of(args)
             for number, group in enumerate(groups, 1):
-                too_large = _too_large(group, args.device)
-                if too_large is not None:
+                if too_large := _too_large(group, args.device):
                     err.print(f"skipped: {too_large}")
                     continue
                 if not err.is_terminal:

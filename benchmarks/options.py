@@ -1,4 +1,4 @@
-"""Values of the command lines."""
+"""Values of the command lines, as types for `argparse`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,67 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.shapes import Shape, parse
+from hata.errors import ProfileError
+from hata.profile import Profile
 
 
-def unwritable(file: Path) -> str:
-    """Why a file cannot be written, if so. Makes its folder, and leaves no file."""
-    try:
-        if file.is_dir():
-            return "it is a folder"
-        if file.exists() and not file.is_file():
-            # Such as /dev/stdout.
-            return ""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
-            pass
-    except OSError as error:
-        return error.strerror or str(error)
-    return "" if not file.exists() or os.access(file, os.W_OK) else "it is read-only"
-
-
-def shape_option(text: str) -> Shape:
-    """A shape of the command line, for `argparse`."""
+def shape(text: str) -> Shape:
+    """A shape, such as 1x32/8x128K."""
     try:
         return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """A number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
+    return number
+
+
+def bits(text: str) -> int:
+    """Bits of a code."""
+    number = int(text)
+    if number < 32 or number % 32:
+        raise argparse.ArgumentTypeError(f"got {number}, expected a positive multiple of 32")
+    return number
+
+
+def knob(text: str) -> tuple[str, bool | int | str]:
+    """A knob and its value."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KNOB=VALUE, such as threads=256")
+    if value in ("true", "false"):
+        return name, value == "true"
+    return name, int(value) if value.isdecimal() else value
+
+
+def profile(text: str) -> str:
+    """A profile that can be read, or `none`."""
+    try:
+        if text != "none":
+            Profile.load(text)
+    except ProfileError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def output(text: str) -> Path:
+    """A file that can be written. Makes its folder, and leaves no file."""
+    file, why = Path(text), ""
+    try:
+        if file.is_dir():
+            why = "it is a folder"
+        # Others that are no plain files, such as /dev/stdout, can be.
+        elif file.is_file() or not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
+                why = "it is read-only" if file.exists() and not os.access(file, os.W_OK) else ""
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise argparse.ArgumentTypeError(f"{file} cannot be written ({why}); name another file")
+    return file

@@ -30,11 +30,10 @@ from rich.table import Table
 from torch import Tensor
 
 import hata
-from benchmarks import contenders
+from benchmarks import contenders, options
 from benchmarks.bars import Bar, least, scan_bar
-from benchmarks.contenders import Case
-from benchmarks.options import shape_option, unwritable
 from benchmarks.shapes import SUITES, Shape, parse
+from benchmarks.tables import table_of
 from benchmarks.verify import WrongResult
 from hata.commandline import Parser
 from hata.measure.clock import CUDAClock
@@ -42,20 +41,10 @@ from hata.profile.store import write_whole
 
 # In the order of `enum Phase`, without the start.
 PHASES = (
-    "the row's length has come",
-    "codes are on their way",
-    "queries are hashed",
-    "scan",
-    "sums are left",
-    "threshold",
-    "positions",
-    "attention starts",
-    "attention",
-    "all warps have come",
-    "warps are merged",
-    "parts are merged",
-)
-SCAN = PHASES.index("scan")
+    "the row's length has come", "codes are on their way", "queries are hashed", "scan",
+    "sums are left", "threshold", "positions", "attention starts", "attention",
+    "all warps have come", "warps are merged", "parts are merged",
+)  # fmt: skip
 # Words of a block in the buffer of the clocks, and blocks that find room there.
 _WORDS, _BLOCKS = 16, 1 << 15
 
@@ -104,22 +93,17 @@ def measure(call: Callable[[], object], clocks: Tensor, rounds: int) -> Phases:
     return Phases(median, last, sorted(times)[rounds // 2])
 
 
-def scan_share(case: Case, clocks: Tensor, rounds: int) -> tuple[float, float]:
-    """Times of the scan of a case and of a read of as many bytes, in µs, by their clocks."""
+def scans(rounds: int) -> list[Bar]:
+    """Scans of the design suite that have a bar, against reads of as many bytes."""
     from benchmarks.gpu import reader
 
-    scan = measure(contenders.hamming_topk(case).call, clocks, rounds).last[SCAN]
-    read = measure(reader(case.shape.code_bytes, clocks), clocks, rounds).last[0]
-    return scan, read
-
-
-def scans(rounds: int) -> list[Bar]:
-    """Scans of the design suite that have a bar, against reads."""
     found, clocks = [], clocked()
     for shape in (shape for group in SUITES["design"] for shape in group):
         wanted = scan_bar("cupy", shape)
         if wanted is not None:
-            scan, read = scan_share(contenders.build(shape, "cuda"), clocks, rounds)
+            call = contenders.hamming_topk(contenders.build(shape, "cuda")).call
+            scan = measure(call, clocks, rounds).last[PHASES.index("scan")]
+            read = measure(reader(shape.code_bytes, clocks), clocks, rounds).last[0]
             name = f"{shape.name}: scan ({scan:.1f} µs), share of read speed"
             found.append(least(name, wanted, read / scan))
     return found
@@ -141,15 +125,10 @@ def scans_apart(rounds: int) -> list[Bar]:
         return [Bar(*bar) for bar in json.loads(file.read_text())]
 
 
-def table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
+def phase_table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
     """When phases end, a column for every shape: the median block, and the slowest."""
-    table = Table(
-        title=f"{op}: µs from the start of the first block (median block, slowest block)",
-        title_justify="left",
-    )
-    table.add_column("phase ends")
-    for shape in shapes:
-        table.add_column(shape.name, justify="right")
+    title = f"{op}: µs from the start of the first block (median block, slowest block)"
+    table = table_of(title, ("phase ends", *(shape.name for shape in shapes)))
     for i, phase in enumerate(PHASES):
         ends = [(phases.median[i], phases.last[i]) for phases in found]
         if any(end == end for pair in ends for end in pair):
@@ -161,28 +140,23 @@ def table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = Parser(
-        prog="python -m benchmarks.phases", description=(__doc__ or "").partition("\n")[0]
-    )
+    about = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="python -m benchmarks.phases", description=about)
     parser.add_argument(
         "--op", choices=("hash_attend", "hamming_topk"), default="hash_attend",
         help="whose kernel (default: hash_attend)",
     )  # fmt: skip
     parser.add_argument(
-        "--shapes", nargs="+", type=shape_option, metavar="BxH/HkvxKEYS",
+        "--shapes", nargs="+", type=options.shape, metavar="BxH/HkvxKEYS",
         default=[parse("1x32/8x32K"), parse("1x32/8x128K"), parse("8x32/8x32K")],
         help="bfloat16, 128 bits (default: 1x32/8x32K 1x32/8x128K 8x32/8x32K)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=15, help="launches (default: 15)")
+    parser.add_argument("--rounds", type=options.count, default=15, help="launches (default: 15)")
     parser.add_argument(
-        "--scans", type=Path, metavar="FILE",
+        "--scans", type=options.output, metavar="FILE",
         help="hold the scans of the design suite against reads instead, and write them here",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds: got {args.rounds}, expected 1 or more")
-    if args.scans is not None and (why := unwritable(args.scans)):
-        parser.error(f"--scans: {args.scans} cannot be written ({why}); name another file")
     if not torch.cuda.is_available():
         parser.error("no GPU is here, and this measures one")
     try:
@@ -218,7 +192,7 @@ def show(op: str, shapes: Sequence[Shape], rounds: int) -> None:
         for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
             step = contenders.OPS[op](contenders.build(shape, "cuda"))
             found.append(measure(step.call, clocks, rounds))
-    Console().print(table(op, shapes, found))
+    Console().print(phase_table(op, shapes, found))
 
 
 if __name__ == "__main__":

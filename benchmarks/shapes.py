@@ -16,13 +16,9 @@ class Shape:
     """One decode step of one layer.
 
     Attributes:
-        batch: B.
-        heads: H.
-        kv_heads: Hkv.
         keys: Visible keys per row, the fresh one included.
         slots: S, slots of the cache; 0: as many as keys.
         head_dim: D = Dv.
-        bits: r.
         budget: k; 0: 1/64 of the keys, at least 512.
         dtype: dtype name of q, keys and values.
     """
@@ -132,34 +128,14 @@ SUITES: dict[str, list[list[Shape]]] = {
         [replace(_DECODE, bits=64)],
     ],
     "design": [
-        [_design(*shape)]
-        for shape in (
-            (1, 32, 8, 8),
-            (1, 32, 8, 16),
-            (1, 32, 8, 32),
-            (1, 32, 8, 128),
-            (1, 32, 8, 512),
-            (8, 32, 8, 32),
-            (8, 32, 8, 128),
-            (32, 32, 8, 32),
-            (1, 64, 8, 128),
-            (1, 32, 32, 128),
-            (8, 32, 32, 32),
-            (1, 16, 8, 128),
-            (1, 32, 2, 128),
-            (1, 28, 4, 128),
-            (1, 32, 8, 128, 64),
-            (1, 32, 8, 128, 256),
-            (1, 32, 8, 1024),
-            (8, 32, 8, 128, 64),
+        *([_design(*shape)] for shape in (
+            (1, 32, 8, 8), (1, 32, 8, 16), (1, 32, 8, 32), (1, 32, 8, 128), (1, 32, 8, 512),
+            (8, 32, 8, 32), (8, 32, 8, 128), (32, 32, 8, 32), (1, 64, 8, 128), (1, 32, 32, 128),
+            (8, 32, 32, 32), (1, 16, 8, 128), (1, 32, 2, 128), (1, 28, 4, 128),
+            (1, 32, 8, 128, 64), (1, 32, 8, 128, 256), (1, 32, 8, 1024), (8, 32, 8, 128, 64),
             (8, 64, 8, 64),
-        )
-    ]
-    + [[_design(1, 32, 8, 4), replace(_design(1, 32, 8, 4), slots=131_072)]],
-    "slots": [
-        [
-            Shape(1, 32, 8, 4096),
-            Shape(1, 32, 8, 4096, slots=131_072),
-        ]
+        )),
+        [_design(1, 32, 8, 4), replace(_design(1, 32, 8, 4), slots=131_072)],
     ],
-}
+    "slots": [[Shape(1, 32, 8, 4096), Shape(1, 32, 8, 4096, slots=131_072)]],
+}  # fmt: skip

@@ -24,7 +24,7 @@ BUSY = (
 )
 
 
-def _table(title: str, columns: Sequence[str], busy: bool = False) -> Table:
+def table_of(title: str, columns: Sequence[str], busy: bool = False) -> Table:
     """A table whose columns stand right, but for the first."""
     table = Table(title=title, title_justify="left")
     if busy:
@@ -42,7 +42,7 @@ def shape_table(rows: Sequence[Row], shape: Shape, busy: bool = False) -> Table:
     """All contenders of a shape; ratios are marked where the machine was busy."""
     dense = best_dense(rows, shape).us.median
     columns = ("", "µs", "p10", "p90", "MB", "GB/s", "best dense / this")
-    table = _table(shape.name, columns, busy=busy)
+    table = table_of(shape.name, columns, busy=busy)
     table.title_style = "bold"
     previous = ""
     for row in rows:
@@ -66,7 +66,7 @@ def shape_table(rows: Sequence[Row], shape: Shape, busy: bool = False) -> Table:
 def summary(rows: Sequence[Row], busy: bool = False) -> Table:
     """One line per shape: what hash attention gains."""
     columns = ("shape", "dense µs", "hash µs", "faster", "scan GB/s", "over a plain read")
-    table = _table("hash_attend against the fastest dense attention", columns, busy=busy)
+    table = table_of("hash_attend against the fastest dense attention", columns, busy=busy)
     for shape in shapes_of(rows):
         ours = find(rows, shape, "hash_attend").us.median
         table.add_row(
@@ -132,7 +132,7 @@ def closing_tables(rows: Sequence[Row], bars: Sequence[Bar], busy: bool = False)
     if any(row.family == "kernel" for row in rows):
         tables.append(kernel_table(rows))
     if bars:
-        table = _table("targets", ("bar", "wanted", "measured", ""), busy=busy)
+        table = table_of("targets", ("bar", "wanted", "measured", ""), busy=busy)
         table.columns[-1].justify = "left"
         for bar in bars:
             met = "met" if bar.met else "not met"
@@ -145,7 +145,7 @@ def kernel_table(rows: Sequence[Row]) -> Table:
     """The kernels of a step by themselves, one line per shape."""
     names = list(dict.fromkeys(row.name for row in rows if row.family == "kernel"))
     title = "kernels of a step by the profiler, µs (each with its own start and end)"
-    table = _table(title, ("shape", *(name.removeprefix("kernel ") for name in names)))
+    table = table_of(title, ("shape", *(name.removeprefix("kernel ") for name in names)))
     for shape in shapes_of(rows):
         times = {row.name: row.us.median for row in rows if row.shape == shape}
         table.add_row(shape.name, *(f"{times[n]:.1f}" if n in times else "" for n in names))

@@ -632,7 +632,7 @@ def test_the_problems_are_those_that_calls_ask_for():
 
     backend = registry.load("numba")
     layout = space.Layout("tiny", "synthetic", 2, 4, 2, 16, "bfloat16", 4096)
-    for problem in space.problems(layout, "cpu", ["float32", "float16"], norms=True):
+    for problem in space.problems(space.Grid(layout, "cpu", True), ["float32", "float16"]):
         assert checks.check(Inputs(backend, problem, pool=0).sets[0]).problem == problem
 
 

@@ -14,7 +14,7 @@ from hata.measure import clock
 from hata.measure.clock import CUDAClock
 from hata.problem import Problem
 from tune import worker
-from tune.race import Candidate, race
+from tune.trial import race
 
 ENCODE = Problem(
     op="encode", device="cpu", dtype="float32", projection_dtype="float32", head_dim=16, bits=32
@@ -137,11 +137,11 @@ class SimulatedInputs:
 
 
 def simulated(gpu, us):
-    return Candidate(SimulatedInputs(gpu, us), {})  # type: ignore[arg-type]
+    return SimulatedInputs(gpu, us), {}
 
 
 def test_a_sample_is_the_time_of_a_call_without_its_sweep(gpu):
-    backend = SimpleNamespace(name="any")
+    backend = SimpleNamespace(name="numba")
     candidates = [simulated(gpu, 25.0), simulated(gpu, 10.0)]
     samples = race(backend, candidates, seconds=0.0, least=5)  # type: ignore[arg-type]
     assert np.allclose(samples[0], 25.0)
@@ -150,12 +150,12 @@ def test_a_sample_is_the_time_of_a_call_without_its_sweep(gpu):
     # More memory is read than the cache holds, before every call.
     assert gpu.largest >= 2 * gpu.L2
     # Each set of each candidate was prepared: nothing compiles in a capture.
-    assert [one.inputs.prepared for one in candidates] == [3, 3]
+    assert [inputs.prepared for inputs, _ in candidates] == [3, 3]
 
 
 def test_calls_take_turns_over_the_sets_behind_sweeps(gpu):
     watch = CUDAClock()
-    watch.add(simulated(gpu, 5.0).inputs.calls)
+    watch.add(simulated(gpu, 5.0)[0].calls)
     gpu.log.clear()
     watch.sample(0)
     first, second = (n for n, kernel in enumerate(gpu.log[:-1]) if kernel == "event")
@@ -171,14 +171,14 @@ def test_the_time_of_the_host_is_in_no_sample(gpu):
     """Kernels shorter than their launches, and graphs that take long to hand over."""
     gpu.launch_us = 4.0
     candidates = [simulated(gpu, 25.0), simulated(gpu, 2.0)]
-    samples = race(SimpleNamespace(name="any"), candidates, seconds=0.0)  # type: ignore[arg-type]
+    samples = race(SimpleNamespace(name="numba"), candidates, seconds=0.0)  # type: ignore[arg-type]
     assert np.allclose(samples[0], 25.0)
     assert np.allclose(samples[1], 2.0)
 
 
 def test_a_call_that_costs_nothing_is_not_divided_by(gpu):
     watch = CUDAClock()
-    watch.add(simulated(gpu, 0.0).inputs.calls)
+    watch.add(simulated(gpu, 0.0)[0].calls)
     assert watch.sample(0)[0] > 0
 
 

@@ -20,10 +20,10 @@ from hata.measure import clock, inputs
 from hata.measure.inputs import Inputs, awkward_problem, sets_for
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import ahead, correctness, cost, session, space
+from tune import ahead, cost, session, space, trial
 from tune.__main__ import main
 from tune.ahead import Ahead
-from tune.correctness import Checker
+from tune.trial import Checker
 from tune.worker import CRASH, MEMORY, Worker
 
 H200 = Fingerprint("cuda", "NVIDIA H200", 132, sm=90, smem_optin=232448, driver="580", cuda="13.0")
@@ -69,7 +69,7 @@ def test_another_gpu_than_the_one_here_is_refused(h200, capsys):
 
 
 def test_every_step_that_a_gpu_is_tuned_for_is_one_that_users_call():
-    found = space.problems(space.COMMON, "cuda", ["bfloat16"])
+    found = space.problems(space.Grid(space.COMMON, "cuda"), ["bfloat16"])
     assert len(set(found)) == len(found)
     assert {p.op for p in found[:7]} == set(hata.problem.OPS)
     assert found[0].heads == 32
@@ -86,7 +86,7 @@ def test_every_step_that_a_gpu_is_tuned_for_is_one_that_users_call():
 
 def test_memory_is_bounded():
     """All sets of the largest step fit a GPU of 40 GB, and so does the checker's copy of codes."""
-    for p in space.problems(space.COMMON, "cuda", ["bfloat16"]):
+    for p in space.problems(space.Grid(space.COMMON, "cuda"), ["bfloat16"]):
         count, kv = sets_for(p)
         codes = p.batch * p.kv_heads * p.slots * p.bits // 8
         held = 2 * p.batch * p.kv_heads * p.slots * (p.head_dim + p.value_dim)
@@ -102,12 +102,13 @@ def test_memory_is_bounded():
 @pytest.mark.parametrize("whole", [True, False], ids=["all", "corners"])
 def test_large_inputs_are_checked_at_their_corners(op, whole, monkeypatch):
     if not whole:
-        monkeypatch.setattr(correctness, "_MOST_SCORES", 0)
-        monkeypatch.setattr(correctness, "_MOST_VECTORS", 8)
+        monkeypatch.setattr(trial, "_MOST_SCORES", 0)
+        monkeypatch.setattr(trial, "_MOST_VECTORS", 8)
     monkeypatch.setattr(space, "LEAST_BUDGET", 32)
     layout = space.Layout("tiny", "synthetic", 2, 12, 3, 32, "float32", 4096)
+    grid = space.Grid(layout, "cpu", True)
     problem = replace(
-        next(p for p in space.problems(layout, "cpu", ["float32"], norms=True) if p.op == op),
+        next(p for p in space.problems(grid, ["float32"]) if p.op == op),
         batch=4, slots=512 if op != "encode" else 0, k=32 if op != "encode" else 0,
     )  # fmt: skip
     backend = registry.load("numba")
@@ -434,18 +435,18 @@ import torch
 from hata import registry
 from hata.measure import inputs
 from hata.measure.arrays import TorchKit
-from tune import correctness, space
+from tune import space, trial
 from tune.worker import Bench
 
 # A device that is not called "cpu" and is one all the same.
 inputs.kit_for = lambda *_: TorchKit(torch.device("cpu"))
-correctness._MOST_SCORES, correctness._MOST_VECTORS = 0, 4
+trial._MOST_SCORES, trial._MOST_VECTORS = 0, 4
 layout = space.Layout("tiny", "synthetic", 2, 6, 3, 16, "float32", 4096)
 bench, backend = Bench("triton", pool=0), registry.load("triton")
-for p in space.problems(layout, "cuda", ["float32"], quick=True, norms=True)[1:]:
+for p in space.problems(space.Grid(layout, "cuda", True), ["float32"], quick=True)[1:]:
     p = replace(p, batch=min(p.batch, 2), tokens=min(p.tokens, 8), slots=min(p.slots, 128),
                 k=min(p.k, 16))
-    arrays = bench.inputs(p).sets[0].arrays().values()
+    arrays = bench.held(p).inputs.sets[0].arrays().values()
     assert all(x.device.type == "cpu" for x in arrays if x is not None)
     print(p.op, bench.check(p, backend.default(p)))
 """

@@ -78,7 +78,7 @@ def test_what_won_on_problems_like_it_is_tried_first():
 
 def test_where_time_is_short_every_backend_has_the_same_problems(monkeypatch):
     """Times of two backends are compared: neither may have entries that the other lacks."""
-    problems = space.problems(space.COMMON, "cuda", ["bfloat16"], quick=True)[:4]
+    problems = space.problems(space.Grid(space.COMMON, "cuda"), ["bfloat16"], quick=True)[:4]
     names = [SimpleNamespace(name=name) for name in ("a", "b")]
     run = object.__new__(session._Session)
     # One of them cannot run the second problem.
@@ -159,7 +159,7 @@ def test_the_model_has_a_time_for_whatever_a_backend_may_be_tuned_with(name, qui
     pytest.importorskip("triton" if name == "triton" else "torch", reason="the backend needs it")
     backend = registry.class_of(name)()
     machine = cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132)
-    for problem in space.problems(space.COMMON, "cuda", ["bfloat16"], quick=quick):
+    for problem in space.problems(space.Grid(space.COMMON, "cuda"), ["bfloat16"], quick=quick):
         configs, default = Space.of(backend, problem), backend.default(problem)
         floor = cost.floor_us(problem, machine)
         for number in propose.suggestions(problem, configs, machine, default):

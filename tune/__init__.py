@@ -8,7 +8,7 @@ writes both to a profile. What each file knows:
 - `space`: which problems are tuned, and the knobs of each
 - `cost`: how long a problem must take, and which configurations look good on paper
 - `propose`: which configurations are tried; `ahead`: compiles them before they are
-- `correctness`: whether a configuration's results are right; `race`: how fast it is
+- `trial`: whether a configuration's results are right, and how fast it is
 - `worker`: runs the two in a process that may crash or hang
 - `search`: Optuna; `database`: the file its studies lie in; `verdict`: who wins
 - `capture`: what the layers of a model attend with

@@ -12,20 +12,15 @@ it is a little harder than hashing most layers of real models, so what it leads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from hata.encoder import Encoder
-from hata.learn.text import (
-    LEAST_TOKENS,
-    CaptureError,
-    first_line,
-    load_config,
-    load_tokenizer,
-    sequences,
-)
+from hata.learn import text as texts
+from hata.learn.text import CaptureError
 from hata.profile import user_path
 from tune.space import Layout
 
@@ -34,8 +29,7 @@ QUERIES = 256
 _CENTRES = 48
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What one layer attends with.
 
     Attributes:
@@ -54,7 +48,6 @@ class Captured:
     """Probes of a model, by layer; a layer that cannot be hashed has none.
 
     Attributes:
-        probes: Layer -> probe.
         tokens: Length of the sequences.
         dense: Layer -> why it stays dense.
     """
@@ -72,24 +65,18 @@ def load_layout(model: str) -> Layout:
     """
     from hata.learn.hashable import check_config
 
-    config = load_config(model)
+    config = texts.load_config(model)
     try:
         shape = Encoder.random(config, 32).shape
     except ValueError as error:
-        raise CaptureError(f"--model: {model}: {first_line(error)}") from None
+        raise CaptureError(f"--model: {model}: {texts.first_line(error)}") from None
     check_config(config)
     text = config.get_text_config()
     dtype = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
-    return Layout(
-        user_path(model).resolve().name,
-        shape.model_type,
-        shape.num_layers,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        dtype if dtype in ("float32", "float16", "bfloat16") else "float32",
-        int(getattr(text, "max_position_embeddings", 0) or TOKENS),
-    )
+    dtype = dtype if dtype in ("float32", "float16", "bfloat16") else "float32"
+    context = int(getattr(text, "max_position_embeddings", 0) or TOKENS)
+    sizes = shape.num_layers, shape.heads, shape.kv_heads, shape.head_dim
+    return Layout(user_path(model).resolve().name, shape.model_type, *sizes, dtype, context)
 
 
 def token_sequences(model: str, text: str, count: int, longest: int) -> np.ndarray:
@@ -99,18 +86,11 @@ def token_sequences(model: str, text: str, count: int, longest: int) -> np.ndarr
         CaptureError: the text is too short, or there is no tokenizer.
     """
     tokens = min(TOKENS, longest)
-    encode = load_tokenizer(user_path(model))
-    return sequences(encode, text, count, tokens, min(LEAST_TOKENS, tokens))
+    encode = texts.load_tokenizer(user_path(model))
+    return texts.sequences(encode, text, count, tokens, min(texts.LEAST_TOKENS, tokens))
 
 
-def capture(
-    model: str,
-    text: str,
-    *,
-    device: str,
-    sequences: int,
-    on_sequence: Callable[[int], None] = lambda _: None,
-) -> Captured:
+def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
     """Read text with a model and keep the last queries and all keys of every layer.
 
     Args:
@@ -118,7 +98,6 @@ def capture(
         text: What to read.
         device: Where to run it.
         sequences: Stretches of text.
-        on_sequence: Called with how many are read.
 
     Raises:
         CaptureError: the model cannot be loaded, or no layer of it can be hashed.
@@ -129,26 +108,24 @@ def capture(
 
     layout = load_layout(model)
     ids = token_sequences(model, text, sequences, layout.context)
-    q: dict[int, list[np.ndarray]] = {}
-    keys: dict[int, list[np.ndarray]] = {}
+    q: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    keys: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     scales: dict[int, float] = {}
 
     def keep(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        if layer in dense:
-            return
-        q.setdefault(layer, []).append(query[:, :, -QUERIES:].float().cpu().numpy())
-        keys.setdefault(layer, []).append(key.float().cpu().numpy())
-        scales[layer] = scale
+        if layer not in dense:
+            q[layer].append(query[:, :, -QUERIES:].float().cpu().numpy())
+            keys[layer].append(key.float().cpu().numpy())
+            scales[layer] = scale
 
     seen = recorder.Recorder(keep)
     language_model = recorder.load_model(user_path(model), device)
     dense = hashable.dense_layers(language_model)
-    for number, row in enumerate(ids):
+    for row in ids:
         recorder.read(language_model, torch.from_numpy(row)[None], seen)
-        on_sequence(number + 1)
     probes = {
-        layer: Probe(np.concatenate(q[layer]), np.concatenate(keys[layer]), scales[layer])
-        for layer in q
+        layer: Probe(np.concatenate(q[layer]), np.concatenate(keys[layer]), scale)
+        for layer, scale in scales.items()
     }
     return Captured(probes, ids.shape[1], dense)
 
@@ -173,13 +150,6 @@ def synthetic(layout: Layout, *, sequences: int = 2, seed: int = 0) -> Captured:
         common = 0.9 * key[target] + 0.6 * centres[rng.choice(_CENTRES, QUERIES, p=shares)]
         keys.append(key)
         queries.append(np.stack([common + 0.6 * normal(QUERIES, size) for _ in range(group)]))
-    return Captured(
-        {
-            0: Probe(
-                np.stack(queries).reshape(sequences, kv_heads * group, QUERIES, size),
-                np.stack(keys).reshape(sequences, kv_heads, TOKENS, size),
-                size**-0.5,
-            )
-        },
-        TOKENS,
-    )
+    q = np.stack(queries).reshape(sequences, kv_heads * group, QUERIES, size)
+    probe = Probe(q, np.stack(keys).reshape(sequences, kv_heads, TOKENS, size), size**-0.5)
+    return Captured({0: probe}, TOKENS)

@@ -7,7 +7,7 @@ problem, so that logs stay short.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hata.selection import Selection
+from hata.problem import Problem
 from tune.quality import Point
+from tune.space import shape_text
 from tune.verdict import Verdict
 from tune.worker import Failure
 
@@ -73,11 +74,10 @@ class Report:
         """A configuration was measured."""
         if failure is not None:
             self.note(f"  {self._title}: a configuration failed, {failure}")
+        gain = f"{1 / best:.2f}x" if best < 1 else "default"
         if self._progress is not None:
-            best_text = f"{1 / best:.2f}x" if best < 1 else "default"
-            self._progress.update(
-                self._task, description=f"{self._title}  {done} tried, best {best_text}"
-            )
+            text = f"{self._title}  {done} tried, best {gain}"
+            self._progress.update(self._task, description=text)
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done."""
@@ -127,7 +127,7 @@ def _is_number(text: str) -> bool:
     return digits.isdecimal() or text == ""
 
 
-def kernel_row(op: str, shape: str, backend: str, verdict: Verdict) -> list[str]:
+def kernel_row(problem: Problem, backend: str, verdict: Verdict) -> list[str]:
     """A row of the table of kernels; see `KERNEL_HEADER`."""
     default, tuned = verdict.default_us.median, verdict.us.median
     told = (
@@ -136,16 +136,16 @@ def kernel_row(op: str, shape: str, backend: str, verdict: Verdict) -> list[str]
         f"{default / tuned:.2f}x",
         f"{100 * verdict.noise:.1f}%",
     )
-    return [op, shape, backend, *told, str(verdict.trials)]
+    return [problem.op, shape_text(problem), backend, *told, str(verdict.trials)]
 
 
 def layer_row(
-    layer: str, selection: Selection | None, point: Point | None, us: float, quality: float | None
+    layer: str, point: Point | None, us: Mapping[tuple[int, int], float], points: Sequence[Point]
 ) -> list[str]:
-    """A row of the table of selections; see `LAYER_HEADER`."""
-    if selection is None or point is None:
-        best = "" if quality is None else f"{quality:.3f}"
-        return [layer, "dense", "", "", "", "", "", "", best]
+    """A row of the table of selections; see `LAYER_HEADER`. Dense layers tell the best of all."""
+    if point is None:
+        best = f"{max(p.quality for p in points):.3f}" if points else ""
+        return [layer, "dense", *[""] * 6, best]
     sizes = map(str, (point.bits, point.k, point.sink, point.recent))
     shares = (f"{share:.3f}" for share in (point.kept, point.exact, point.quality))
-    return [layer, *sizes, f"{us:.1f}", *shares]
+    return [layer, *sizes, f"{us[point.bits, point.k]:.1f}", *shares]

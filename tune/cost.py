@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hata.backend import Backend, Config, use_config
+from hata.backend import Backend, Config
 from hata.measure.clock import CPUSweep
-from hata.measure.inputs import Inputs
+from hata.measure.inputs import Inputs, running
 from hata.problem import Problem
-from tune.race import Candidate, race
+from tune.trial import race
 
 SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "": 0}
 # Cost of handing out one piece of work, in µs: an atomic counter and its cache line.
@@ -190,9 +190,9 @@ def _launch_us(backend: Backend, device: str) -> float:
         op="encode", device=device, dtype=dtype, projection_dtype=dtype, head_dim=16, bits=32
     )
     inputs, config = Inputs(backend, problem, pool=0), backend.default(problem)
-    with use_config(backend.name, problem.op, config):
+    with running(backend, problem.op, config):
         inputs.calls[0]()
-    return median(race(backend, [Candidate(inputs, config)], seconds=0.2)[0])
+    return median(race(backend, [(inputs, config)], seconds=0.2)[0])
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 from pathlib import Path
 
@@ -32,17 +33,14 @@ def storage_url(given: str | None, default: Path) -> str:
         return _sqlite_url(default)
     if "://" not in given:
         return _sqlite_url(user_path(given).absolute())
-    if given.lower().startswith("sqlite"):
-        path = sqlite_path(given)
-        if path is None:
-            raise StorageError(
-                f"--storage: got {given}, which names no file, so that nothing would be kept; name "
-                "one, such as studies.db"
-            )
-        if str(path).startswith("file:"):
-            raise StorageError(
-                f"--storage: got {given}, a URI within a URL; give the path of the file"
-            )
+    path = sqlite_path(given)
+    if path is None and given.lower().startswith("sqlite"):
+        raise StorageError(
+            f"--storage: got {given}, which names no file, so that nothing would be kept; name "
+            "one, such as studies.db"
+        )
+    if str(path).startswith("file:"):
+        raise StorageError(f"--storage: got {given}, a URI within a URL; give the path of the file")
     return given
 
 
@@ -79,22 +77,20 @@ def foreign(path: Path) -> str:
     except OSError:
         # Absent or not readable; whoever opens it next says it better.
         return ""
-    if not head:
-        return ""
     if head != _HEAD:
-        return other
+        return other if head else ""
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, timeout=10, uri=True)) as connection:
             names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise StorageError(
-                f"--storage: {path} has been locked by another program for 10 s; end that, or name "
-                "another file"
-            ) from None
-        # Whoever opens it next says it better.
-        return ""
+        if "locked" not in str(error):
+            # Whoever opens it next says it better.
+            return ""
+        raise StorageError(
+            f"--storage: {path} has been locked by another program for 10 s; end that, or name "
+            "another file"
+        ) from None
     except sqlite3.DatabaseError as error:
         return f"is too damaged to tell whether it holds studies ({error})"
     return other if names and not names >= _TABLES else ""
@@ -117,11 +113,8 @@ def damage(path: Path) -> str:
 
 def move_aside(path: Path) -> Path:
     """Rename a database to `.bad`, with what belongs to it; returns its new name."""
-    bad = path.with_name(path.name + ".bad")
-    number = 1
-    while bad.exists():
-        number += 1
-        bad = path.with_name(f"{path.name}.bad{number}")
+    names = (f"{path.name}.bad{number}" for number in itertools.chain([""], itertools.count(2)))
+    bad = next(new for name in names if not (new := path.with_name(name)).exists())
     path.rename(bad)
     for suffix in ("-journal", "-wal", "-shm"):
         # A journal belongs to the file it was written for.

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hata import checks, registry
-from hata.backend import Backend, use_config
+from hata import checks
+from hata.backend import Backend
 from hata.call import Encode, HammingTopK
 from hata.encoder import Encoder
 from hata.encoder_layer import Hidden, features
 from hata.evaluate.mass import group_mass, hidden_keys
 from hata.measure.arrays import kit_for
-from hata.measure.inputs import public
+from hata.measure.inputs import public, running
 from hata.selection import Selection
 from tune.capture import Probe
 
@@ -32,15 +31,10 @@ SHARES = (64, 32, 16, 8, 4)
 GUARDS = ((0, 0), (4, 28), (4, 60))
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """A selection at the captured length, and what it keeps.
 
     Attributes:
-        bits: Bits of a code.
-        k: Budget, in keys.
-        sink: First keys always taken.
-        recent: Last keys always taken.
         kept: Retained mass.
         exact: What exact top-k retains with the same budget.
     """
@@ -104,9 +98,8 @@ class Gauge:
 
     def _run(self, call: Any) -> Any:
         """A call on this backend with its default, whatever profile is in force."""
-        name, problem = self._backend.name, checks.check(call).problem
-        default = self._backend.default(problem)
-        with registry.use_backend(name), use_config(name, problem.op, default):
+        problem = checks.check(call).problem
+        with running(self._backend, problem.op, self._backend.default(problem)):
             return public(call)()
 
 
@@ -152,17 +145,12 @@ def choose(
     """The fastest point that keeps `required` of what exact top-k keeps at its budget.
 
     Time depends on bits and budget alone; of points that are equally fast, within `noise`, the one
-    that keeps most is taken.
-
-    Returns:
-        The point, or `None` where no point keeps enough.
+    that keeps most is taken. `None` where no point keeps enough.
     """
     able = [point for point in points if point.quality >= required]
-    if not able:
-        return None
-    fastest = min(us[point.bits, point.k] for point in able)
+    fastest = min((us[point.bits, point.k] for point in able), default=0.0)
     equal = [point for point in able if us[point.bits, point.k] <= fastest * (1 + noise)]
-    return max(equal, key=lambda point: (point.kept, -point.bits, -point.k))
+    return max(equal, key=lambda point: (point.kept, -point.bits, -point.k), default=None)
 
 
 def selection_of(point: Point, tokens: int, context: int, dense_layers: int = 0) -> Selection:
@@ -173,11 +161,6 @@ def selection_of(point: Point, tokens: int, context: int, dense_layers: int = 0)
     """
     ratio = point.k / tokens
     return Selection(
-        bits=point.bits,
-        k=max(math.ceil(ratio * max(context, tokens)), point.k),
-        ratio=ratio,
-        k_min=point.k,
-        sink=point.sink,
-        recent=point.recent,
-        dense_layers=dense_layers,
-    )
+        bits=point.bits, k=max(math.ceil(ratio * max(context, tokens)), point.k), ratio=ratio,
+        k_min=point.k, sink=point.sink, recent=point.recent, dense_layers=dense_layers,
+    )  # fmt: skip

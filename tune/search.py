@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,41 +57,32 @@ class Evaluator(Protocol):
 
 
 class Limits(NamedTuple):
-    """When the search of one problem ends.
-
-    Attributes:
-        trials: Configurations to measure.
-        seconds: Time for all of it.
-        sample_seconds: Time to measure one configuration.
-    """
+    """When the search of one problem ends; `sample_seconds` are those of one configuration."""
 
     trials: int = 40
     seconds: float = 30.0
     sample_seconds: float = 0.08
 
 
+@dataclass
 class _Search:
     """The search of one problem, in one study."""
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        space: Space,
-        default: Config,
-        evaluator: Evaluator,
-        limits: Limits,
-        floor_us: float,
-        on_trial: Callable[[int, float, Failure | None], None],
-    ) -> None:
-        self.study, self.space, self.evaluator, self.limits = study, space, evaluator, limits
-        self.default = space.number(default)
-        self.floor_us, self.on_trial = floor_us, on_trial
+    study: optuna.Study
+    space: Space
+    default: int
+    evaluator: Evaluator
+    limits: Limits
+    floor_us: float
+    on_trial: Callable[[int, float, Failure | None], None]
+
+    def __post_init__(self) -> None:
         self.stopped = ""
         self.known: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, Failure] = {}
         self.best, self.repeats, self.began = 1.0, 0, time.monotonic()
         deaths: Counter[int] = Counter()
-        for trial in study.get_trials(deepcopy=False):
+        for trial in self.study.get_trials(deepcopy=False):
             result = result_of(trial)
             if result is not None:
                 self._learn(result)
@@ -99,9 +90,9 @@ class _Search:
             elif (
                 trial.state == TrialState.FAIL
                 and "interrupted" not in trial.user_attrs
-                and all(name in trial.params for name, _ in space.knobs)
+                and all(name in trial.params for name, _ in self.space.knobs)
             ):
-                deaths[space.number_at(trial.params)] += 1
+                deaths[self.space.number_at(trial.params)] += 1
         for number, times in deaths.items():
             if times > RETRIES and number not in self.known:
                 failure = Failure(CRASH, f"the tuner itself ended {times} times while it ran")
@@ -236,15 +227,10 @@ class _Search:
         )
         place = 0 if winner == self.default else 2 + finalists.index(winner)
         return Verdict(
-            config=self.space.config(winner),
-            us=timing_of(samples[place]),
-            default_us=timing_of(samples[0]),
-            noise=noise,
-            rounds=len(samples[0]),
-            trials=len(self.known),
-            failures=self.failures,
-            stopped=self.stopped,
-        )
+            config=self.space.config(winner), us=timing_of(samples[place]),
+            default_us=timing_of(samples[0]), noise=noise, rounds=len(samples[0]),
+            trials=len(self.known), failures=self.failures, stopped=self.stopped,
+        )  # fmt: skip
 
 
 def tune(
@@ -279,14 +265,15 @@ def tune(
     told = study.user_attrs.get("verdict")
     if told is not None:
         return from_json(told)
-    search = _Search(study, space, default, evaluator, limits, floor_us, on_trial)
-    first = [search.default, *suggestions]
+    number = space.number(default)
+    search = _Search(study, space, number, evaluator, limits, floor_us, on_trial)
+    first = [number, *suggestions]
     if space.size <= limits.trials:
         first += space.numbers()
     search.enqueue(first)
     search.run()
-    if search.default in search.failures:
-        raise DefaultFailed(search.failures[search.default])
+    if number in search.failures:
+        raise DefaultFailed(search.failures[number])
     verdict = search.settle()
     study.set_user_attr("verdict", asdict(verdict))
     return verdict

@@ -13,13 +13,13 @@ from datetime import date
 from hata.backend import Backend, Config
 from hata.measure.inputs import awkward_problem
 from hata.problem import Problem
-from hata.profile import Entry, Measured, Profile, SelectionSet, default_output
+from hata.profile import Entry, Measured, Profile, default_output
 from tune import capture, cost, search, space, studies
 from tune.ahead import Ahead
 from tune.ahead import Entry as ToCompile
 from tune.console import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.propose import suggestions, winners
-from tune.selections import Chooser
+from tune.selections import Chooser, Chosen
 from tune.space import Space
 from tune.task import Task, check_folder, check_numbers, make_task
 from tune.verdict import Verdict
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     task = make_task(options)
     for note in task.notes:
         report.note(note)
-    session = _Session(task, options, report)
+    session = _Session(task, report)
     if options.dry_run:
         session.tell()
         return 0
@@ -88,17 +88,16 @@ class _Evaluator:
 
 
 class _Session:
-    def __init__(self, task: Task, options: argparse.Namespace, report: Report) -> None:
-        self.task, self.options, self.report = task, options, report
-        usual = space.EFFORT[task.device, options.quick]
-        self.effort = space.Effort(
-            seconds=usual.seconds if options.budget is None else options.budget,
-            trials=options.trials or usual.trials,
-        )
+    def __init__(self, task: Task, report: Report) -> None:
+        self.task, self.options, self.report = task, task.options, report
+        usual = space.EFFORT[task.device, task.options.quick]
+        seconds = usual.seconds if task.options.budget is None else task.options.budget
+        self.effort = space.Effort(seconds, task.options.trials or usual.trials)
+        self.names = ", ".join(backend.name for backend in task.backends)
+        self.device = task.fingerprint.describe()
         # By the name of a backend, and a problem.
         self.settled: dict[tuple[str, Problem], Verdict] = {}
-        self.selections: list[SelectionSet] = []
-        self.layer_rows: list[list[str]] = []
+        self.chosen = Chosen(None, [])
         self.machines: dict[str, cost.Machine] = {}
         self.skipped: list[str] = []
 
@@ -121,14 +120,15 @@ class _Session:
                 seed=studies.SEED,
             ),
             entries=tuple(entries),
-            selections=tuple(self.selections),
+            selections=tuple(filter(None, [self.chosen.selections])),
         )
 
     def tell(self) -> None:
         """Say what would be done."""
         task, say, rows = self.task, self.report.say, []
-        say(f"device    {task.fingerprint.describe()}")
-        say(f"heads     {task.layout.name}: {task.layout.heads_text}, D {task.layout.head_dim}")
+        say(f"device    {self.device}")
+        heads = f"{task.layout.heads}/{task.layout.kv_heads}, D {task.layout.head_dim}"
+        say(f"heads     {task.layout.name}: {heads}")
         for backend in task.backends:
             for problem in task.problems[backend.name]:
                 configs, default = Space.of(backend, problem), backend.default(problem)
@@ -154,8 +154,7 @@ class _Session:
             self.report.note(message)
         total = sum(map(len, self.task.problems.values()))
         self.report.note(
-            f"tuning {', '.join(b.name for b in self.task.backends)} on "
-            f"{self.task.fingerprint.describe()}: {total} searches in {self.effort.seconds:.0f} s"
+            f"tuning {self.names} on {self.device}: {total} searches in {self.effort.seconds:.0f} s"
         )
         try:
             with Ahead(self.task.backends, self.task.fingerprint.sm) as self.ahead:
@@ -261,18 +260,17 @@ class _Session:
         """Run every op once on little data, so that compiling does not eat the time to search."""
         self.report.begin(f"compiling {backend.name}")
         for problem in {p.op: p for p in self.task.problems[backend.name]}.values():
-            tokens = problem.tokens if problem.slots else 16
-            small = dataclasses.replace(
-                problem, tokens=tokens, slots=min(problem.slots, 256), k=min(problem.k, 16)
-            )
+            few = {"slots": min(problem.slots, 256), "k": min(problem.k, 16)}
+            few |= {} if problem.slots else {"tokens": 16}
+            small = dataclasses.replace(problem, **few)
             # What fails here fails again on the problem itself, and is told there.
             worker.check(small, backend.default(small))
 
     def _study_name(self, backend: Backend, problem: Problem) -> str:
         knobs = studies.digest(problem, Space.of(backend, problem).knobs)
         kernel = backend.kernel_hash(problem.op)[:12]
-        device = self.task.fingerprint.slug
-        return "/".join(("hata", device, backend.name, problem.op, kernel, knobs))
+        slug = self.task.fingerprint.slug
+        return "/".join(("hata", slug, backend.name, problem.op, kernel, knobs))
 
     def _finished(self, backend: Backend, problem: Problem) -> bool:
         """Whether an earlier run that is continued has settled a problem."""
@@ -283,13 +281,10 @@ class _Session:
         self, backend: Backend, problem: Problem, evaluator: _Evaluator, seconds: float, title: str
     ) -> None:
         configs, default = Space.of(backend, problem), backend.default(problem)
-        study = studies.open_study(
-            self.storage,
-            self._study_name(backend, problem),
-            resume=self.options.resume,
-            notes=f"{title} on {self.task.fingerprint.describe()}",
-        )
+        name, notes = self._study_name(backend, problem), f"{title} on {self.device}"
+        study = studies.open_study(self.storage, name, resume=self.options.resume, notes=notes)
         self.report.begin(title)
+        sample_seconds = 0.04 if self.options.quick else 0.06
         try:
             verdict = search.tune(
                 study,
@@ -297,9 +292,7 @@ class _Session:
                 default,
                 evaluator,
                 suggestions=self._suggestions(backend, problem, configs),
-                limits=search.Limits(
-                    self.effort.trials, seconds, 0.04 if self.options.quick else 0.06
-                ),
+                limits=search.Limits(self.effort.trials, seconds, sample_seconds),
                 floor_us=cost.floor_us(problem, self.machines[backend.name]),
                 on_trial=self.report.trial,
             )
@@ -322,43 +315,28 @@ class _Session:
             if self.settled:
                 self.report.note("no selection is chosen: no backend here runs hash_attend")
             return
-        chosen = Chooser(
-            self.task,
-            self.report,
-            backend,
-            self._tuned(backend),
-            self.machines[backend.name],
-            statistics.median([verdict.noise for verdict in self.settled.values()]),
-            self.options.quick,
-            self.ahead,
-        ).run(self.storage, self.options.quality, self.options.resume)
-        self.layer_rows = chosen.rows
-        if chosen.selections is not None:
-            self.selections = [chosen.selections]
-            self.profile().save(self.task.out)
+        noise = statistics.median([verdict.noise for verdict in self.settled.values()])
+        found = self._tuned(backend), self.machines[backend.name], noise
+        chooser = Chooser(self.task, self.report, backend, self.ahead, *found)
+        self.chosen = chooser.run(self.storage)
+        self.profile().save(self.task.out)
 
     def _close(self) -> None:
         report, task = self.report, self.task
         report.say()
-        names = ", ".join(backend.name for backend in task.backends)
-        title = f"Kernels of {names} on {task.fingerprint.describe()}"
         rows = [
-            kernel_row(problem.op, space.shape_text(problem), name, verdict)
+            kernel_row(problem, name if len(task.backends) > 1 else "", verdict)
             for (name, problem), verdict in self.settled.items()
         ]
-        if len(task.backends) == 1:
-            # In the title already; a column without words is left out.
-            rows = [[*row[:2], "", *row[3:]] for row in rows]
-        report.table(title, KERNEL_HEADER, rows)
-        if self.layer_rows:
+        report.table(f"Kernels of {self.names} on {self.device}", KERNEL_HEADER, rows)
+        if self.chosen.rows:
             source = task.layout.name if task.model else "the synthetic set, attach will warn"
             report.say()
             report.table(
                 f"Selections at quality {self.options.quality:g} ({source}); k is the budget, and "
                 f"µs a step's time, at {capture.TOKENS} tokens; k grows with the context",
-                LAYER_HEADER,
-                self.layer_rows,
-            )
+                LAYER_HEADER, self.chosen.rows,
+            )  # fmt: skip
         if self.skipped:
             report.say()
             report.say(f"Not tuned: {len(self.skipped)} problems")

@@ -80,10 +80,6 @@ class Layout:
     Attributes:
         name: What people call it.
         model_type: As in a transformers configuration.
-        layers: Decoder layers.
-        heads: Query heads.
-        kv_heads: KV heads.
-        head_dim: Size of a query or key.
         dtype: dtype the model is stored in.
         context: Longest context, in tokens.
     """
@@ -96,11 +92,6 @@ class Layout:
     head_dim: int
     dtype: str
     context: int
-
-    @property
-    def heads_text(self) -> str:
-        """Heads as people write them, such as `32/8`."""
-        return f"{self.heads}/{self.kv_heads}"
 
 
 # Llama 3 8B, Mistral 7B and Qwen3 8B have these heads.
@@ -140,12 +131,11 @@ class Space:
         """
         places = {}
         for name, values in self.knobs:
-            if name not in config:
-                raise ValueError(f"{name} is missing from {dict(config)}")
+            value = config.get(name)
             # True == 1, yet a kernel specialised on one is not specialised on the other.
-            same = [type(v) is type(config[name]) and v == config[name] for v in values]
+            same = [type(v) is type(value) and v == value for v in values]
             if True not in same:
-                raise ValueError(f"{name}={config[name]!r} is not one of {values}")
+                raise ValueError(f"{name}={value!r} is not one of {values}")
             places[name] = same.index(True)
         return self.number_at(places)
 
@@ -182,10 +172,7 @@ def bits_of(most: int) -> tuple[int, ...]:
 class Grid(NamedTuple):
     """Makes the problems of one head layout.
 
-    Attributes:
-        layout: Heads of the model.
-        device: Kind of device.
-        norms: Whether scores are weighted with key norms.
+    `norms`: scores are weighted with key norms.
     """
 
     layout: Layout
@@ -234,39 +221,36 @@ class Grid(NamedTuple):
 def dtypes_of(layout: Layout, device: str, allowed: Iterable[str]) -> list[str]:
     """The dtypes a model of this layout runs in: its own, and on a CPU float32 first."""
     names = ["float32", layout.dtype] if device == "cpu" else [layout.dtype]
-    return [name for name in dict.fromkeys(names) if name in set(allowed)]
+    able = [name for name in dict.fromkeys(names) if name in set(allowed)]
+    return able or sorted(allowed)[:1]
 
 
 def problems(
-    layout: Layout,
-    device: str,
+    grid: Grid,
     dtypes: list[str],
     *,
     bits: tuple[int, ...] = BITS,
-    norms: bool = False,
     of_model: bool = False,
     quick: bool = False,
 ) -> list[Problem]:
     """The problems to tune, the most useful first, so that a short budget goes to them.
 
     Args:
-        layout: Heads of the model.
-        device: `"cpu"` or `"cuda"`.
+        grid: Makes them.
         dtypes: Of data, the most important first.
         bits: Bits of codes that may be selected.
-        norms: Whether scores are weighted with key norms.
         of_model: Whether the layout is that of a given model, whose selections need the time of a
             step for every number of bits.
         quick: One point of each op only.
     """
     main = QUICK_BITS if QUICK_BITS in bits else bits[-1]
-    grid = Grid(layout, device, norms)
-    if device == "cuda":
+    if grid.device == "cuda":
         return _gpu_problems(grid, dtypes, bits, main, of_model, quick)
+    context = grid.layout.context
     if of_model:
-        slots = [s for s in (4096, 16384) if s <= max(layout.context, 4096)]
+        slots = [s for s in (4096, 16384) if s <= max(context, 4096)]
     else:
-        slots = [s for s in SLOTS if s <= layout.context]
+        slots = [s for s in SLOTS if s <= context]
     first = slots[0]
     if quick:
         return [
@@ -287,13 +271,10 @@ def problems(
     for dtype in dtypes:
         found += [*(grid.encode(dtype, b) for b in bits), grid.attend(dtype, first)]
 
-    def unlike(problem: Problem) -> int:
+    def unlike(p: Problem) -> int:
         """In how many ways a problem differs from the one in the middle."""
-        return (
-            (problem.bits not in (main, 0))
-            + (problem.dtype not in (dtypes[0], "uint8"))
-            + (problem.slots not in (pow2(first), 0))
-        )
+        usual = ((p.bits, (main, 0)), (p.dtype, (dtypes[0], "uint8")), (p.slots, (pow2(first), 0)))
+        return sum(value not in values for value, values in usual)
 
     return sorted(found, key=unlike)
 

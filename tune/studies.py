@@ -98,13 +98,9 @@ def digest(*parts: object) -> str:
 
 
 def open_study(storage: RDBStorage, name: str, *, resume: bool, notes: str = "") -> optuna.Study:
-    """The study of a name: the latest run of it to go on with, or a new run beside the others.
+    """The study of a name: the latest run of it, to `resume`, or a new run beside the others.
 
-    Args:
-        storage: Where it lies.
-        name: Without the number of the run.
-        resume: Go on with the latest run, if there is one.
-        notes: What it is about, for people who look into the database.
+    `notes` say what it is about, for people who look into the database.
     """
     study = _latest(storage, name) if resume else None
     if study is not None:
@@ -155,19 +151,13 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _is_dead(noted: object) -> bool:
-    if not (isinstance(noted, list) and len(noted) == 3):
-        return False
-    host, pid, started = noted
-    if host != socket.gethostname() or not Path("/proc/self").exists():
-        return False
-    return _started(int(pid)) != started
-
-
 def _requeue_dead(study: optuna.Study) -> None:
     """Queue trials again whose process is gone, without waiting for their heartbeat to be late."""
+    if not Path("/proc/self").exists():
+        return
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_dead(trial.user_attrs.get("owner")):
+        host, pid, started = trial.user_attrs.get("owner") or ("", 0, "")
+        if host == socket.gethostname() and _started(pid) != started:
             study.tell(trial.number, state=TrialState.FAIL)
             _retry()(study, trial)
 
@@ -196,14 +186,12 @@ def sweep(
         What `evaluate` returned, in the order of the points.
     """
     values = {name: sorted({point[name] for point in points}) for name in points[0]}
-    done: dict[tuple, dict[str, Any]] = {}
-    for result in filter(None, map(result_of, study.get_trials(deepcopy=False))):
-        done[tuple(result["point"])] = result
-    names = tuple(values)
+    found = filter(None, map(result_of, study.get_trials(deepcopy=False)))
+    done: dict[tuple, dict[str, Any]] = {tuple(result["point"]): result for result in found}
 
     def objective(trial: Trial) -> float:
         trial.set_user_attr("owner", owner())
-        point = {n: int(trial.suggest_categorical(n, values[n]) or 0) for n in names}
+        point = {n: int(trial.suggest_categorical(n, values[n]) or 0) for n in values}
         key = tuple(point.values())
         result = done.get(key) or evaluate(point) | {"point": list(key)}
         done[key] = result
@@ -212,10 +200,11 @@ def sweep(
             trial.set_constraint(name, amount)
         return result["value"]
 
-    for point in points:
+    keys = [tuple(point[name] for name in values) for point in points]
+    for point, key in zip(points, keys, strict=True):
         # A trial of a process that died may stand before this one in the queue.
-        while tuple(point[n] for n in names) not in done:
-            study.enqueue_trial({n: point[n] for n in names})
+        while key not in done:
+            study.enqueue_trial(dict(point))
             study.optimize(objective, n_trials=1)
             on_point(len(done))
-    return [done[tuple(point[n] for n in names)] for point in points]
+    return [done[key] for key in keys]

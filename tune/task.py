@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hata import device as devices
@@ -33,20 +33,17 @@ class Task:
     """What a run is to do.
 
     Attributes:
-        device: Kind of device.
+        options: The command line.
         fingerprint: The device, with the kernels that are tuned.
         backends: Those to tune; the first also measures selections.
-        layout: Heads to tune for.
-        encoder: Projections that selections are chosen with.
-        encoder_key: What to call them in the profile.
+        encoder, encoder_key: What selections are chosen with, and its name in the profile.
         text: What the model reads; `""` without a model.
-        model: Folder of the model, or `None`.
         problems: For each backend, what to tune.
-        out: The profile.
         storage: URL of the studies.
         notes: What people should be told.
     """
 
+    options: argparse.Namespace
     device: str
     fingerprint: Fingerprint
     backends: list[Backend]
@@ -58,7 +55,7 @@ class Task:
     problems: dict[str, list[Problem]]
     out: Path
     storage: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -69,11 +66,10 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise UsageError(f"--trials: got {options.trials}, expected 1 or more")
     if options.budget is not None and not 0 < options.budget < math.inf:
         raise UsageError(f"--budget: got {options.budget}, expected seconds above 0")
-    if options.model is None:
-        for name in ("text", "encoder"):
-            if getattr(options, name) is not None:
-                raise UsageError(f"--{name}: got one, but no --model; name the model it is for")
-    elif not options.text:
+    for name in ("text", "encoder"):
+        if options.model is None and getattr(options, name) is not None:
+            raise UsageError(f"--{name}: got one, but no --model; name the model it is for")
+    if options.model is not None and not options.text:
         raise UsageError(
             "--text: got none, expected text for the model to read; name files that are like "
             "what it will be used on, or leave --model out"
@@ -99,11 +95,9 @@ def make_task(options: argparse.Namespace) -> Task:
     problems = {}
     for backend in backends:
         wanted = space.problems(
-            layout,
-            device,
-            space.dtypes_of(layout, device, backend.dtypes) or sorted(backend.dtypes)[:1],
+            space.Grid(layout, device, encoder.key_norms),
+            space.dtypes_of(layout, device, backend.dtypes),
             bits=space.bits_of(encoder.bits),
-            norms=encoder.key_norms,
             of_model=options.model is not None,
             quick=options.quick,
         )
@@ -117,19 +111,12 @@ def make_task(options: argparse.Namespace) -> Task:
     }
     fingerprint = dataclasses.replace(devices.fingerprint(device), kernels=kernels)
     return Task(
-        device=device,
-        fingerprint=fingerprint,
-        backends=backends,
-        layout=layout,
-        encoder=encoder,
-        encoder_key=encoder_key,
-        text=text,
-        model=options.model,
-        problems=problems,
-        out=given or default_output(fingerprint),
+        options=options, device=device, fingerprint=fingerprint, backends=backends, layout=layout,
+        encoder=encoder, encoder_key=encoder_key, text=text, model=options.model,
+        problems=problems, out=given or default_output(fingerprint),
         storage=database.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
         notes=notes,
-    )
+    )  # fmt: skip
 
 
 def _output(given: str) -> Path:

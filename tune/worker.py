@@ -27,8 +27,7 @@ from hata.errors import HataError
 from hata.measure.inputs import Inputs
 from hata.problem import Problem
 from tune import cost
-from tune.correctness import Checker
-from tune.race import Candidate, race
+from tune.trial import Checker, race
 
 # Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
 # memory was left.
@@ -65,61 +64,46 @@ class Bench:
     def __init__(self, backend: str, *, pool: int | None = None, keep: int = 1) -> None:
         self._backend = registry.load(backend)
         self._pool, self._keep = pool, keep
-        self._inputs: dict[Problem, Inputs] = {}
-        self._checkers: dict[Problem, Checker] = {}
+        self._held: dict[Problem, Checker] = {}
 
-    def inputs(self, problem: Problem) -> Inputs:
-        """The inputs of a problem; those of the last few are kept."""
-        if problem not in self._inputs:
-            dropped = list(self._inputs)[: max(len(self._inputs) - self._keep + 1, 0)]
-            for old in dropped:
-                del self._inputs[old]
-                self._checkers.pop(old, None)
-            if dropped:
-                release()
-            self._inputs[problem] = Inputs(self._backend, problem, pool=self._pool)
-        return self._inputs[problem]
+    def held(self, problem: Problem) -> Checker:
+        """A problem's inputs and checks; those of the last few are kept."""
+        if problem not in self._held:
+            for old in list(self._held)[: max(len(self._held) - self._keep + 1, 0)]:
+                del self._held[old]
+                _ask_gpu("empty_cache")
+            inputs = Inputs(self._backend, problem, pool=self._pool)
+            self._held[problem] = Checker(self._backend, inputs)
+        return self._held[problem]
 
     def check(self, problem: Problem, config: Config) -> str | None:
         """What is wrong with a configuration's results; `None` if nothing is."""
-        with registry.use_backend(self._backend.name):
-            inputs = self.inputs(problem)
-            if problem not in self._checkers:
-                self._checkers[problem] = Checker(self._backend, inputs)
-            return self._checkers[problem].fault(config)
+        return self.held(problem).fault(config)
 
     def race(
         self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
     ) -> list[list[float]]:
-        """Time checked configurations against each other; see `tune.race`."""
-        with registry.use_backend(self._backend.name):
-            self._keep = max(self._keep, len({problem for problem, _ in entries}))
-            candidates = [Candidate(self.inputs(p), config) for p, config in entries]
-            return race(self._backend, candidates, seconds=seconds, **rounds)
+        """Time checked configurations against each other; see `tune.trial`."""
+        self._keep = max(self._keep, len({problem for problem, _ in entries}))
+        racers = [(self.held(problem).inputs, config) for problem, config in entries]
+        return race(self._backend, racers, seconds=seconds, **rounds)
 
     def forget(self) -> None:
         """Drop all inputs, so that the next candidate finds the memory that this one did not."""
-        self._inputs.clear()
-        self._checkers.clear()
+        self._held.clear()
         gc.collect()
-        release()
+        _ask_gpu("empty_cache")
 
     def calibrate(self, device: str) -> cost.Machine:
         """The constants of the analytic model."""
-        with registry.use_backend(self._backend.name):
-            return cost.calibrate(self._backend, device)
+        return cost.calibrate(self._backend, device)
 
 
-def _gpu() -> Any:
-    """`torch.cuda`, if it is in use."""
+def _ask_gpu(action: str) -> None:
+    """Have torch do something to the GPU, if that is in use."""
     torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
-
-
-def release() -> None:
-    """Give memory that nothing uses back to the GPU."""
-    if (cuda := _gpu()) is not None:
-        cuda.empty_cache()
+    if torch is not None and torch.cuda.is_initialized():
+        getattr(torch.cuda, action)()
 
 
 def gpu_fault() -> str | None:
@@ -128,8 +112,7 @@ def gpu_fault() -> str | None:
     After an illegal access every call of the process fails, whoever made it.
     """
     try:
-        if (cuda := _gpu()) is not None:
-            cuda.synchronize()
+        _ask_gpu("synchronize")
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None
@@ -221,11 +204,6 @@ class Worker:
         self._good: dict[Problem, dict] = {}
         self.restarts = 0
 
-    def start(self) -> None:
-        """Have the child load its frameworks, without waiting for it."""
-        if self._connection is None:
-            self._start()
-
     def check(self, problem: Problem, config: Config) -> Failure | None:
         """Run a configuration and hold it against the reference; `None` if it is right."""
         config = dict(config)
@@ -247,7 +225,7 @@ class Worker:
     def race(
         self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
     ) -> list[list[float]]:
-        """Samples of each entry in microseconds, one a round; see `tune.race`.
+        """Samples of each entry in microseconds, one a round; see `tune.trial`.
 
         Raises:
             CandidateFailed: one of them failed now.
@@ -272,10 +250,7 @@ class Worker:
         return answer
 
     def _ask(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self._connection is None:
-            self._start()
-        connection = self._connection
-        assert connection is not None
+        connection = self.start()
         try:
             connection.send((method, args, kwargs))
             if not connection.poll(patience):
@@ -285,14 +260,17 @@ class Worker:
             if state == BROKEN:
                 self.close()
         except (EOFError, OSError):
-            return Failure(CRASH, self._post_mortem())
+            return Failure(CRASH, self._end())
         except BaseException:
             # Interrupted between question and answer: the next answer would be the wrong one.
             self.close()
             raise
         return answer if state == DONE else Failure(*answer)
 
-    def _start(self) -> None:
+    def start(self) -> Connection:
+        """Have the child load its frameworks, without waiting for it."""
+        if self._connection is not None:
+            return self._connection
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         given = theirs, os.getpid(), self._backend, self._options
@@ -301,27 +279,26 @@ class Worker:
         theirs.close()
         self._seen.clear()
         self.restarts += 1
+        return self._connection
 
-    def _post_mortem(self) -> str:
-        process = self._process
-        process.join(5)
-        code = process.exitcode
+    def _end(self) -> str:
+        """How the child ended, in words."""
+        self._process.join(5)
+        code = self._process.exitcode
         self.close()
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-            return f"the process was ended by {name}{hint}"
-        return f"the process ended with code {code}"
+        if code is None or code >= 0:
+            return f"the process ended with code {code}"
+        name = signal.Signals(-code).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"the process was ended by {name}{hint}"
 
     def close(self) -> None:
         """End the child."""
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
-        if self._process is not None:
             self._process.kill()
             self._process.join(10)
-            self._process = None
+            self._connection = self._process = None
 
     def __enter__(self) -> Worker:
         return self

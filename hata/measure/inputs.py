@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import hata
-from hata.backend import Backend
+from hata import registry
+from hata.backend import Backend, Config, use_config
 from hata.call import Encode, HammingTopK, HashAttend, SparseAttend
 from hata.measure.arrays import kit_for
 from hata.measure.clock import last_level_bytes
@@ -45,6 +47,13 @@ def sets_for(problem: Problem, pool: int | None = None) -> tuple[int, int]:
     reach = pool if problem.device == "cuda" else min(1.25 * last_level_bytes(), pool)
     wanted = min(max(math.ceil(reach / max(touched, 1)), 2), _MAX_SETS[problem.device])
     return wanted, max(1, min(wanted, 2 * pool // max(held, 1)))
+
+
+@contextmanager
+def running(backend: Backend, op: str, config: Config) -> Iterator[None]:
+    """Run an op on a backend with a configuration, whatever else is in force."""
+    with registry.use_backend(backend.name), use_config(backend.name, op, config):
+        yield
 
 
 def public(call: Any) -> Callable[[], Any]:

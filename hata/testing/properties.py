@@ -142,13 +142,9 @@ class Properties(Harness):
             codes.append(self.got(kit, "encode", placed).reshape(-1, 16))
         for fresh in (1, 2, 40):
             placed = self.put(
-                kit,
-                q=same(1, 1, 1),
-                keys=same(1, 1, 40),
-                values=same(1, 1, 40),
-                key_codes=np.zeros((1, 1, 40, 16), np.uint8),
-                projection=projection,
-            )
+                kit, q=same(1, 1, 1), keys=same(1, 1, 40), values=same(1, 1, 40),
+                key_codes=np.zeros((1, 1, 40, 16), np.uint8), projection=projection,
+            )  # fmt: skip
             self.call(kit, "hash_attend", placed, k=3, fresh=fresh)
             codes.append(kit.get(placed["key_codes"].array)[0, 0, -fresh:])
         assert len(np.unique(np.concatenate(codes), axis=0)) == 1

@@ -7,7 +7,7 @@ it, so that a failing case prints as something a person can read and repeat.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -111,42 +111,31 @@ def cases(
     sink = draw(st.one_of(st.just(0), st.integers(0, min(k, 5))))
     recent = draw(st.one_of(st.just(0), st.integers(0, min(k - sink, 5))))
     head_dims = st.sampled_from([d for d in HEAD_DIMS if d <= max_head_dim])
+    drawn = {
+        "seed": st.integers(0, 2**16),
+        "kv_heads": st.sampled_from((1, 2, 3)),
+        "group": st.sampled_from(GROUPS),
+        "tokens": st.sampled_from((1, 1, 2, 3)),
+        "head_dim": head_dims,
+        "value_dim": head_dims,
+        "bits": st.sampled_from(BITS),
+        "flavour": st.sampled_from(FLAVOURS),
+        "code_group": st.sampled_from(GROUPS),
+        "lengths_dtype": st.sampled_from(("int32", "int64")),
+        "ratio": st.one_of(st.none(), st.floats(2**-20, 1.0), st.sampled_from((0.1, 1 / 3))),
+        "k_min": st.integers(0, 20),
+        "fresh": st.one_of(st.just(0), st.integers(0, slots + 2)),
+        "dense_below": st.one_of(st.just(0), late),
+        "scale": st.one_of(st.none(), st.floats(-0.5, 0.5)),
+        "softcap": st.one_of(st.none(), st.floats(0.5, 50.0)),
+        "layouts": st.lists(st.sampled_from(tuple(layouts)), min_size=1, max_size=4).map(tuple),
+    }
+    drawn |= {field.name: st.booleans() for field in fields(Case) if field.type == "bool"}
     return Case(
-        seed=draw(st.integers(0, 2**16)),
-        dtype=dtype,
-        batch=batch,
-        kv_heads=draw(st.sampled_from((1, 2, 3))),
-        group=draw(st.sampled_from(GROUPS)),
-        tokens=draw(st.sampled_from((1, 1, 2, 3))),
-        slots=slots,
-        head_dim=draw(head_dims),
-        value_dim=draw(head_dims),
-        bits=draw(st.sampled_from(BITS)),
-        flavour=draw(st.sampled_from(FLAVOURS)),
-        float32_projection=draw(st.booleans()),
-        bias=draw(st.booleans()),
-        query_projection=draw(st.booleans()),
-        query_bias=draw(st.booleans()),
-        code_group=draw(st.sampled_from(GROUPS)),
-        given_codes=draw(st.booleans()),
-        per_head=draw(st.booleans()),
-        lengths=per_row(late),
-        starts=per_row(early),
-        lengths_dtype=draw(st.sampled_from(("int32", "int64"))),
-        k=k,
-        ratio=draw(st.one_of(st.none(), st.floats(2**-20, 1.0), st.sampled_from((0.1, 1 / 3)))),
-        k_min=draw(st.integers(0, 20)),
-        sink=sink,
-        recent=recent,
-        norms=draw(st.booleans()),
-        fresh=draw(st.one_of(st.just(0), st.integers(0, slots + 2))),
-        dense_below=draw(st.one_of(st.just(0), late)),
-        scale=draw(st.one_of(st.none(), st.floats(-0.5, 0.5))),
-        softcap=draw(st.one_of(st.none(), st.floats(0.5, 50.0))),
-        sinks=draw(st.booleans()),
-        shuffled=draw(st.booleans()),
-        layouts=tuple(draw(st.lists(st.sampled_from(tuple(layouts)), min_size=1, max_size=4))),
-    )
+        dtype=dtype, batch=batch, slots=slots, k=k, sink=sink, recent=recent,
+        lengths=per_row(late), starts=per_row(early),
+        **{name: draw(strategy) for name, strategy in drawn.items()},
+    )  # fmt: skip
 
 
 # The values of every array argument by name; `None` where a case has none.

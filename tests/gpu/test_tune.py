@@ -142,7 +142,7 @@ def test_a_short_run_tunes_every_op(name, tmp_path, monkeypatch, capsys):
     absent = registry.missing(name)
     if absent is not None:
         pytest.skip(f"backend {name!r}: {absent}")
-    found = space.problems(space.COMMON, "cuda", ["bfloat16"], quick=True)
+    found = space.problems(space.Grid(space.COMMON, "cuda"), ["bfloat16"], quick=True)
     small = [replace(p, slots=min(p.slots, 4096), k=min(p.k, 256)) for p in found[1:]]
     monkeypatch.setattr(space, "problems", lambda *args, **kwargs: small)
     monkeypatch.setattr(capture, "TOKENS", 1024)

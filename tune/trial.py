@@ -1,21 +1,29 @@
-"""Whether a configuration's results are right, before anybody asks how fast it is.
+"""What a trial does with a configuration: are its results right, and how fast is it.
 
 Two calls are held against the reference: the problem's own inputs (of large ones the first and last
 rows and heads), and an awkward small one. How close results must be stands in
 `hata.measure.tolerance`. What the reference says is computed once per problem.
+
+Configurations that are right are timed in turns, each through the public op and on caches that hold
+nothing of the call's data: every call takes the next of several *sets* of inputs, whose codes,
+queries and selected rows together are larger than the last cache (of a CPU: as far as memory for
+them reaches; second-level caches are always cold).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
 
-from hata.backend import Backend, Config, use_config
+from hata.backend import Backend, Config
 from hata.measure import reference, tolerance
-from hata.measure.inputs import AwkwardInputs, Inputs
+from hata.measure.clock import CPUClock, CUDAClock, in_turns
+from hata.measure.inputs import AwkwardInputs, Inputs, running
 
 # Scores that the reference may have to compute, of every query head and key; more takes it seconds.
 _MOST_SCORES = 1 << 21
@@ -25,22 +33,55 @@ _MOST_VECTORS = 512
 Judge = Callable[[Any], str | None]
 
 
+def race(
+    backend: Backend,
+    entries: Sequence[tuple[Inputs, Config]],
+    *,
+    seconds: float,
+    least: int = 7,
+    most: int = 400,
+) -> list[list[float]]:
+    """Time configurations against each other.
+
+    Args:
+        backend: Runs all of them.
+        entries: Configurations, each on the inputs of a problem on which it ran before.
+        seconds: About how long the whole race may take.
+        least: Fewest rounds, whatever they take.
+        most: Most rounds.
+
+    Returns:
+        For each entry its samples in microseconds, one a round.
+    """
+    on_gpu = entries[0][0].problem.device == "cuda"
+    clock = CUDAClock() if on_gpu else CPUClock()
+    for inputs, config in entries:
+        within = partial(running, backend, inputs.problem.op, config)
+        if on_gpu:
+            # Nothing compiles or allocates in a sample.
+            with within():
+                inputs.prepare()
+        clock.add(inputs.calls, within)
+    return in_turns(clock, rounds=most, seconds=seconds, least=least, order=Random(0))
+
+
 class Checker:
     """Checks configurations of one problem."""
 
     def __init__(self, backend: Backend, inputs: Inputs) -> None:
-        self._backend = backend
-        self._inputs = {"": inputs, "awkward inputs: ": AwkwardInputs(backend, inputs.problem)}
-        self._judges: dict[str, Judge] = {}
+        self.inputs, self._backend = inputs, backend
+        self._judges: list[tuple[str, Inputs, Judge]] = []
 
     def fault(self, config: Config) -> str | None:
         """What is wrong with the results of a configuration; `None` if nothing is."""
         if not self._judges:
-            self._judges = {name: _Expected(x).judge() for name, x in self._inputs.items()}
-        for name, inputs in self._inputs.items():
-            with use_config(self._backend.name, inputs.problem.op, config):
+            awkward = AwkwardInputs(self._backend, self.inputs.problem)
+            for name, inputs in (("", self.inputs), ("awkward inputs: ", awkward)):
+                self._judges.append((name, inputs, _Expected(inputs).judge()))
+        for name, inputs, judge in self._judges:
+            with running(self._backend, inputs.problem.op, config):
                 result = inputs.calls[0]()
-            wrong = self._judges[name](result)
+            wrong = judge(result)
             if wrong:
                 return name + wrong
         return None
