@@ -294,18 +294,18 @@ class HashAttend(_HashAttend, Call):
 def visible(call: Any) -> Iterator[tuple[int, int, int, int]]:
     """Row, token, first visible key and the one after the last, for every query of a call.
 
-    Lengths and starts are read on the host: for backends of the CPU.
+    Lengths and starts are read on the host, for backends of the CPU, and may hold anything.
     """
-    batch, _, tokens, _ = call[0].shape
-    stops = _rows(call.lengths, batch, call[1].shape[2])
-    starts = _rows(call.starts, batch, 0)
+    (batch, _, tokens, _), slots = call[0].shape, call[1].shape[2]
+    stops, starts = _rows(call.lengths, batch, slots), _rows(call.starts, batch, 0)
     for b, t in itertools.product(range(batch), range(tokens)):
-        yield b, t, starts[b], max(stops[b] - (tokens - 1 - t), starts[b])
+        start = max(starts[b], 0)
+        yield b, t, start, max(min(stops[b], slots) - (tokens - 1 - t), start)
 
 
 def _rows(x: Any, batch: int, default: int) -> list[int]:
     found = default if x is None else x.tolist()
-    return found * (batch // len(found)) if isinstance(found, list) else [int(found)] * batch
+    return found if isinstance(found, list) else [int(found)] * batch
 
 
 CALLS: dict[str, type[Any]] = {

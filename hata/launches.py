@@ -16,8 +16,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from hata.arrays import ITEMSIZE, Framework
-from hata.backend import Backend, Kernel
-from hata.call import Encode, HammingTopK, HashAttend, SparseAttend
+from hata.backend import Kernel, PlanningBackend
 
 # Of pieces of the workspace, in bytes.
 _ALIGNMENT = 256
@@ -158,7 +157,7 @@ class LaunchList:
             start(pick(addresses), stream)
 
 
-class LaunchingBackend(Backend):
+class LaunchingBackend(PlanningBackend):
     """A backend for GPUs whose ops are launch lists."""
 
     @abstractmethod
@@ -169,31 +168,13 @@ class LaunchingBackend(Backend):
     def write(self, launches: LaunchList, call: Any) -> None:
         """Write the launches of a call into a list."""
 
-    def encode(self, call: Encode) -> Any:
-        """Run `hata.encode`."""
-        made = self._run(call)
-        return made[0] if call.out is None else call.out
-
-    def hamming_topk(self, call: HammingTopK) -> Any:
-        """Run `hata.hamming_topk`."""
-        return self._run(call)[0]
-
-    def sparse_attend(self, call: SparseAttend | HashAttend) -> tuple[Any, Any]:
-        """Run `hata.sparse_attend` or `hata.hash_attend`."""
-        made = self._run(call)
-        return made[0], made[1] if call.return_lse else None
-
-    hash_attend = sparse_attend
-
     def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
         """Every kernel that a call launches."""
         return self._written(call, sm).kernels
 
-    def _run(self, call: Any) -> list[Any]:
-        launches = call.route.memo
-        if launches is None:
-            launches = call.route.memo = self._written(call, None)
-        return launches.run(call)
+    def plan(self, call: Any) -> LaunchList:
+        """The launches of a call."""
+        return self._written(call, None)
 
     def _written(self, call: Any, sm: int | None) -> LaunchList:
         launches = self.new_list(call, self.gpu(call.route.device, sm))

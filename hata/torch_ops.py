@@ -48,6 +48,9 @@ def _register(name: str, kind: Any, fields: tuple[str, ...], returns: str, *writ
                 f"fresh: got {given['fresh']}, expected 0, since torch.ops.hata.{name} writes "
                 f"nothing; call torch.ops.hata.{name}_ or hata.{name}"
             )
+        if returns == _PAIR:
+            # A schema has no result that may be missing.
+            given["return_lse"] = True
         return kind(**given)
 
     def run(*args: Any) -> Any:

@@ -1,145 +1,177 @@
-"""The reference backend: every op on a CPU, in numba. Its NumPy oracle is in `oracle.py`."""
+"""The reference: the ops in plain NumPy and float64, slow, short, and obviously right.
+
+Other backends are held against it: selections bit for bit, codes but for bits whose value is within
+float32's rounding of zero, attention within a tolerance. `encode`, `hamming_topk` and
+`sparse_attend` take NumPy arrays as the ops of `hata.ops` do, and give attention in float64;
+`ReferenceBackend` rounds it to the dtypes of the contract.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
-from hata.arrays import Framework
-from hata.backend import Backend, Budget, Config
+import numpy as np
+
+from hata.backend import Backend
+from hata.call import Budget, Encode, HammingTopK, SparseAttend, visible
 from hata.problem import Problem
 
 
+def encode(
+    x: np.ndarray,
+    projection: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    out: np.ndarray | None = None,
+    norms: np.ndarray | None = None,
+) -> np.ndarray:
+    """`hata.encode`: bit j is set where the projected value is above zero."""
+    group = x.shape[1] // projection.shape[0]
+    wide = np.ascontiguousarray(x, np.float64)
+    weights = projection.astype(np.float64).repeat(group, axis=0)[:, None]  # [H', 1, D, r]
+    with np.errstate(all="ignore"):
+        # Each vector by itself, [1, D] times [D, r], so that it is rounded alike in any company.
+        value = (wide[..., None, :] @ weights)[..., 0, :]
+        if bias is not None:
+            value += bias.astype(np.float64).repeat(group, axis=0)[:, None]
+        if norms is not None:
+            size = np.sqrt((wide * wide).sum(axis=-1))
+            norms[...] = np.where(np.isnan(size), 0.0, np.minimum(size, 65504.0))
+        # A NaN is not above zero.
+        codes = np.packbits(value > 0, axis=-1, bitorder="little")
+    if out is None:
+        return codes
+    out[...] = codes
+    return out
+
+
+def hamming_topk(q_codes: np.ndarray, k_codes: np.ndarray, k: int, **options: Any) -> np.ndarray:
+    """`hata.hamming_topk`, by sorting."""
+    return _hamming_topk(HammingTopK(q_codes, k_codes, k=k, **options))
+
+
+def _hamming_topk(call: HammingTopK) -> np.ndarray:
+    ratio = -1 if call.ratio is None else round(call.ratio * 2**32)
+    budget = Budget(call.k, ratio, call.k_min, call.sink, call.recent)
+    (batch, heads, tokens, _), kv_heads = call.q_codes.shape, call.k_codes.shape[1]
+    rows = heads if call.per_head else kv_heads
+    indices = np.full((batch, rows, tokens, call.k), -1, np.int32)
+    for b, t, start, stop in visible(call):
+        for row in range(rows):
+            kv_head = row * kv_heads // rows
+            q_codes = call.q_codes[b, row * heads // rows : (row + 1) * heads // rows, t]
+            k_codes = call.k_codes[b, kv_head, start:stop]
+            norms = None if call.key_norms is None else call.key_norms[b, kv_head, start:stop]
+            chosen = _select(q_codes, k_codes, norms, budget)
+            indices[b, row, t, : len(chosen)] = start + chosen
+    return indices
+
+
+def _select(
+    q_codes: np.ndarray, k_codes: np.ndarray, norms: np.ndarray | None, budget: Budget
+) -> np.ndarray:
+    """Positions, ascending, of the keys that a group of query codes takes of those it sees."""
+    distance = np.bitwise_count(q_codes[:, None] ^ k_codes).sum(axis=(0, 2), dtype=np.int64)
+    cost = distance
+    if norms is not None:
+        agreement = (8 * q_codes.size - 2 * distance).astype(np.float32)
+        with np.errstate(all="ignore"):
+            cost = -(agreement * norms.astype(np.float32))
+        cost[np.isnan(cost)] = 0.0
+    position = np.arange(len(k_codes))
+    # The first and the last ones win; then the cheapest, -0 being equal to +0; then the lowest.
+    free = (position >= budget.sink) & (position < len(k_codes) - budget.recent)
+    order = np.lexsort((position, cost, free))
+    return np.sort(order[: budget.of(len(k_codes))])
+
+
+def sparse_attend(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    indices: np.ndarray,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: np.ndarray | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`hata.sparse_attend`, in float64."""
+    batch, heads, tokens, depth = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    factor = depth**-0.5 if scale is None else scale
+    out = np.zeros((batch, heads, tokens, values.shape[3]))
+    lse = np.full((batch, heads, tokens), -np.inf)
+    for b, h, t in np.ndindex(lse.shape):
+        chosen = indices[b, h * indices.shape[1] // heads, t]
+        chosen = chosen[(chosen >= 0) & (chosen < slots)]
+        if len(chosen) == 0:
+            continue
+        row = b, h * kv_heads // heads, chosen
+        with np.errstate(all="ignore"):
+            logits = factor * (keys[row].astype(np.float64) @ q[b, h, t].astype(np.float64))
+            if softcap is not None:
+                logits = softcap * np.tanh(logits / softcap)
+            sink = -np.inf if sink_logits is None else float(sink_logits[h])
+            largest = np.maximum(logits.max(), sink)
+            weights = np.exp(logits - largest)
+            total = weights.sum() + np.exp(sink - largest)
+            out[b, h, t] = weights @ values[row].astype(np.float64) / total
+            lse[b, h, t] = largest + np.log(total) if largest > -np.inf else largest
+    return (out, lse) if return_lse else out
+
+
 class ReferenceBackend(Backend):
-    """CPU kernels for float32, float16 and bfloat16, right for every stride and alignment.
+    """The reference on a CPU, for calls that nothing faster can run and for comparison."""
 
-    Kernels are compiled at their first use and kept in numba's cache on disk (`NUMBA_CACHE_DIR`).
-    They use as many threads as numba would (`NUMBA_NUM_THREADS`), their own.
-    """
+    name = "reference"
 
-    name: ClassVar[str] = "reference"
-    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
-    dtypes: ClassVar[frozenset[str]] = frozenset({"float32", "float16", "bfloat16"})
-    frameworks: ClassVar[frozenset[str]] = frozenset({"numpy", "torch", "jax"})
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Say what NumPy lacks."""
+        if "bfloat16" in (problem.dtype, problem.projection_dtype) and not _knows_bfloat16():
+            return ["NumPy has no bfloat16 without ml_dtypes; pip install ml_dtypes"]
+        return []
 
-    @classmethod
-    def missing(cls) -> str | None:
-        """Say what the kernels lack here."""
-        if importlib.util.find_spec("numba") is None:
-            return "numba is not installed; pip install numba"
-        if _uncompiled():
-            return "NUMBA_DISABLE_JIT is set, and kernels run compiled only; unset it"
-        return None
-
-    def __init__(self) -> None:
-        super().__init__()
-        # numba is imported when the backend is used, not when it is listed
-        from . import encode, hamming_topk, hash_attend, schedule, sparse_attend
-
-        self._workers = schedule.workers
-        self._ops = {
-            "encode": encode,
-            "hamming_topk": hamming_topk,
-            "sparse_attend": sparse_attend,
-            "hash_attend": hash_attend,
-        }
-        self._encode = encode.launch
-        self._hamming_topk = hamming_topk.launch
-        self._sparse_attend = sparse_attend.launch
-        self._hash_attend = hash_attend.launch
-
-    def tunables(self, op: str, problem: Problem) -> dict[str, tuple]:
-        """The knobs of an op: threads, and how its work is cut."""
-        return dict(self._ops[op].TUNABLES)
-
-    def default(self, problem: Problem) -> Config:
-        """Threads where there is work for them, and a few items for each of them."""
-        config = dict(self._ops[problem.op].DEFAULTS)
-        if _work(problem) < _WORTH_THREADS:
-            config["threads"] = "one"
-        chunks = self.tunables(problem.op, problem).get("chunk")
-        if chunks:
-            wanted = _ITEMS_EACH * self._workers(config["threads"])
-            groups = problem.batch * problem.kv_heads
-            enough = [c for c in chunks if groups * -(-problem.slots // c) >= wanted]
-            config["chunk"] = enough[-1] if enough else chunks[0]
-        return config
-
-    def prepare(self, problem: Problem) -> None:
-        """Compile the kernels of an op, or load them from the disk cache."""
-        self._ops[problem.op].worker.compile()
-
-    def launch_encode(
-        self, problem: Problem, fw: Framework, x: Any, projection: Any, bias: Any, out: Any,
-        norms: Any,
-    ) -> Any:  # fmt: skip
+    def encode(self, call: Encode) -> Any:
         """Run `hata.encode`."""
-        return self._encode(problem, fw, x, projection, bias, out, norms, self.config(problem))
+        arrays = {name: _as_numpy(x) for name, x in call.arrays().items()}
+        codes = encode(**arrays)
+        return self._rounded(call, codes)[0] if call.out is None else call.out
 
-    def launch_hamming_topk(
-        self, problem: Problem, fw: Framework, q_codes: Any, k_codes: Any, lengths: Any,
-        starts: Any, budget: Budget, key_norms: Any, per_head: bool,
-    ) -> Any:  # fmt: skip
+    def hamming_topk(self, call: HammingTopK) -> Any:
         """Run `hata.hamming_topk`."""
-        return self._hamming_topk(
-            problem, fw, q_codes, k_codes, lengths, starts, budget, key_norms, per_head,
-            self.config(problem),
-        )  # fmt: skip
+        arrays = {name: _as_numpy(x) for name, x in call.arrays().items()}
+        return self._rounded(call, _hamming_topk(call._replace(**arrays)))[0]
 
-    def launch_sparse_attend(
-        self, problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, indices: Any,
-        scale: float, softcap: float | None, sink_logits: Any, return_lse: bool,
-    ) -> tuple[Any, Any]:  # fmt: skip
+    def sparse_attend(self, call: SparseAttend) -> tuple[Any, Any]:
         """Run `hata.sparse_attend`."""
-        return self._sparse_attend(
-            problem, fw, q, keys, values, indices, scale, softcap, sink_logits, return_lse,
-            self.config(problem),
-        )  # fmt: skip
+        arrays = {name: _as_numpy(x) for name, x in call.arrays().items()}
+        exact = sparse_attend(**arrays, scale=call.scale, softcap=call.softcap, return_lse=True)
+        return self._rounded(call, *exact)
 
-    def launch_hash_attend(
-        self, problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, key_codes: Any,
-        projection: Any, bias: Any, query_projection: Any, query_bias: Any, q_codes: Any,
-        fresh: int, dense_below: int, lengths: Any, starts: Any, budget: Budget, key_norms: Any,
-        scale: float, softcap: float | None, sink_logits: Any, return_lse: bool,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """Run `hata.hash_attend`."""
-        return self._hash_attend(
-            problem, fw, q, keys, values, key_codes, projection, bias, query_projection, query_bias,
-            q_codes, fresh, dense_below, lengths, starts, budget, key_norms, scale, softcap,
-            sink_logits, return_lse, self.config(problem),
-        )  # fmt: skip
+    def _rounded(self, call: Any, *exact: np.ndarray) -> tuple[Any, ...]:
+        """Results in the caller's framework and the dtypes of the contract."""
+        made = []
+        for (_, shape, dtype), result in zip(call.results(), exact, strict=True):
+            made.append(call.fw.empty(shape, dtype or call.problem.dtype, call[0]))
+            with np.errstate(all="ignore"):
+                _as_numpy(made[-1])[...] = result
+        return tuple(made)
 
 
-def _uncompiled() -> bool:
-    """Whether numba would run its functions as plain Python."""
-    numba = sys.modules.get("numba")
-    if numba is not None:
-        return bool(numba.config.DISABLE_JIT)
-    try:
-        return bool(int(os.environ.get("NUMBA_DISABLE_JIT") or 0))
-    except ValueError:
-        # numba, too, goes on as if it were not set
-        return False
+def _knows_bfloat16() -> bool:
+    return importlib.util.find_spec("ml_dtypes") is not None
 
 
-# Items of work for each thread, so that one that starts late or is held up costs little. Fewer and
-# larger ones are faster where all goes well.
-_ITEMS_EACH = 4
-# Starting the other threads costs about as much as this many operations of 32 lanes.
-_WORTH_THREADS = 20_000
+def _as_numpy(x: Any) -> Any:
+    """The memory of a tensor as a NumPy array."""
+    if x is None or isinstance(x, np.ndarray):
+        return x
+    x = x.detach()
+    if str(x.dtype) != "torch.bfloat16":
+        return x.numpy()
+    import ml_dtypes
 
-
-def _work(problem: Problem) -> int:
-    """A rough count of an op's vector operations (the cache counts as full)."""
-    rows = problem.batch * problem.tokens
-    dims = problem.head_dim + problem.value_dim
-    scan = rows * problem.slots * max(problem.heads, problem.kv_heads) * problem.bits // 2048
-    gather = rows * problem.heads * min(problem.k, problem.slots) * dims // 32
-    project = rows * problem.heads * problem.head_dim * problem.bits // 32
-    if problem.op == "encode":
-        return project
-    if problem.op == "hamming_topk":
-        return scan
-    return gather if problem.op == "sparse_attend" else scan + gather + project
+    return x.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)

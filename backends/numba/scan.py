@@ -4,20 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from .codes import (
-    GROUP_BITS,
-    add_counts,
-    clear,
-    distance_run_32,
-    distance_run_64,
-    distance_run_128,
-    distance_run_256,
-    distance_run_512,
-    order_products,
-)
+from .codes import GROUP_BITS, RUN_BITS, add_counts, distance_run, order_products
 from .intrinsics import (
+    INT32,
+    clear,
     float_bits,
     half_to_float,
+    increment,
     load_i32,
     load_i64,
     load_u16,
@@ -27,7 +20,8 @@ from .intrinsics import (
     store_32,
     store_64,
 )
-from .schedule import device, inlined, record_view
+from .record import Part
+from .schedule import device, inlined
 
 # keys scored at a time, so that codes and scores stay in the first-level cache
 _TILE = 1024
@@ -35,26 +29,20 @@ _TILE = 1024
 WIDE_BINS = 2048
 MAX_NARROW = 65535
 
-FIELDS = (
-    "batch", "kv_heads", "tokens", "slots", "lengths", "lengths_step", "lengths_size",
-    "starts", "starts_step", "starts_size",
-    "k", "ratio", "k_min", "sink", "recent", "dense_below",
-    "bits", "members", "sets", "codes", "codes_b", "codes_h", "codes_s",
-    "q_codes", "q_codes_b", "q_codes_h", "q_codes_t", "norms", "norms_b", "norms_h", "norms_s",
-    "indices", "indices_b", "indices_h", "indices_t",
-    "merge", "chunk", "wide", "bins", "histograms", "scores", "verdicts",
-    "control", "scratch", "scratch_bytes",
+SELECT = Part(
+    {
+        "lengths": "b", "starts": "b", "q_codes": "bht", "k_codes": "bhs", "key_norms": "bhs",
+        "indices": "bht", "histograms": "", "scores": "", "verdicts": "",
+    },
+    "batch kv_heads tokens slots k ratio k_min sink recent dense_below bits members sets merge "
+    "chunk wide bins",
 )  # fmt: skip
 
 
-select_view = record_view(FIELDS)
-
-
 @inlined
-def bound(address: int, step: int, size: int, row: int, slots: int) -> int:
-    """Entry `row` of `lengths` or `starts`, whatever it is, as a number from 0 to `slots`."""
-    address += row * step
-    return min(max(load_i32(address) if size == 4 else load_i64(address), 0), slots)
+def bound(address: int, dtype: int, slots: int) -> int:
+    """An entry of `lengths` or `starts`, whatever it is, as a number from 0 to `slots`."""
+    return min(max(load_i32(address) if dtype == INT32 else load_i64(address), 0), slots)
 
 
 @device
@@ -62,46 +50,43 @@ def valid(call: Any, row: int) -> tuple[int, int]:
     """The first valid key of a row, and one past the last; none where they cross."""
     low, high = 0, call.slots
     if call.starts != 0:
-        low = bound(call.starts, call.starts_step, call.starts_size, row, call.slots)
+        low = bound(call.starts + row * call.starts_b, call.starts_dtype, call.slots)
     if call.lengths != 0:
-        high = bound(call.lengths, call.lengths_step, call.lengths_size, row, call.slots)
+        high = bound(call.lengths + row * call.lengths_b, call.lengths_dtype, call.slots)
     return low, high
 
 
 @device
-def visible(call: Any, row: int, token: int) -> tuple[int, int]:
-    """The first visible key of a query, and the number of visible keys."""
+def query(call: Any, row: int, token: int) -> tuple[int, int, int]:
+    """The first visible key of a query, how many it sees, and how many it attends to."""
     low, high = valid(call, row)
-    return low, max(high - (call.tokens - 1 - token) - low, 0)
-
-
-@device
-def budget(call: Any, count: int) -> int:
-    """The budget of a query that sees `count` keys."""
-    if call.ratio < 0:
-        return call.k
-    share = (count * call.ratio) >> 32
-    return min(call.k, max(max(1, call.k_min), max(call.sink + call.recent, share)))
+    seen = max(high - (call.tokens - 1 - token) - low, 0)
+    take = call.k
+    if call.ratio >= 0:
+        least = max(max(1, call.k_min), call.sink + call.recent)
+        take = min(take, max(least, (seen * call.ratio) >> 32))
+    return low, seen, seen if seen <= max(take, call.dense_below) else take
 
 
 @device
 def scored(call: Any, row: int, token: int) -> tuple[int, int]:
     """The keys [first, last) of a query that are scored: none if it takes all that it sees."""
-    low, count = visible(call, row, token)
-    if count <= budget(call, count) or count <= call.dense_below:
+    low, seen, take = query(call, row, token)
+    if take == seen:
         return low, low
-    return low + call.sink, low + count - call.recent
+    return low + call.sink, low + seen - call.recent
 
 
 @device
-def longest(call: Any) -> int:
-    """Most keys that any query has to score."""
-    most = 0
+def extent(call: Any) -> tuple[int, int]:
+    """Most keys that any query has to score, in whole vectors, and most that any takes."""
+    width, most = 0, 0
     for row in range(call.batch):
         for token in range(call.tokens):
             first, last = scored(call, row, token)
-            most = max(most, last - first)
-    return most
+            width = max(width, last - first)
+            most = max(most, query(call, row, token)[2])
+    return (width + 63) // 64 * 64, most
 
 
 @device
@@ -131,11 +116,8 @@ def make_planes(call: Any, row: int, head: int, token: int, out: int, spare: int
         while call.merge != 0 and left >= 3:
             a = level + 8 * words * (left - 3)
             for w in range(words):
-                x, y, z = (
-                    load_i64(a + 8 * w),
-                    load_i64(a + 8 * (words + w)),
-                    load_i64(a + 8 * (2 * words + w)),
-                )
+                x, y = load_i64(a + 8 * w), load_i64(a + 8 * (words + w))
+                z = load_i64(a + 8 * (2 * words + w))
                 store_64(a + 8 * w, x ^ y ^ z)
                 store_64(carried + 8 * (carries * words + w), (x & y) | (z & (x ^ y)))
             left -= 2
@@ -162,9 +144,7 @@ def make_planes(call: Any, row: int, head: int, token: int, out: int, spare: int
 @inlined
 def plane_bytes(bits: int) -> int:
     """Bytes of one plane."""
-    if bits == 32 or bits == 64 or bits == 128 or bits == 256 or bits == 512:
-        return 128
-    return 8 * ((bits + 63) // 64 + 1)
+    return 128 if bits in RUN_BITS else 8 * ((bits + 63) // 64 + 1)
 
 
 @device
@@ -192,18 +172,8 @@ def distances(codes: int, count: int, bits: int, planes: int, made: int, out: in
     done = 0
     if plane_bytes(bits) == 128:
         keys = GROUP_BITS // bits
-        groups = count // keys
-        done = groups * keys
-        if bits == 128:
-            distance_run_128(codes, groups, planes, made, out)
-        elif bits == 64:
-            distance_run_64(codes, groups, planes, made, out)
-        elif bits == 256:
-            distance_run_256(codes, groups, planes, made, out)
-        elif bits == 32:
-            distance_run_32(codes, groups, planes, made, out)
-        else:
-            distance_run_512(codes, groups, planes, made, out)
+        done = count // keys * keys
+        distance_run(bits, codes, count // keys, planes, made, out)
     for s in range(done, count):
         store_16(out + 2 * s, one_distance(codes + s * (bits // 8), bits, planes, made))
 
@@ -232,26 +202,22 @@ def scan_chunk(call: Any, item: int, chunks: int, width: int, scratch: int) -> N
     packed = tile + 2 * _TILE
     planes = packed + _TILE * code_bytes
     spare = planes + count * planes_each
-    codes = call.codes + row * call.codes_b + head * call.codes_h
+    codes = call.k_codes + row * call.k_codes_b + head * call.k_codes_h
     last = first
     for n in range(count):
-        token = n // call.sets
+        token, at = n // call.sets, planes + n * planes_each
         mine = scored(call, row, token)
         if mine[1] > max(mine[0], first):
             last = max(last, min(mine[1], first + call.chunk))
-            at = planes + n * planes_each
             made = make_planes(call, row, head * call.sets + n % call.sets, token, at + 8, spare)
             store_64(at, made)
-            if call.wide != 0:
-                histogram = call.histograms + ((base + n) * chunks + chunk) * call.bins * 4
-                clear(histogram, 4 * call.bins)
     for start in range(first, last, _TILE):
         size = min(last - start, _TILE)
-        source = codes + start * call.codes_s
-        if call.codes_s != code_bytes:
+        source = codes + start * call.k_codes_s
+        if call.k_codes_s != code_bytes:
             for s in range(size):
                 for i in range(0, code_bytes, 4):
-                    store_32(packed + s * code_bytes + i, load_u32(source + s * call.codes_s + i))
+                    store_32(packed + s * code_bytes + i, load_u32(source + s * call.k_codes_s + i))
             source = packed
         for n in range(count):
             mine = scored(call, row, n // call.sets)
@@ -262,27 +228,25 @@ def scan_chunk(call: Any, item: int, chunks: int, width: int, scratch: int) -> N
             made = load_i64(at)
             offset = (base + n) * width + start - mine[0]
             if call.wide == 0:
-                out = call.scores + 2 * offset
-                distances(source, keys, bits, at + 8, made, out)
-            else:
-                out = call.scores + 4 * offset
-                norms = 0
-                if call.norms != 0:
-                    norms = call.norms + row * call.norms_b + head * call.norms_h
-                    norms += start * call.norms_s
-                score_wide(call, source, keys, at + 8, made, norms, tile, out)
-                histogram = call.histograms + ((base + n) * chunks + chunk) * call.bins * 4
-                for s in range(keys):
-                    spot = histogram + 4 * (load_u32(out + 4 * s) >> 21)
-                    store_32(spot, load_u32(spot) + 1)
-    if call.wide == 0:
-        for n in range(count):
-            mine = scored(call, row, n // call.sets)
-            keys = min(last, mine[1]) - first
-            if mine[0] < mine[1] and keys > 0:
-                histogram = call.histograms + ((base + n) * chunks + chunk) * call.bins * 4
-                scores = call.scores + 2 * ((base + n) * width + first - mine[0])
-                count_scores(scores, keys, histogram, call.bins, scratch)
+                distances(source, keys, bits, at + 8, made, call.scores + 2 * offset)
+                continue
+            norms = call.key_norms
+            if norms != 0:
+                norms += row * call.key_norms_b + head * call.key_norms_h + start * call.key_norms_s
+            score_wide(call, source, keys, at + 8, made, norms, tile, call.scores + 4 * offset)
+    for n in range(count):
+        mine = scored(call, row, n // call.sets)
+        keys = min(last, mine[1]) - first
+        if mine[0] == mine[1] or keys <= 0:
+            continue
+        histogram = call.histograms + ((base + n) * chunks + chunk) * call.bins * 4
+        offset = (base + n) * width + first - mine[0]
+        if call.wide == 0:
+            count_scores(call.scores + 2 * offset, keys, histogram, call.bins, scratch)
+        else:
+            clear(histogram, 4 * call.bins)
+            for s in range(offset, offset + keys):
+                increment(histogram + 4 * (load_u32(call.scores + 4 * s) >> 21))
 
 
 @device
@@ -293,17 +257,10 @@ def count_scores(scores: int, count: int, histogram: int, bins: int, scratch: in
     whole = count // 4 * 4
     for s in range(0, whole, 4):
         four = load_i64(scores + 2 * s)
-        a = scratch + 4 * (four & 0xFFFF)
-        b = scratch + step + 4 * ((four >> 16) & 0xFFFF)
-        c = scratch + 2 * step + 4 * ((four >> 32) & 0xFFFF)
-        d = scratch + 3 * step + 4 * ((four >> 48) & 0xFFFF)
-        store_32(a, load_u32(a) + 1)
-        store_32(b, load_u32(b) + 1)
-        store_32(c, load_u32(c) + 1)
-        store_32(d, load_u32(d) + 1)
+        for n in range(4):
+            increment(scratch + n * step + 4 * ((four >> (16 * n)) & 0xFFFF))
     for s in range(whole, count):
-        spot = scratch + 4 * load_u16(scores + 2 * s)
-        store_32(spot, load_u32(spot) + 1)
+        increment(scratch + 4 * load_u16(scores + 2 * s))
     clear(histogram, step)
     for n in range(4):
         add_counts(histogram, scratch + n * step, bins)
@@ -319,7 +276,7 @@ def score_wide(
     if narrow:
         distances(codes, count, call.bits, planes, made, tile)
     done = 0
-    if narrow and norms != 0 and call.norms_s == 2:
+    if narrow and norms != 0 and call.key_norms_s == 2:
         done = count // 16 * 16
         order_products(tile, norms, most, out, done)
     for s in range(done, count):
@@ -328,15 +285,9 @@ def score_wide(
         else:
             distance = one_distance(codes + s * (call.bits // 8), call.bits, planes, made)
         if norms != 0:
-            norm = half_to_float(load_u16(norms + s * call.norms_s))
+            norm = half_to_float(load_u16(norms + s * call.key_norms_s))
             distance = order(np.float32(most - 2 * distance) * norm)
         store_32(out + 4 * s, distance)
-
-
-@inlined
-def chunks_of(call: Any, width: int) -> int:
-    """Chunks that the longest row is cut into."""
-    return (width + call.chunk - 1) // call.chunk
 
 
 def select_scratch(bits: int, members: int, rows: int, chunk: int) -> int:

@@ -17,7 +17,7 @@ def test_views_that_begin_at_one_address_are_told_apart(dtype):
         for size in ((1, 128, 64), (1, 4, 1, 64), (1, 1, 300, 64), (1, 1, 300, 64))
     )
     of_keys, of_queries = both[:, :64], both[:, ::2]
-    with hata.use_backend("reference"):
+    with hata.use_backend("numba"):
         codes = hata.encode(k, of_keys)
         stale = codes.clone()
         stale[:, :, -64:] = 0

@@ -12,56 +12,26 @@ Rows of fp16 and bf16 are widened four at a time; nothing but gathered rows is r
 
 import math
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hata.arrays import ITEMSIZE, Framework
-from hata.problem import Problem
-
-from .codes import clear
-from .encode import half_from_float, load_number, widen
+from .conversion import load_number, narrow, widen
 from .intrinsics import (
-    BFLOAT16,
-    DTYPE_CODES,
     FLOAT32,
-    bits_double,
+    bits_float,
+    clear,
     fetch_add,
-    float_bits,
     load_f32,
     load_i32,
     load_i64,
     prefetch,
-    store_16,
     store_64,
     store_f32,
 )
-from .rows import (
-    accumulate4,
-    add_row,
-    copy_float32,
-    divide_row,
-    dot4,
-    exp_shifted,
-    row_maximum,
-    scale_row,
-)
-from .schedule import (
-    COUNTERS,
-    THREADS,
-    Worker,
-    address_of,
-    carve,
-    claim,
-    control_words,
-    device,
-    draw,
-    inlined,
-    layout,
-    record_view,
-    workers,
-)
+from .record import Part, Plan, View, views_of
+from .rows import accumulate4, add_row, divide_row, dot4, exp_shifted, row_maximum, scale_row
+from .schedule import COUNTERS, THREADS, Worker, claim, device, draw, inlined
 
 TUNABLES = {"threads": THREADS, "tile": (64, 128, 256, 512, 1024)}
 DEFAULTS = {"threads": "all", "tile": 256}
@@ -69,20 +39,17 @@ DEFAULTS = {"threads": "all", "tile": 256}
 # rows ahead of the one in use that are asked for
 _AHEAD = 8
 
-FIELDS = (
-    "batch", "index_heads", "kv_heads", "tokens", "slots", "k",
-    "indices", "indices_b", "indices_h", "indices_t",
-    "q", "q_b", "q_h", "q_t", "keys", "keys_b", "keys_h", "keys_s",
-    "values", "values_b", "values_h", "values_s", "dtype", "depth", "value_depth",
-    "group", "scale_bits", "softcap_bits", "sink_logits", "sink_dtype",
-    "out", "out_b", "out_h", "out_t", "lse", "tile", "partials",
-    "control", "scratch", "scratch_bytes",
+ATTEND = Part(
+    {
+        "q": "bht", "keys": "bhs", "values": "bhs", "indices": "bht", "sink_logits": "",
+        "out": "bht", "lse": "bht", "partials": "",
+    },
+    "batch index_heads kv_heads tokens slots k depth value_depth group scale_bits softcap_bits "
+    "tile",
 )  # fmt: skip
+run_of, attend_of = views_of(ATTEND)
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
-
-
-attend_view = record_view(FIELDS)
 
 
 @inlined
@@ -91,7 +58,6 @@ def partial_bytes(group: int, value_depth: int) -> int:
     return group * (64 + 4 * value_depth)
 
 
-@inlined
 def tile_scratch(tile: int, group: int, depth: int, value_depth: int) -> int:
     """Bytes of scratch that `attend_tile` needs."""
     padded = (tile + 15) // 16 * 16
@@ -114,7 +80,7 @@ def attend_tile(
 
     The keys are those at `indices`, or, where that is 0, the positions from `first` on.
     """
-    group, depth, value_depth, dtype = call.group, call.depth, call.value_depth, call.dtype
+    group, depth, value_depth, dtype = call.group, call.depth, call.value_depth, call.q_dtype
     kv_head = index_head // (call.index_heads // call.kv_heads)
     keys = call.keys + row * call.keys_b + kv_head * call.keys_h
     values = call.values + row * call.values_b + kv_head * call.values_h
@@ -150,8 +116,7 @@ def attend_tile(
         a, b, c, d = four_rows(key_rows + 8 * n, wide, depth, dtype)
         for g in range(group):
             dot4(a, b, c, d, queries + 4 * g * depth, depth, logits + 4 * (g * padded + n))
-    scale = np.float32(bits_double(call.scale_bits))
-    softcap = np.float32(bits_double(call.softcap_bits))
+    scale, softcap = bits_float(call.scale_bits), bits_float(call.softcap_bits)
     full = (size + 15) // 16 * 16
     for g in range(group):
         line = logits + 4 * g * padded
@@ -176,17 +141,7 @@ def attend_tile(
     for n in range(0, size, 4):
         for ahead in range(n + _AHEAD, min(n + _AHEAD + 4, size)):
             prefetch_row(load_i64(value_rows + 8 * ahead), value_bytes)
-        if dtype == FLOAT32 or n + 4 <= size:
-            a, b, c, d = four_rows(value_rows + 8 * n, wide, value_depth, dtype)
-        else:
-            a, b, c, d = wide, zeros, zeros, zeros
-            widen(load_i64(value_rows + 8 * n), a, value_depth, dtype)
-            if n + 1 < size:
-                b = wide + 4 * value_depth
-                widen(load_i64(value_rows + 8 * n + 8), b, value_depth, dtype)
-            if n + 2 < size:
-                c = wide + 8 * value_depth
-                widen(load_i64(value_rows + 8 * n + 16), c, value_depth, dtype)
+        a, b, c, d = four_rows(value_rows + 8 * n, wide, value_depth, dtype)
         for g in range(group):
             mine = partial + g * (64 + 4 * value_depth) + 64
             accumulate4(mine, a, b, c, d, logits + 4 * (g * padded + n), value_depth)
@@ -223,7 +178,7 @@ def merge_tiles(
             seen += load_i64(mine + n * step + 16)
         sink = NEGATIVE_INFINITY
         if call.sink_logits != 0:
-            sink = load_number(call.sink_logits, head, call.sink_dtype)
+            sink = load_number(call.sink_logits, head, call.sink_logits_dtype)
             if not sink <= most:
                 most = sink
         if call.sink_logits != 0 and sink != NEGATIVE_INFINITY:
@@ -243,42 +198,25 @@ def merge_tiles(
             divide_row(sums, value_depth, total)
         else:
             clear(sums, 4 * value_depth)
-        if call.dtype == FLOAT32:
-            copy_float32(sums, out, value_depth)
-        else:
-            for i in range(value_depth):
-                store_number(out, i, load_f32(sums + 4 * i), call.dtype)
+        narrow(sums, out, value_depth, call.q_dtype)
         if call.lse != 0:
             lse = NEGATIVE_INFINITY
             if seen > 0 and most != NEGATIVE_INFINITY:
                 lse = most + np.float32(math.log(total))
-            heads = call.index_heads * group
-            store_f32(call.lse + 4 * ((row * heads + head) * call.tokens + token), lse)
-
-
-@inlined
-def store_number(address: int, index: int, value: np.float32, dtype: int) -> None:
-    """Store number `index` of a row of fp16 or bf16, rounded to nearest even."""
-    if dtype == BFLOAT16:
-        bits = float_bits(value)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        store_16(address + 2 * index, rounded if value == value else 0x7FC0)
-    else:
-        store_16(address + 2 * index, half_from_float(value))
+            at = row * call.lse_b + head * call.lse_h + token * call.lse_t
+            store_f32(call.lse + at, lse)
 
 
 def _make(revision: int) -> Any:
     def sparse_attend_worker(address):
-        call = attend_view(address)
-        if revision == 0:
-            return
-        scratch = claim(call.control, call.scratch, call.scratch_bytes)
+        run, call = run_of(address), attend_of(address)
+        scratch = claim(run, revision)
         if scratch == 0:
             return
         tiles = max((call.k + call.tile - 1) // call.tile, 1)
         step = partial_bytes(call.group, call.value_depth)
         while True:
-            ticket = draw(call.control)
+            ticket = draw(run)
             rank, tile = ticket // tiles, ticket % tiles
             if rank >= call.batch * call.index_heads * call.tokens:
                 return
@@ -286,16 +224,15 @@ def _make(revision: int) -> Any:
             head = rank // call.tokens % call.index_heads
             row = rank // call.tokens // call.index_heads
             partials = call.partials + rank * tiles * step
+            start = tile * call.tile
             indices = (
                 call.indices + row * call.indices_b + head * call.indices_h
-                + token * call.indices_t
+                + token * call.indices_t + 4 * start
             )  # fmt: skip
-            start = tile * call.tile
-            attend_tile(
-                call, row, head, token, indices + 4 * start, 0,
-                min(call.tile, call.k - start), partials + tile * step, scratch,
-            )  # fmt: skip
-            if fetch_add(call.control + COUNTERS + 8 * rank, 1) == tiles - 1:
+            count = min(call.tile, call.k - start)
+            partial = partials + tile * step
+            attend_tile(call, row, head, token, indices, 0, count, partial, scratch)
+            if fetch_add(run.control + COUNTERS + 8 * rank, 1) == tiles - 1:
                 merge_tiles(call, row, head, token, partials, tiles)
 
     return sparse_attend_worker
@@ -304,61 +241,39 @@ def _make(revision: int) -> Any:
 worker = Worker(_make)
 
 
-def _double(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+def _bits(value: float) -> int:
+    """The bits of a number as fp32."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def attend_values(
-    problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, scale: float,
-    softcap: float | None, sink_logits: Any, return_lse: bool, index_heads: int, k: int,
-    indices: tuple[int, ...], most: int, config: Mapping[str, Any],
-) -> tuple[Any, Any, Any, list[int]]:  # fmt: skip
-    """`out`, `lse`, what keeps scratch alive, and the values of `FIELDS` but the last three.
+def attend_part(made: Plan, call: Any, indices: View, most: int) -> int:
+    """Add `ATTEND` to a plan; returns the bytes of a thread's scratch.
 
     `most` bounds the keys that a query attends to.
     """
-    batch, heads, tokens, depth = fw.shape(q)
-    value_depth = fw.shape(values)[3]
-    dtype, itemsize = problem.dtype, ITEMSIZE[problem.dtype]
-    out = fw.empty((batch, heads, tokens, value_depth), dtype, q)
-    lse = fw.empty((batch, heads, tokens), "float32", q) if return_lse else None
+    batch, heads, tokens, depth = call.q.shape
+    _, kv_heads, slots, value_depth = call.values.shape
+    (_, index_heads, _, k), tile = indices.shape, call.config["tile"]
     group = heads // index_heads
-    tiles = max((most + config["tile"] - 1) // config["tile"], 1)
-    hold, (partials,) = carve(
-        batch * index_heads * tokens * tiles * partial_bytes.py_func(group, value_depth)
-    )
-    sinks = (0, 0)
-    if sink_logits is not None:
-        sinks = (fw.pointer(sink_logits), DTYPE_CODES[fw.dtype(sink_logits)])
-    kv_heads, slots = fw.shape(keys)[1:3]
-    return out, lse, hold, [
-        batch, index_heads, kv_heads, tokens, slots, k, *indices,
-        *layout(fw, q, itemsize), *layout(fw, keys, itemsize), *layout(fw, values, itemsize),
-        DTYPE_CODES[dtype], depth, value_depth, group, _double(scale), _double(softcap or 0.0),
-        *sinks, *layout(fw, out, itemsize),
-        fw.pointer(lse) if lse is not None else 0, config["tile"], partials,
-    ]  # fmt: skip
-
-
-def launch(
-    problem: Problem, fw: Framework, q: Any, keys: Any, values: Any, indices: Any, scale: float,
-    softcap: float | None, sink_logits: Any, return_lse: bool, config: Mapping[str, Any],
-) -> tuple[Any, Any]:  # fmt: skip
-    """Run `hata.sparse_attend` with a configuration; returns `(out, lse)`."""
-    batch, heads, tokens, depth = fw.shape(q)
-    value_depth = fw.shape(values)[3]
-    index_heads, _, k = fw.shape(indices)[1:]
-    threads = workers(config["threads"])
-    out, lse, hold, attend = attend_values(
-        problem, fw, q, keys, values, scale, softcap, sink_logits, return_lse, index_heads, k,
-        layout(fw, indices, 4), k, config,
+    tiles = max((most + tile - 1) // tile, 1)
+    partials = batch * index_heads * tokens * tiles * partial_bytes.py_func(group, value_depth)
+    arrays = {
+        "indices": indices,
+        "out": made.output("out"),
+        "lse": made.output("lse") if call.return_lse else None,
+        "partials": made.piece(partials),
+    }
+    made.part(
+        ATTEND, {**made.views, **arrays}, batch=batch, index_heads=index_heads, kv_heads=kv_heads,
+        tokens=tokens, slots=slots, k=k, depth=depth, value_depth=value_depth, group=group,
+        scale_bits=_bits(call.scale), softcap_bits=_bits(call.softcap or 0.0), tile=tile,
     )  # fmt: skip
-    if batch * heads * tokens == 0:
-        return out, lse
-    scratch_bytes = tile_scratch.py_func(config["tile"], heads // index_heads, depth, value_depth)
-    scratch_bytes += 64
-    keep, (scratch,) = carve(threads * scratch_bytes)
-    control = control_words(batch * index_heads * tokens, threads)
-    worker.run([*attend, *address_of(control), scratch, scratch_bytes], threads)
-    del hold, keep
-    return out, lse
+    return tile_scratch(tile, group, depth, value_depth)
+
+
+def plan(call: Any) -> Plan:
+    """What calls of `hata.sparse_attend` with this signature have in common."""
+    made = Plan(call, worker)
+    batch, heads, tokens, k = call.indices.shape
+    scratch = attend_part(made, call, made.views["indices"], k)
+    return made.close(scratch + 64, counters=batch * heads * tokens)

@@ -6,9 +6,19 @@ ties it may take, and its number of winners.
 
 from typing import Any
 
-from .codes import add_counts, clear, in_range_u16, in_range_u32
-from .intrinsics import load_i64, load_u16, load_u32, popcount, store_32, store_64, trailing_zeros
-from .scan import budget, scored, visible
+from .codes import add_counts, in_range_u16, in_range_u32
+from .intrinsics import (
+    clear,
+    increment,
+    load_i64,
+    load_u16,
+    load_u32,
+    popcount,
+    store_32,
+    store_64,
+    trailing_zeros,
+)
+from .scan import query, scored
 from .schedule import device, inlined
 
 
@@ -28,8 +38,7 @@ def decide(call: Any, item: int, chunks: int, width: int, scratch: int) -> None:
         return
     size = last - first
     used = (size + call.chunk - 1) // call.chunk
-    _, seen = visible(call, row, token)
-    want = budget(call, seen) - call.sink - call.recent
+    want = query(call, row, token)[2] - call.sink - call.recent
     histograms = call.histograms + item * chunks * call.bins * 4
     verdict = call.verdicts + 8 * item * verdict_words(chunks)
     bins, merged = call.bins, scratch
@@ -95,8 +104,7 @@ def refine(
         while found != 0:
             score = load_u32(scores + 4 * (start + trailing_zeros(found)))
             found &= found - 1
-            spot = histogram + 4 * ((score - base) >> shift)
-            store_32(spot, load_u32(spot) + 1)
+            increment(histogram + 4 * ((score - base) >> shift))
     place, below = cross(histogram, want)
     return base + (place << shift), below
 
@@ -111,6 +119,7 @@ def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> Non
     head = item // chunks % call.kv_heads
     row = item // chunks // call.kv_heads
     count = call.tokens * call.sets
+    item_size = 2 if call.wide == 0 else 4
     for n in range(count):
         token = n // call.sets
         rank = (row * call.kv_heads + head) * count + n
@@ -119,19 +128,14 @@ def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> Non
             * call.indices_h + token * call.indices_t
         )  # fmt: skip
         first, last = scored(call, row, token)
-        low, seen = visible(call, row, token)
-        if first == last:
-            if chunk == 0 and lists != 0:
-                for s in range(min(seen, call.k)):
-                    store_32(out + 4 * s, low + s)
-                for s in range(min(seen, call.k), call.k):
-                    store_32(out + 4 * s, -1)
+        low, seen, take = query(call, row, token)
+        if take == seen and lists == 0:
             continue
-        take = budget(call, seen)
         if chunk == 0:
-            for s in range(call.sink):
+            # Those that win unscored, and the padding.
+            for s in range(seen if take == seen else call.sink):
                 store_32(out + 4 * s, low + s)
-            for s in range(call.recent):
+            for s in range(call.recent if take < seen else 0):
                 store_32(out + 4 * (take - call.recent + s), last + s)
             for s in range(take, call.k):
                 store_32(out + 4 * s, -1)
@@ -143,59 +147,34 @@ def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> Non
         entry = verdict + 8 * (1 + 3 * chunk)
         limit, slot = load_i64(verdict), out + 4 * load_i64(entry)
         ties, winners = load_i64(entry + 8), load_i64(entry + 16)
-        if call.wide == 0:
-            pack_narrow(
-                call.scores + 2 * (rank * width + start),
-                size, limit, ties, winners, first + start, slot,
-            )  # fmt: skip
-        else:
-            pack_wide(
-                call.scores + 4 * (rank * width + start),
-                size, limit, ties, winners, first + start, slot,
-            )  # fmt: skip
+        scores = call.scores + item_size * (rank * width + start)
+        pack(scores, item_size, size, limit, ties, winners, first + start, slot)
 
 
 @device
-def pack_narrow(
-    scores: int, size: int, limit: int, ties: int, winners: int, position: int, out: int
-) -> None:
-    """Write the positions of u16 scores below `limit` and of the first `ties` equal to it."""
+def pack(
+    scores: int, item_size: int, size: int, limit: int, ties: int, winners: int, position: int,
+    out: int,
+) -> None:  # fmt: skip
+    """Write the positions of u16 or u32 scores below `limit`, and of the first `ties` equal to it.
+
+    `winners` is the number of both.
+    """
     end = out + 4 * winners
     start = 0
     while out < end:
-        found = in_range_u16(scores + 2 * start, 0, limit)
+        at = scores + item_size * start
+        found = in_range_u16(at, 0, limit) if item_size == 2 else in_range_u32(at, 0, limit)
         if size - start < 64:
             found &= (1 << (size - start)) - 1
         while found != 0:
-            s = start + trailing_zeros(found)
+            s = trailing_zeros(found)
             found &= found - 1
-            if load_u16(scores + 2 * s) == limit:
+            score = load_u16(at + 2 * s) if item_size == 2 else load_u32(at + 4 * s)
+            if score == limit:
                 if ties == 0:
                     continue
                 ties -= 1
-            store_32(out, position + s)
-            out += 4
-        start += 64
-
-
-@device
-def pack_wide(
-    scores: int, size: int, limit: int, ties: int, winners: int, position: int, out: int
-) -> None:
-    """As `pack_narrow`, of u32 scores."""
-    end = out + 4 * winners
-    start = 0
-    while out < end:
-        found = in_range_u32(scores + 4 * start, 0, limit)
-        if size - start < 64:
-            found &= (1 << (size - start)) - 1
-        while found != 0:
-            s = start + trailing_zeros(found)
-            found &= found - 1
-            if load_u32(scores + 4 * s) == limit:
-                if ties == 0:
-                    continue
-                ties -= 1
-            store_32(out, position + s)
+            store_32(out, position + start + s)
             out += 4
         start += 64

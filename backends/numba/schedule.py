@@ -1,10 +1,10 @@
 """How the CPU kernels run: compiled workers, and tickets that share work among threads.
 
-A call is one record of int64 fields (addresses, byte strides, sizes) in memory. A worker is a
-compiled C function of that record's address: it draws tickets (an atomic counter) until none are
-left. Tickets are drawn in order and an item waits only for items of lower tickets, which are
-already in the hands of running threads, so one worker alone finishes the call and several cannot
-deadlock. That makes a whole op one parallel region, whatever its phases.
+A call is one record of int64 words in memory (see `record`). A worker is a compiled C function of
+that record's address: it draws tickets (an atomic counter) until none are left. Tickets are drawn
+in order and an item waits only for items of lower tickets, which are already in the hands of
+running threads, so one worker alone finishes the call and several cannot deadlock. That makes a
+whole op one parallel region, whatever its phases.
 
 Helper threads sleep on a semaphore. A call wakes them, works itself, and returns when all items are
 done: not when all helpers have woken, so a helper that finds its core taken (by the spinning pool
@@ -19,16 +19,15 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, from_dtype, njit, types
+from numba import cfunc, njit, types
 from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.errors import NumbaError
-from numba.extending import intrinsic
 
 from .intrinsics import call_address, fetch_add, load_acquire, load_i64, store_64
 
@@ -61,39 +60,39 @@ _SCHED_YIELD = _entry("sched_yield") if sys.platform == "linux" else 0
 
 
 @inlined
-def draw(control: int) -> int:
+def draw(run: Any) -> int:
     """The next ticket of a call."""
-    return fetch_add(control + TICKET, 1)
+    return fetch_add(run.control + TICKET, 1)
 
 
 @inlined
-def wait(control: int, counter: int, amount: int) -> None:
+def wait(run: Any, counter: int, amount: int) -> None:
     """Wait until a counter shows that `amount` items of an earlier phase are done."""
     spins = 0
     while load_acquire(counter) < amount:
         spins += 1
         if spins > _SPINS:
             # the thread that has the item may be waiting for this core
-            call_address(load_i64(control + YIELD), 0)
+            call_address(load_i64(run.control + YIELD), 0)
 
 
 @inlined
-def claim(control: int, scratch: int, scratch_bytes: int) -> int:
-    """The scratch of this worker, whose first word is zero; 0 if there is none left for it."""
-    left = -fetch_add(control + SLOT, 1)
-    if left <= 0:
+def claim(run: Any, revision: int) -> int:
+    """The scratch of this worker, whose first word is zero; 0 if there is none left for it.
+
+    A worker has to mention the revision of the sources, which is never 0.
+    """
+    left = -fetch_add(run.control + SLOT, 1)
+    if left <= 0 or revision == 0:
         return 0
-    mine = scratch + (left - 1) * scratch_bytes
+    mine = run.scratch + (left - 1) * run.scratch_bytes
     store_64(mine, 0)
     return mine
 
 
-def control_words(counters: int, threads: int) -> np.ndarray:
+def control_words(counters: int, threads: int) -> list[int]:
     """The control memory of a call: no ticket drawn, `threads` scratch slots, zero counters."""
-    control = np.zeros(COUNTERS // 8 + counters, np.int64)
-    control[SLOT // 8] = -threads
-    control[YIELD // 8] = _SCHED_YIELD
-    return control
+    return [0, -threads, _SCHED_YIELD, *[0] * counters]
 
 
 def _revision() -> int:
@@ -205,7 +204,7 @@ class _Pool:
         # never freed: helpers use it for as long as the process lives
         memory = np.zeros(1024, np.uint8)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
-        shared = (address_of(memory)[0] + 63) // 64 * 64
+        shared = (address_of(memory) + 63) // 64 * 64
         for offset, name in ((_WAIT, "sem_wait"), (_POST, "sem_post")):
             ctypes.c_int64.from_address(shared + offset).value = _entry(name)
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(shared + _SEMAPHORE), 0, 0)
@@ -239,47 +238,49 @@ if hasattr(os, "register_at_fork"):
 
 
 class Worker:
-    """A compiled worker; its record is a list of int64.
+    """A compiled worker: a kernel, as `hata.backend.Backend.kernels` lists them.
 
     Args:
-        make: Called as `make(revision)`; returns the function `worker(address)`. It must mention
-            `revision`, which ties the cached machine code to the sources of this package.
+        make: Called as `make(revision)`; returns the function `worker(address)` of a record. It
+            must mention `revision`, which ties the cached machine code to the sources of this
+            package.
     """
 
     def __init__(self, make: Callable[[int], Callable[[int], None]]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._function: Any = None
-        self.address = 0
-        self.call: Callable[[int], None] = self._compile_and_call
+        self._call: Any = None
+        self._address = 0
 
-    def compile(self) -> None:
+    def load(self, device: str = "cpu") -> None:
         """Compile the worker, or load it from numba's disk cache."""
         with self._lock:
             if self._function is None:
-                function = _compiled(self._make(REVISION), types.int64)
-                self._function = function
-                self.address = function.address
-                self.call = function.ctypes
+                # Kept: its machine code must outlive every call.
+                self._function = _compiled(self._make(REVISION), types.int64)
+                self._call = self._function.ctypes
+                self._address = self._function.address
 
-    def _compile_and_call(self, address: int) -> None:
-        self.compile()
-        self.call(address)
+    def compile(self, sm: int) -> None:
+        """Compile it into the disk cache."""
+        self.load()
 
-    def run(self, values: list[int], threads: int) -> None:
-        """Run a call whose record is `values` on at most `threads` threads."""
-        record = np.array(values, np.int64)
-        (address,) = address_of(record)
+    def misfit(self, sm: int, smem: int) -> None:
+        """It runs on every CPU."""
+
+    def run(self, record: int, threads: int) -> None:
+        """Run the call whose record is at an address on at most `threads` threads."""
+        if not self._address:
+            self.load()
         pool = _pool
         if threads > 1 and pool.lock.acquire(blocking=False):
             try:
-                if not self.address:
-                    self.compile()
-                pool.run(self.address, address, threads)
+                pool.run(self._address, record, threads)
             finally:
                 pool.lock.release()
         else:
-            self.call(address)
+            self._call(record)
 
 
 def workers(threads: str) -> int:
@@ -287,37 +288,6 @@ def workers(threads: str) -> int:
     return _ALL if threads == "all" and sys.platform == "linux" else 1
 
 
-def address_of(array: np.ndarray) -> tuple[int]:
+def address_of(array: np.ndarray) -> int:
     """Address of a NumPy array's first byte."""
-    return (array.__array_interface__["data"][0],)
-
-
-def carve(*sizes: int) -> tuple[np.ndarray, list[int]]:
-    """Uninitialised memory for one call: what keeps it alive, and the address of each part."""
-    places, total = [], 0
-    for size in sizes:
-        places.append(total)
-        # a cache line between parts, for vector loads that overlap the end of one
-        total += (size + 127) // 64 * 64
-    hold = np.empty(total + 64, np.uint8)
-    base = (address_of(hold)[0] + 63) // 64 * 64
-    return hold, [base + place for place in places]
-
-
-def layout(fw: Any, x: Any, itemsize: int) -> tuple[int, ...]:
-    """Address of an array, and its strides in bytes but for the last dimension's."""
-    return (fw.pointer(x), *[itemsize * stride for stride in fw.strides(x)[:-1]])
-
-
-def record_view(fields: Iterable[str]) -> Any:
-    """A function for kernels that sees the int64 fields of a record at an address."""
-    kind = from_dtype(np.dtype([(name, np.int64) for name in fields]))
-
-    @intrinsic
-    def view(context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            return builder.inttoptr(values[0], context.get_value_type(kind))
-
-        return kind(types.int64), generate
-
-    return view
+    return array.__array_interface__["data"][0]
