@@ -19,7 +19,7 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 from hata import registry
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import capture, cost, database, propose, search, session, space, studies, verdict
+from tune import capture, cost, database, propose, search, session, space, studies
 from tune.__main__ import main
 from tune.space import Space
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
@@ -122,7 +122,7 @@ def test_a_gain_within_the_noise_is_hardly_ever_believed():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         default, again, *others = 100 * (1 + 0.03 * rng.standard_normal((5, 21)))
-        wrong += verdict.decide(default, again, dict(enumerate(others)), 9)[0] != 9
+        wrong += search.decide(default, again, dict(enumerate(others)), 9)[0] != 9
     assert wrong <= 4
 
 
@@ -139,16 +139,16 @@ def test_of_equals_the_lowest_number_wins():
         return us * (1 + 0.01 * rng.standard_normal(31))
 
     others = {9: samples(80.0), 4: samples(80.3), 2: samples(95.0)}
-    winner, noise = verdict.decide(samples(100), samples(100), others, 7)
+    winner, noise = search.decide(samples(100), samples(100), others, 7)
     assert winner == 4
     assert 0.01 <= noise < 0.05
-    assert verdict.decide(samples(100), samples(100), {2: samples(120.0)}, 7)[0] == 7
-    assert verdict.decide(samples(100), samples(100), {}, 7)[0] == 7
+    assert search.decide(samples(100), samples(100), {2: samples(120.0)}, 7)[0] == 7
+    assert search.decide(samples(100), samples(100), {}, 7)[0] == 7
 
 
 def test_a_default_unlike_itself_makes_noise():
     base = [100.0] * 15
-    winner, noise = verdict.decide(base, [120.0] * 15, {1: [90.0] * 15}, 0)
+    winner, noise = search.decide(base, [120.0] * 15, {1: [90.0] * 15}, 0)
     assert winner == 0
     assert noise == pytest.approx(0.2)
 

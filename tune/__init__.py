@@ -10,7 +10,7 @@ writes both to a profile. What each file knows:
 - `propose`: which configurations are tried; `ahead`: compiles them before they are
 - `trial`: whether a configuration's results are right, and how fast it is
 - `worker`: runs the two in a process that may crash or hang
-- `search`: Optuna; `database`: the file its studies lie in; `verdict`: who wins
+- `search`: who wins; `studies`: what Optuna keeps of it; `database`: the file where
 - `capture`: what the layers of a model attend with
 - `quality`: how much of it a selection keeps; `selections`: which one each layer gets
 - `session`: what happens in which order, and what is written when

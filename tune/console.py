@@ -18,8 +18,8 @@ from rich.table import Table
 
 from hata.problem import Problem
 from tune.quality import Point
+from tune.search import Verdict
 from tune.space import shape_text
-from tune.verdict import Verdict
 from tune.worker import Failure
 
 KERNEL_HEADER = ("op", "shape", "backend", "default µs", "tuned µs", "ratio", "noise", "tried")

@@ -5,14 +5,16 @@
 - A configuration that was measured is never measured again, its stored value is told.
 - One that fails is a finished trial with a violated constraint and a typed failure, never chosen.
 
-The winner is settled by a last race of the best few against the default (`tune.verdict`).
+The winner is settled by a last race of the best few against the default, which runs twice: how far
+the default is from itself is the noise. Who does not beat the default by more than that loses to
+it, and of those equal within it the lowest number wins, so that several processes that draw agree.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,10 +24,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hata.backend import Config
 from hata.measure.clock import timing_of
+from hata.profile import Timing
 from tune.propose import climb
 from tune.space import Space
 from tune.studies import RETRIES, owner, result_of
-from tune.verdict import Verdict, decide, from_json
 from tune.worker import CRASH, CandidateFailed, Failure
 
 # How near the floor is near enough.
@@ -34,12 +36,38 @@ FINALISTS = 3
 # A few candidates are always tried: time may be short, or a floor measured on a busy machine high.
 LEAST_TRIALS = 6
 REPEATS = 10
+# The least difference that is believed.
+LEAST_NOISE = 0.01
 # Value of a trial that failed; its constraint says so, the value only has to be a bad one.
 _FAILED = 1e3
 
 
 class DefaultFailed(CandidateFailed):
     """The default configuration of a problem fails, so there is nothing to compare with."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the search of one problem.
+
+    Attributes:
+        config, us: The configuration to use, and its time.
+        default_us: Time of the default in the same race.
+        noise: Relative difference that was not believed.
+        rounds: Samples behind the times.
+        trials: Configurations that were measured.
+        failures: Number of a configuration -> why it cannot be chosen.
+        stopped: Why the search ended.
+    """
+
+    config: dict[str, int | str | bool]
+    us: Timing
+    default_us: Timing
+    noise: float
+    rounds: int
+    trials: int
+    failures: dict[int, Failure]
+    stopped: str
 
 
 class Evaluator(Protocol):
@@ -62,6 +90,46 @@ class Limits(NamedTuple):
     trials: int = 40
     seconds: float = 30.0
     sample_seconds: float = 0.08
+
+
+def decide(
+    default: Sequence[float],
+    again: Sequence[float],
+    others: Mapping[int, Sequence[float]],
+    default_number: int,
+) -> tuple[int, float]:
+    """Who wins a race, by the rules above.
+
+    Args:
+        default: Samples of the default, one a round.
+        again: Samples of the default as if it were another.
+        others: Number -> samples, of the other configurations.
+        default_number: Number of the default.
+
+    Returns:
+        `(number, noise)`: the winner, and the relative difference that was not believed.
+    """
+    base = np.asarray(default, float)
+
+    def ratio(samples: Sequence[float]) -> tuple[float, float]:
+        ratios = np.asarray(samples, float) / base
+        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        # 0.93 is the standard error of a median for normal noise; 2.7 of them leave a false gain
+        # a chance of 1 in 100 among three finalists.
+        return float(middle), float(2.7 * 0.93 * (high - low) / np.sqrt(len(ratios)))
+
+    middle, spread = ratio(again)
+    noise = max(LEAST_NOISE, abs(middle - 1) + spread)
+    faster: dict[int, float] = {}
+    for number, samples in others.items():
+        middle, spread = ratio(samples)
+        # Both ways to compare must agree: pairs within rounds, and the medians that are reported.
+        if middle < 1 - max(noise, spread) and np.median(samples) < np.median(base):
+            faster[number] = middle
+    if not faster:
+        return default_number, noise
+    best = min(faster.values())
+    return min(n for n, middle in faster.items() if middle <= best + noise), noise
 
 
 @dataclass
@@ -264,7 +332,7 @@ def tune(
     limits = limits or Limits()
     told = study.user_attrs.get("verdict")
     if told is not None:
-        return from_json(told)
+        return _from_json(told)
     number = space.number(default)
     search = _Search(study, space, number, evaluator, limits, floor_us, on_trial)
     first = [number, *suggestions]
@@ -277,3 +345,10 @@ def tune(
     verdict = search.settle()
     study.set_user_attr("verdict", asdict(verdict))
     return verdict
+
+
+def _from_json(told: Mapping[str, Any]) -> Verdict:
+    # `dataclasses.asdict` went through JSON, whose keys are strings.
+    us, default_us = Timing(**told["us"]), Timing(**told["default_us"])
+    failures = {int(number): Failure(*failure) for number, failure in told["failures"].items()}
+    return Verdict(**{**told, "us": us, "default_us": default_us, "failures": failures})

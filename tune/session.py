@@ -19,10 +19,10 @@ from tune.ahead import Ahead
 from tune.ahead import Entry as ToCompile
 from tune.console import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.propose import suggestions, winners
+from tune.search import Verdict
 from tune.selections import Chooser, Chosen
 from tune.space import Space
 from tune.task import Task, check_folder, check_numbers, make_task
-from tune.verdict import Verdict
 from tune.worker import CandidateFailed, Failure, Worker
 
 # What a machine is taken for where nothing may be measured: a few cores, or a GPU, of a server.

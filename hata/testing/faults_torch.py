@@ -9,12 +9,14 @@ Tests are named after the faults they try, each a known way to go wrong; its num
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import hata
+from hata.call import CALLS
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 from hata.measure.arrays import TorchKit
 from hata.problem import OPS
@@ -25,26 +27,16 @@ from hata.testing.strategies import Case
 
 # The arguments of the custom ops, in their order. Arrays first, then the rest with its defaults.
 SCHEMAS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "encode": (("x", "projection", "bias"), {}),
-    "hamming_topk": (
-        ("q_codes", "k_codes", "lengths", "starts", "key_norms"),
-        {"k": None, "ratio": None, "k_min": 0, "sink": 0, "recent": 0, "per_head": False},
-    ),
-    "sparse_attend": (
-        ("q", "keys", "values", "indices", "sink_logits"),
-        {"scale": None, "softcap": None},
-    ),
-    "hash_attend": (
-        (
-            "q", "keys", "values", "key_codes", "projection", "bias", "query_projection",
-            "query_bias", "q_codes", "lengths", "starts", "key_norms", "sink_logits",
-        ),
+    op: (
+        kind._fields[: kind.ARRAYS if op != "encode" else 3],
         {
-            "k": None, "dense_below": 0, "ratio": None, "k_min": 0, "sink": 0, "recent": 0,
-            "scale": None, "softcap": None, "fresh": 0,
+            name: kind._field_defaults[name]
+            for name in kind._fields[kind.ARRAYS : -2]
+            if name != "return_lse"
         },
-    ),
-}  # fmt: skip
+    )
+    for op, kind in CALLS.items()
+}
 
 # What an op refuses, whatever kind of tensors it is given.
 UNUSUAL: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
@@ -72,6 +64,16 @@ Tensors = dict[str, Any]
 
 def _tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _compiled(tensors: Tensors, options: dict[str, Any]) -> Any:
+    """`hash_attend` of some tensors, compiled."""
+    import torch
+
+    def step() -> Any:
+        return hata.hash_attend(**tensors, **options)
+
+    return torch.compile(step, backend="aot_eager", fullgraph=True)
 
 
 def _on_meta(tensors: Tensors) -> Tensors:
@@ -110,6 +112,11 @@ class TorchFaults(Properties):
         placed, options = self.arguments(kit, case, op)
         return arrays_of(placed), options
 
+    def each(self, kit: TorchKit, case: Case = SMALL) -> Iterator[tuple[str, Tensors, Any]]:
+        """Every op, with tensors and options."""
+        for op in OPS:
+            yield op, *self.tensors(kit, case, op)
+
     def op_arguments(self, op: str, tensors: Tensors, options: dict[str, Any]) -> tuple[Any, ...]:
         """What a custom op is called with."""
         names, defaults = SCHEMAS[op]
@@ -117,13 +124,12 @@ class TorchFaults(Properties):
         return (*(tensors.get(name) for name in names), *rest)
 
     def test_fault_37_two_devices(self, torch_kit: TorchKit) -> None:
-        for op in OPS:
-            tensors, options = self.tensors(torch_kit, SMALL, op)
-            for name in list(tensors)[1:]:
-                if tensors[name] is None:
+        for op, tensors, options in self.each(torch_kit):
+            for name, tensor in list(tensors.items())[1:]:
+                if tensor is None:
                     continue
                 for other in {"meta", "cpu"} - {self.device}:
-                    moved = {**tensors, name: tensors[name].to(other)}
+                    moved = {**tensors, name: tensor.to(other)}
                     with pytest.raises(HataDeviceError, match=f"{name}: .*{other}.*{self.device}"):
                         getattr(hata, op)(**moved, **options)
 
@@ -145,8 +151,7 @@ class TorchFaults(Properties):
 
     def test_fault_43_meta_and_fake_tensors(self, torch_kit: TorchKit) -> None:
         case = changed(SMALL, value_dim=48, tokens=2, norms=True)
-        for op in OPS:
-            tensors, options = self.tensors(torch_kit, case, op)
+        for op, tensors, options in self.each(torch_kit, case):
             if op.endswith("attend"):
                 options["return_lse"] = True
             expected = self.run(op, **tensors, **options)
@@ -164,8 +169,7 @@ class TorchFaults(Properties):
         class Named(torch.Tensor):
             pass
 
-        for op in OPS:
-            tensors, options = self.tensors(torch_kit, SMALL, op)
+        for op, tensors, options in self.each(torch_kit):
             expected = self.run(op, **tensors, **options)
             for name, tensor in tensors.items():
                 if tensor is not None:
@@ -243,8 +247,7 @@ class TorchFaults(Properties):
         for lengths in ((100, 7), (101, 8), (55, 62), (500, 250), (0, 500)):
             tensors["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
             graph.replay()
-            got = out.clone()
-            assert torch.equal(got, getattr(hata, op)(**tensors, **options))
+            assert torch.equal(out.clone(), getattr(hata, op)(**tensors, **options))
 
     @pytest.mark.parametrize("op", ["encode", "sparse_attend"])
     def test_fault_44_graph_capture_of_the_others(self, gpu_kit: TorchKit, op: str) -> None:
@@ -275,7 +278,7 @@ class TorchFaults(Properties):
     def test_fault_44_nothing_waits_for_the_gpu(self, gpu_kit: TorchKit) -> None:
         torch = gpu_kit.lib
         case = changed(SMALL, lengths=(40, 9), starts=(0, 3), fresh=1, norms=True, ratio=0.5)
-        calls = [(op, *self.tensors(gpu_kit, case, op)) for op in OPS]
+        calls = list(self.each(gpu_kit, case))
         for op, tensors, options in calls:
             self.run(op, **tensors, **options)
         before = torch.cuda.get_sync_debug_mode()
@@ -363,10 +366,7 @@ class TorchFaults(Properties):
         tensors, options = self.tensors(torch_kit, case, "hash_attend")
         expected = self.run("hash_attend", **tensors, **options)
         tensors["projection"] = None
-        compiled = torch.compile(
-            lambda: hata.hash_attend(**tensors, **options), backend="aot_eager", fullgraph=True
-        )
-        assert torch.equal(compiled(), expected)
+        assert torch.equal(_compiled(tensors, options)(), expected)
         torch._dynamo.reset()
         on_meta = hata.hash_attend(**_on_meta(tensors), **options)
         for got in (_faked("hash_attend", tensors, options), on_meta):
@@ -380,11 +380,8 @@ class TorchFaults(Properties):
         tensors, options = self.tensors(torch_kit, SMALL, "hash_attend")
         expected = self.run("hash_attend", **tensors, **options)
         tensors["projection"] = torch.nn.Parameter(tensors["projection"])
-        compiled = torch.compile(
-            lambda: hata.hash_attend(**tensors, **options), backend="aot_eager", fullgraph=True
-        )
         with torch.no_grad():
-            assert torch.equal(compiled(), expected)
+            assert torch.equal(_compiled(tensors, options)(), expected)
         torch._dynamo.reset()
 
     def test_default_dtype_and_device_do_not_matter(self, torch_kit: TorchKit) -> None:
