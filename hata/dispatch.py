@@ -8,8 +8,10 @@ comparison of addresses where it writes into its arguments.
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,6 +24,8 @@ from hata.meta import Meta
 # A growing cache makes a new signature at every step; a memo is emptied when it is full.
 _MEMO_LIMIT = 4096
 _MOST_APART = 64
+# Types of numbers that never change.
+_PLAIN = frozenset({bool, float, int, type(None)})
 _META = Meta()
 
 _preparing: ContextVar[bool] = ContextVar("hata_prepare", default=False)
@@ -50,10 +54,17 @@ def run(kind: Any, fields: tuple) -> Any:
             if route is not None:
                 memo.last = key, route
     except (AttributeError, TypeError, RuntimeError, KeyError):
-        # Arrays of another kind, or none at all: the full check says what is wrong.
+        # A number that cannot be a key. Or arrays of another kind, or none at all: the full check
+        # says what is wrong.
+        plain = _plain(options)
+        if plain is not options:
+            return run(kind, (*arrays, *plain))
         checks.check(kind(*fields))
         raise
     if route is None:
+        plain = _plain(options)
+        if plain is not options:
+            return run(kind, (*arrays, *plain))
         route = checks.check(kind(*fields))
     if route.spans:
         _keep_apart(kind, route, addresses)
@@ -73,6 +84,22 @@ def run(kind: Any, fields: tuple) -> Any:
         route.backend.prepare(call)
         return None, None
     return getattr(route.backend, kind.OP)(call)
+
+
+def _plain(options: tuple) -> tuple:
+    """The same tuple, if it holds nothing that may change; else one of Python's own numbers."""
+    if _PLAIN.issuperset(map(type, options)):
+        return options
+    found = []
+    for x in options:
+        if type(x) not in _PLAIN and not isinstance(x, (bool, float)):
+            with suppress(TypeError):
+                x = operator.index(x)
+        if type(x) not in _PLAIN and isinstance(x, numbers.Real):
+            x = float(x)
+        found.append(x)
+    same = all(new is old for new, old in zip(found, options, strict=True))
+    return options if same else tuple(found)
 
 
 def _choose(route: Route, first: Any) -> None:

@@ -432,6 +432,23 @@ def test_memory_of_calls_is_bounded(monkeypatch):
     assert len(registry.in_force()[1].routes) <= 10
 
 
+def test_numbers_of_other_kinds_are_looked_at_in_every_call():
+    torch = pytest.importorskip("torch")
+    for k in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert call("hamming_topk", k=k).shape == (1, 1, 1, 3)
+    for k in (np.array(3), torch.tensor(3)):
+        call("hamming_topk", k=k)
+        k[...] = 2
+        assert call("hamming_topk", k=k).shape == (1, 1, 1, 2)
+    for wrong in (np.float64(3), torch.tensor(3.0), True, 3.0, np.bool_(True), [3]):
+        with pytest.raises(hata.HataDTypeError, match=r"^k: got"):
+            call("hamming_topk", k=wrong)
+    call(scale=np.float32(0.5))
+    for wrong in (True, np.bool_(True), "1", [1.0]):
+        with pytest.raises(hata.HataDTypeError, match=r"^scale: got"):
+            call(scale=wrong)
+
+
 def test_checks_of_values_are_off_by_default(monkeypatch):
     class Unreadable(np.ndarray):
         def tolist(self):
