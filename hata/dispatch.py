@@ -80,10 +80,11 @@ def run(kind: Any, fields: tuple) -> Any:
     if fw.foreign:
         return fw.call(run, kind, fields)
     call = kind.complete(arrays, route, addresses)
+    backend: Any = route.backend
     if _preparing.get():
-        route.backend.prepare(call)
+        backend.prepare(call)
         return None, None
-    return getattr(route.backend, kind.OP)(call)
+    return getattr(backend, kind.OP)(call)
 
 
 def _plain(options: tuple) -> tuple:

@@ -79,7 +79,7 @@ class LaunchList:
             name: None if x is None else View(call.fw, x) for name, x in call.arrays().items()
         }
         self.kernels: list[Kernel] = []
-        self._call = call
+        self._call: Any = call
         self._outputs: list[tuple[str, tuple[int, ...], str]] = []
         self._workspace = 0
         # Distinct addresses, and of each launch those that it takes.

@@ -256,10 +256,10 @@ def bind(
 
 
 class GPU(NamedTuple):
-    """What kernels depend on of a GPU: its capability as one number (90 is 9.0), and its index."""
+    """What kernels depend on of a GPU: its capability as one number (90 is 9.0), and its number."""
 
     sm: int
-    index: int = 0
+    ordinal: int = 0
 
     @property
     def overlaps(self) -> bool:
@@ -277,10 +277,10 @@ class GPU(NamedTuple):
 
 
 @functools.lru_cache
-def gpu(index: int) -> GPU:
+def gpu(ordinal: int) -> GPU:
     """A GPU that is here."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return GPU(10 * major + minor, index)
+    major, minor = torch.cuda.get_device_capability(ordinal)
+    return GPU(10 * major + minor, ordinal)
 
 
 def launch(
@@ -291,12 +291,12 @@ def launch(
         assert isinstance(launches, InterpretedList)
         launches.interpreted.append((kernel, grid, tuple(addresses), numbers))
         return
-    index, loaded = launches.gpu.index, kernel.loaded
+    ordinal, loaded = launches.gpu.ordinal, kernel.loaded
     tail = *numbers, *(None,) * len(kernel.constants)
 
     def start(pointers: tuple[int, ...], stream: int) -> None:
         # Without Triton's own inspection of arguments.
-        run, function, metadata = loaded.get(index) or kernel.load_on(index)
+        run, function, metadata = loaded.get(ordinal) or kernel.load_on(ordinal)
         run(grid, 1, 1, stream, function, metadata, None, None, None, *pointers, *tail)
 
     launches.launch(kernel, addresses, start)
