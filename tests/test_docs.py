@@ -187,6 +187,37 @@ def test_readme_lists_every_folder():
         assert (ROOT / name).is_dir(), name
 
 
+# Where a page names files, they are files of today; records of the past name those of their time.
+_FILE = re.compile(r"`((?:hata|backends|tune|benchmarks|tests|examples)/[\w/.*]+\.(?:py|cuh?|sh))`")
+TODAY = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "adr"]
+
+
+@pytest.mark.parametrize("page", TODAY, ids=str)
+def test_files_that_a_page_names_exist(page):
+    for name in _FILE.findall(text_of(page)):
+        assert any(ROOT.glob(name)), name
+
+
+def test_structure_page_names_every_module():
+    """Its list has a heading for each folder, and below that a row for each file of it."""
+    told = {}
+    for section in text_of("docs/structure.md").split("\n### ")[1:]:
+        for folder in re.findall(r"`([\w/]+)/`", section.partition("\n")[0]):
+            told[folder] = set(re.findall(r"`([\w.]+\.(?:py|cuh?))`(?=[^|\n]*\|)", section))
+    modules = {}
+    for room in ("hata", "backends", "tune", "benchmarks"):
+        for file in (ROOT / room).rglob("*"):
+            if file.suffix in (".py", ".cu", ".cuh"):
+                names = modules.setdefault(str(file.parent.relative_to(ROOT)), set())
+                names |= {file.name} - {"__init__.py"}
+    for folder, names in modules.items():
+        assert told.get(folder, set()) - {"__init__.py"} == names, folder
+    tests = text_of("docs/structure.md").partition("### Tests")[2]
+    folders = {str(test.parent.relative_to(ROOT)) for test in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"^\| `([\w/]+)/`", tests, re.MULTILINE)) == folders
+    assert set(told) == set(modules)
+
+
 def test_backends_page_tells_the_automatic_order():
     page = text_of("docs/backends.md")
     order = ", ".join(f"`{name}`" for name in registry.AUTO_ORDER)
