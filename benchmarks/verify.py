@@ -32,12 +32,7 @@ class WrongResult(Exception):
 
 
 def verify(case: Case, ops: Sequence[Contender], dense: Sequence[Contender]) -> None:
-    """Check every op and every dense contender of a case.
-
-    Args:
-        case: The arrays; unchanged afterwards.
-        ops: `encode`, `hamming_topk`, `sparse_attend` and `hash_attend`.
-        dense: Dense contenders.
+    """Check all four ops and every dense contender of a case, whose arrays stay as they are.
 
     Raises:
         WrongResult: naming the contender, the shape, and what was found.

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -434,3 +435,9 @@ def test_kernels_of_a_step_stand_beside_a_read(monkeypatch):
     for table in tables.closing_tables(rows, bars.bars(rows, "cpu")):
         printed.print(table)
     assert "kernels of a step" in printed.export_text()
+
+
+def test_benchmarks_and_tuner_do_not_know_one_another(repo_root):
+    for folder, other in (("benchmarks", "tune"), ("tune", "benchmarks")):
+        for file in (repo_root / folder).glob("*.py"):
+            assert not re.search(rf"\b(from|import) {other}\b", file.read_text()), file

@@ -431,7 +431,7 @@ def bad_backend(tmp_path, monkeypatch):
 
 
 def test_fault_58_the_worker_survives_every_candidate(bad_backend):
-    with Worker("bad", first_seconds=60, check_seconds=2) as worker:
+    with Worker("bad", first_seconds=60, check_seconds=8) as worker:
         assert worker.check(PROBLEM, {"how": "fast"}) is None
         found = {
             how: worker.check(PROBLEM, {"how": how})

@@ -37,7 +37,7 @@ Entry = tuple[Problem, Config]
 _Key = tuple[str, Problem, tuple]
 
 
-class Ahead:
+class Ahead(contextlib.AbstractContextManager):
     """Compiles configurations in other processes, which start at the first of them.
 
     Args:
@@ -102,10 +102,7 @@ class Ahead:
         if job is None or job.cancelled():
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(
-                    self._processes,
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=_begin,
-                    initargs=(os.getpid(),),
+                    self._processes, multiprocessing.get_context("spawn"), _begin, (os.getpid(),)
                 )
             self._jobs[key] = job = self._pool.submit(_compile, *key, self._sm)
         return job
@@ -120,9 +117,6 @@ class Ahead:
                 process.kill()
             self._pool = None
         self._jobs.clear()
-
-    def __enter__(self) -> Ahead:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

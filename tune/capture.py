@@ -91,13 +91,7 @@ def token_sequences(model: str, text: str, count: int, longest: int) -> np.ndarr
 
 
 def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
-    """Read text with a model and keep the last queries and all keys of every layer.
-
-    Args:
-        model: Folder of a transformers model.
-        text: What to read.
-        device: Where to run it.
-        sequences: Stretches of text.
+    """Read stretches of text with the model of a folder; keep what every layer attends with.
 
     Raises:
         CaptureError: the model cannot be loaded, or no layer of it can be hashed.

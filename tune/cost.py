@@ -129,11 +129,8 @@ def _predict_cpu_us(problem: Problem, config: Config, machine: Machine) -> float
     # Cores do not compute while they wait for scattered rows, so the two add up.
     busy = (todo.read / machine.bandwidth + todo.flops / machine.flops + popcount_us) / share
     # Knobs that say into how large pieces work is cut, and along what.
-    along = {
-        "chunk": problem.slots,
-        "block": problem.tokens,
-        "tile": min(problem.k, problem.slots),
-    }
+    taken = min(problem.k, problem.slots)
+    along = {"chunk": problem.slots, "block": problem.tokens, "tile": taken}
     cut_us = 0.0
     for name, value in config.items():
         length = along.get(name)

@@ -27,11 +27,7 @@ _AT_ONCE = 8
 
 
 def suggestions(
-    problem: Problem,
-    configs: Space,
-    machine: cost.Machine,
-    default: Config,
-    most: int = SUGGESTIONS,
+    problem: Problem, configs: Space, machine: cost.Machine, default: Config
 ) -> list[int]:
     """Numbers of the configurations to begin with, the best on paper first.
 
@@ -46,7 +42,7 @@ def suggestions(
     if problem.device == "cuda":
         return sorted(neighbours(configs, configs.number(default)), key=predicted)
     ranked = sorted(configs.numbers(), key=predicted)
-    found = ranked[:most]
+    found = ranked[:SUGGESTIONS]
     for name, values in configs.knobs:
         if all(isinstance(value, str) for value in values):
             for value in values:
@@ -54,9 +50,7 @@ def suggestions(
     return list(dict.fromkeys(found))
 
 
-def winners(
-    problem: Problem, configs: Space, won: Mapping[Problem, Config], most: int = WINNERS
-) -> list[int]:
+def winners(problem: Problem, configs: Space, won: Mapping[Problem, Config]) -> list[int]:
     """Numbers of the configurations that beat the default on the problems most like this one."""
     found: dict[int, None] = {}
     for other in sorted(
@@ -65,7 +59,7 @@ def winners(
         # Knobs may be others, or have other values, where heads or dtypes are.
         with contextlib.suppress(ValueError):
             found[configs.number(won[other])] = None
-    return list(found)[:most]
+    return list(found)[:WINNERS]
 
 
 def neighbours(configs: Space, number: int) -> Iterator[int]:

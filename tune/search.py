@@ -100,14 +100,8 @@ def decide(
 ) -> tuple[int, float]:
     """Who wins a race, by the rules above.
 
-    Args:
-        default: Samples of the default, one a round.
-        again: Samples of the default as if it were another.
-        others: Number -> samples, of the other configurations.
-        default_number: Number of the default.
-
-    Returns:
-        `(number, noise)`: the winner, and the relative difference that was not believed.
+    `again` are samples of the default as if it were another, `others` those of each number. Returns
+    `(number, noise)`: the winner, and the relative difference that was not believed.
     """
     base = np.asarray(default, float)
 

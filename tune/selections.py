@@ -39,11 +39,8 @@ class Chooser:
     """Chooses the selections of one run.
 
     Args:
-        task: What the run is to do.
-        report: Told what happens.
-        backend: Runs hash attention.
-        ahead: Compiles what is timed.
-        tuned: Tuned configurations of the backend.
+        task, report, ahead: Of the session.
+        backend, tuned: What runs hash attention, and its tuned configurations.
         machine: Constants for predictions, where a step cannot be timed.
         noise: Relative difference of times that is not believed.
     """

@@ -40,17 +40,10 @@ def race(
     least: int = 7,
     most: int = 400,
 ) -> list[list[float]]:
-    """Time configurations against each other.
+    """Time configurations against each other, each on inputs on which it ran before.
 
-    Args:
-        backend: Runs all of them.
-        entries: Configurations, each on the inputs of a problem on which it ran before.
-        seconds: About how long the whole race may take.
-        least: Fewest rounds, whatever they take.
-        most: Most rounds.
-
-    Returns:
-        For each entry its samples in microseconds, one a round.
+    Takes about `seconds`, but `least` rounds at least. Returns for each entry its samples in
+    microseconds, one a round.
     """
     on_gpu = entries[0][0].problem.device == "cuda"
     clock = CUDAClock() if on_gpu else CPUClock()

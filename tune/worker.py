@@ -177,14 +177,13 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-class Worker:
+class Worker(contextlib.AbstractContextManager):
     """A `Bench` in a child process.
 
     Args:
-        backend: Name of the backend.
+        backend, options: Of `Bench`.
         first_seconds: Patience with the first answer about a problem, which may have to compile.
         check_seconds: Patience with every later one.
-        options: Of `Bench`.
     """
 
     def __init__(
@@ -299,9 +298,6 @@ class Worker:
             self._process.kill()
             self._process.join(10)
             self._connection = self._process = None
-
-    def __enter__(self) -> Worker:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

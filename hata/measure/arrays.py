@@ -39,11 +39,6 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
-def has_bfloat16() -> bool:
-    """Whether NumPy can hold bfloat16 here."""
-    return importlib.util.find_spec("ml_dtypes") is not None
-
-
 def lay_out(values: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
     """Lay values out in memory.
 
@@ -128,7 +123,7 @@ class Kit:
         """Why arrays of a dtype cannot be made here; `None` if they can."""
         if importlib.util.find_spec(self.name) is None:
             return f"{self.name} is not installed"
-        if dtype == "bfloat16" and not has_bfloat16():
+        if dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
             return "ml_dtypes is not installed: NumPy has no bfloat16 of its own"
         return None
 

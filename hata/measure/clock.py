@@ -111,9 +111,9 @@ class CPUClock:
 
 
 def _seconds(call: Call) -> float:
-    start = time.perf_counter_ns()
+    start = time.perf_counter()
     call()
-    return (time.perf_counter_ns() - start) / 1e9
+    return time.perf_counter() - start
 
 
 class CPUSweep:
@@ -209,7 +209,7 @@ def sweep_gpu() -> None:
 
 
 class CUDAClock:
-    """Times calls on the current GPU, in CUDA graphs and with cold caches."""
+    """Times calls on the current GPU."""
 
     blocks = False
 
@@ -254,18 +254,15 @@ def in_turns(
     order: Random | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
-    """Sample the contenders of a clock in turns, so that a slow machine slows all of them.
+    """Sample all contenders of a clock in turns, so that a slow machine slows all of them.
 
     Args:
         clock: With all contenders added.
-        rounds: Most samples (on a CPU: blocks, if there are such) that each of them gets.
+        rounds: Most samples (on a CPU: blocks, if there are such) of each of them.
         seconds: About how long the whole may take.
         least: Fewest rounds, whatever they take; `None`: all of them.
         order: Shuffles the contenders of each round.
         tick: Called after each sample.
-
-    Returns:
-        For each contender its samples in microseconds.
     """
     turns = list(range(len(clock)))
     samples: list[list[float]] = [[] for _ in turns]
@@ -293,14 +290,9 @@ def times(
     cold: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
-    """Samples in microseconds of calls that may use thread pools of their own.
+    """Samples in microseconds of calls that may use thread pools of their own; see `in_turns`.
 
-    Args:
-        calls: What to time; each runs once before.
-        device: Kind of device. On a GPU caches are always cold.
-        rounds: Samples of each, on a CPU blocks of samples.
-        cold: Empty the caches of a CPU before every call that is counted.
-        tick: Called after each sample or block.
+    `cold` empties the caches of a CPU before every call that is counted; those of a GPU always are.
     """
     clock = CUDAClock() if device == "cuda" else CPUClock(blocks=True, cold=cold)
     for call in calls:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hata.measure import reference, tolerance
 from hata.measure.arrays import Kit
@@ -26,7 +27,7 @@ class Expected:
     """
 
     def __init__(
-        self, kit: Kit, call: Any, dtype: str, rows: Sequence[int], heads: Sequence[int]
+        self, kit: Kit, call: Any, dtype: str, rows: npt.ArrayLike, heads: npt.ArrayLike
     ) -> None:
         self.kit, self.call, self.dtype = kit, call, dtype
         self.rows, self.heads = np.array(rows), np.array(heads)
@@ -81,17 +82,17 @@ class Expected:
         q = by_selection(self.part(call.q))
         # Selected rows only, one small cache a selection, so that a long cache costs nothing.
         places = np.full((len(q), 1, 1, k), -1, np.int32)
-        few = [np.zeros((len(q), 1, k, x.shape[3]), "f4") for x in (call.keys, call.values)]
+        keys, values = (np.zeros((len(q), 1, k, x.shape[3]), "f4") for x in call[1:3])
         for number, (b, pick, t) in enumerate(np.ndindex(batch, picks, tokens)):
             chosen = indices[b, pick, t]
             chosen = chosen[chosen >= 0].astype(np.int64)
             at = int(self.rows[b]), int(self.heads[pick * len(self.heads) // picks])
-            for cache, x in zip(few, (call.keys, call.values), strict=True):
+            for cache, x in ((keys, call.keys), (values, call.values)):
                 cache[number, 0, : len(chosen)] = kit.read(x[(*at, kit.put(chosen))])
             places[number, 0, 0, : len(chosen)] = np.arange(len(chosen))
-        expected = reference().sparse_attend(q, *few, places)
+        expected = reference().sparse_attend(q, keys, values, places)
         scale = q.shape[3] ** -0.5
-        plain = tolerance.plain_attention(q, *few, places, scale, dtype=self.dtype)
+        plain = tolerance.plain_attention(q, keys, values, places, scale, dtype=self.dtype)
         shape = (*call.q.shape[:3], call.values.shape[3])
 
         def judge(out: Any) -> str | None:

@@ -60,7 +60,9 @@ def codes_fault(actual: np.ndarray, expected: np.ndarray, doubtful: np.ndarray) 
     """Codes differ in a bit that is not doubtful."""
     if (actual.dtype, actual.shape) != (np.uint8, expected.shape):
         return f"codes are {actual.dtype} {actual.shape}, expected uint8 {expected.shape}"
-    differs = np.unpackbits(actual ^ expected, axis=-1, bitorder="little").astype(bool)
+    differs = np.unpackbits(np.bitwise_xor(actual, expected), axis=-1, bitorder="little").astype(
+        bool
+    )
     wrong = np.argwhere(differs & ~doubtful)
     if not len(wrong):
         return None

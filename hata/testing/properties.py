@@ -1,4 +1,4 @@
-"""Property tests: every op, over drawn cases, against the oracle."""
+"""Property tests: every op, over drawn cases, against the reference."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Properties(Harness):
             assert backend.kernel_hash(op) == backend.kernel_hash(op)
 
     def test_encode(self, kit: Kit, dtype: str) -> None:
-        """Codes and norms equal the oracle's, with and without `out=` and `norms=`."""
+        """Codes and norms equal the reference's, with and without `out=` and `norms=`."""
         self.for_cases(self.drawn(dtype), lambda case: self.check_encode(kit, case))
 
     def test_hamming_topk(self, kit: Kit) -> None:
-        """Indices equal the oracle's, bit for bit."""
+        """Indices equal the reference's, bit for bit."""
         self.for_cases(self.drawn("float32"), lambda case: self.check_hamming_topk(kit, case))
 
     def test_sparse_attend(self, kit: Kit, dtype: str) -> None:
