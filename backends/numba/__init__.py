@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hata.backend import Config, Kernel, PlanningBackend
-from hata.problem import Problem
+from hata.problem import OPS, Problem
 
 
 class NumbaBackend(PlanningBackend):
@@ -33,15 +34,10 @@ class NumbaBackend(PlanningBackend):
     def __init__(self) -> None:
         super().__init__()
         # numba is imported when the backend is used, not when it is listed
-        from . import encode, hamming_topk, hash_attend, schedule, sparse_attend
+        from .schedule import workers
 
-        self._workers = schedule.workers
-        self._ops: dict[str, Any] = {
-            "encode": encode,
-            "hamming_topk": hamming_topk,
-            "sparse_attend": sparse_attend,
-            "hash_attend": hash_attend,
-        }
+        self._workers = workers
+        self._ops = {op: importlib.import_module(f".{op}", __name__) for op in OPS}
 
     def plan(self, call: Any) -> Any:
         """The record of a call but for its addresses."""

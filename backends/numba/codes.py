@@ -37,8 +37,8 @@ def _distance_run(build, bits, codes, groups, planes, count, out):
             for word, total in zip(code, sums, strict=True):
                 different = build.xor(word, pattern)
                 ones = build.named(f"llvm.ctpop.v{words}i{word_bits}", wide, different)
-                total.set(build.add(total.get(), build.shl(ones, shift)))
-        narrow = [build.trunc(total.get(), ir.VectorType(I16, words)) for total in sums]
+                build.store(build.add(build.load(total), build.shl(ones, shift)), total)
+        narrow = [build.trunc(build.load(total), ir.VectorType(I16, words)) for total in sums]
         while len(narrow) > 1:
             both = range(2 * narrow[0].type.count)
             pairs = zip(narrow[::2], narrow[1::2], strict=True)

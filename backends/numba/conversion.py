@@ -17,7 +17,7 @@ from .schedule import inlined
 
 
 @inlined
-def widen(source: int, out: int, count: int, dtype: int) -> None:
+def widen(source, out, count, dtype) -> None:
     """Copy a row of `count` numbers (a multiple of 16) to fp32."""
     if dtype == FLOAT32:
         copy_float32(source, out, count)
@@ -28,7 +28,7 @@ def widen(source: int, out: int, count: int, dtype: int) -> None:
 
 
 @inlined
-def narrow(source: int, out: int, count: int, dtype: int) -> None:
+def narrow(source, out, count, dtype) -> None:
     """Copy a row of fp32 numbers, rounded to nearest even."""
     if dtype == FLOAT32:
         copy_float32(source, out, count)
@@ -40,7 +40,7 @@ def narrow(source: int, out: int, count: int, dtype: int) -> None:
 
 
 @inlined
-def load_number(address: int, index: int, dtype: int) -> np.float32:
+def load_number(address, index, dtype) -> np.float32:
     """Number `index` of a row of any data dtype, as fp32."""
     if dtype == FLOAT32:
         return load_f32(address + 4 * index)
@@ -49,14 +49,14 @@ def load_number(address: int, index: int, dtype: int) -> np.float32:
 
 
 @inlined
-def bfloat_bits(value: np.float32) -> int:
+def bfloat_bits(value) -> int:
     """The 16 bits of the nearest bf16 number, ties to even."""
     bits = float_bits(value)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if value == value else 0x7FC0
 
 
 @inlined
-def half_bits(value: np.float32) -> int:
+def half_bits(value) -> int:
     """The 16 bits of the nearest fp16 number, ties to even; overflow gives infinity."""
     bits = float_bits(value)
     sign, bits = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF

@@ -37,9 +37,7 @@ def code_scratch(depth: int, bits: int) -> int:
 
 
 @device
-def encode_rows(
-    call: Any, row: int, head: int, kv_head: int, first: int, count: int, scratch: int
-) -> None:
+def encode_rows(call, row, head, kv_head, first, count, scratch) -> None:
     """Encode `count` vectors of one head from `first` on, with the projection of a KV head.
 
     The first words of scratch say which projection has been widened into it: its address (or 0),

@@ -25,7 +25,7 @@ from typing import Any
 from .intrinsics import fetch_add
 from .record import Plan, Views, views_of
 from .scan import MAX_NARROW, SELECT, WIDE_BINS, extent, scan_chunk, select_scratch
-from .schedule import COUNTERS, THREADS, Worker, claim, device, draw, wait
+from .schedule import COUNTERS, THREADS, Worker, claim, draw, pasted, wait
 from .winners import decide, pack_chunk, verdict_words
 
 TUNABLES = {
@@ -38,10 +38,8 @@ DEFAULTS = {"threads": "all", "variant": "planes", "chunk": 8192}
 run_of, select_of = views_of(SELECT)
 
 
-@device
-def select_item(
-    run: Any, call: Any, ticket: int, width: int, blocks: int, lists: int, scratch: int
-) -> int:
+@pasted
+def select_item(run, call, ticket, width, blocks, lists, scratch) -> int:
     """Do an item of the selection; returns the ticket less all items, below 0 if it was one.
 
     Of the four counters of each group (a row of a KV head) the first shows how many blocks are

@@ -14,20 +14,17 @@ is still scanned the first one already attends.
 
 from typing import Any
 
+from . import hamming_topk, sparse_attend
 from .encode import ENCODE, encode_part, encode_rows
-from .hamming_topk import DEFAULTS as SELECT_DEFAULTS
-from .hamming_topk import TUNABLES as SELECT_TUNABLES
 from .hamming_topk import select_item, select_part
 from .intrinsics import fetch_add
 from .record import Plan, Views, views_of
 from .scan import SELECT, extent, query, valid
 from .schedule import COUNTERS, Worker, claim, device, draw, wait
 from .sparse_attend import ATTEND, attend_part, attend_tile, merge_tiles, partial_bytes
-from .sparse_attend import DEFAULTS as ATTEND_DEFAULTS
-from .sparse_attend import TUNABLES as ATTEND_TUNABLES
 
-TUNABLES = {**SELECT_TUNABLES, **ATTEND_TUNABLES}
-DEFAULTS = {**SELECT_DEFAULTS, **ATTEND_DEFAULTS}
+TUNABLES = {**hamming_topk.TUNABLES, **sparse_attend.TUNABLES}
+DEFAULTS = {**hamming_topk.DEFAULTS, **sparse_attend.DEFAULTS}
 
 # fresh keys of one item
 _FRESH_BLOCK = 64
@@ -36,7 +33,7 @@ run_of, select_of, attend_of, queries_of, fresh_of = views_of(SELECT, ATTEND, EN
 
 
 @device
-def encode_block(call: Any, part: Any, group: int, block: int, scratch: int) -> None:
+def encode_block(call, part, group, block, scratch) -> None:
     """Encode the queries of a row and KV head, if `block` is -1, or a block of its fresh keys.
 
     Keys get their norms too.

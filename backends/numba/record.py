@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from hata.arrays import ITEMSIZE
 
-from .intrinsics import DTYPE_CODES
+from .intrinsics import DTYPES
 from .schedule import Worker, address_of, control_words, workers
 
 _LINE = 64
@@ -54,13 +54,10 @@ Views = Mapping[str, Any]
 
 
 class Part:
-    """Words of a record.
+    """Words of a record: of arrays, each with a letter for each of its first axes, and of numbers.
 
-    Args:
-        arrays: Names of arrays, each with a letter for each of its first axes: `q="bht"` stands
-            for `q` (the address, 0 for no array), `q_b`, `q_h`, `q_t` (strides in bytes) and
-            `q_dtype`.
-        numbers: Names of numbers.
+    `q="bht"` stands for `q` (the address, 0 for no array), `q_b`, `q_h`, `q_t` (strides in bytes)
+    and `q_dtype`.
     """
 
     def __init__(self, arrays: dict[str, str], numbers: str) -> None:
@@ -79,7 +76,7 @@ class Part:
                 continue
             places.append((len(words), view))
             # Lengths of all rows alike have no axis.
-            words += [0, *(*view.strides, 0)[: len(axes)], DTYPE_CODES[view.dtype]]
+            words += [0, *(*view.strides, 0)[: len(axes)], DTYPES.index(view.dtype)]
         words += [int(numbers[name]) for name in self._numbers]
 
 
@@ -124,9 +121,8 @@ class Plan:
                 self.views[name] = View(n, 0, fw.shape(x), strides, dtype)
         self._worker, self._threads = worker, workers(call.config["threads"])
         self._parts: list[tuple[Part, Views, dict[str, int]]] = []
-        self._results = {
-            name: (shape, dtype or call.problem.dtype) for name, shape, dtype in call.results()
-        }
+        dtype = call.problem.dtype
+        self._results = {r.name: (r.shape, r.dtype or dtype) for r in call.results()}
         self._outputs: list[tuple[tuple[int, ...], str]] = []
         self._workspace = 0
 
@@ -147,12 +143,7 @@ class Plan:
         self._parts.append((part, views, numbers))
 
     def close(self, scratch: int, counters: int) -> Plan:
-        """Nothing is added any more: make the record.
-
-        Args:
-            scratch: Bytes of scratch of each thread.
-            counters: How many counters the workers use.
-        """
+        """Make the record; `scratch` is in bytes, for each thread."""
         fields = [
             name for part in (RUN, *(part[0] for part in self._parts)) for name in part.fields
         ]

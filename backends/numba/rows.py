@@ -37,9 +37,11 @@ def dot4(build, a, b, c, d, x, count, out):
     with build.sixteens(count) as offset:
         factor = build.read(x, F32X16, offset)
         for row, total in zip((a, b, c, d), sums, strict=True):
-            total.set(build.fma(build.read(row, F32X16, offset), factor, total.get()))
+            build.store(
+                build.fma(build.read(row, F32X16, offset), factor, build.load(total)), total
+            )
     for n, total in enumerate(sums):
-        build.write(build.fold(total.get(), build.fadd), out, 4 * n)
+        build.write(build.fold(build.load(total), build.fadd), out, 4 * n)
 
 
 @emitter()
@@ -83,8 +85,8 @@ def sum_squares(build, row, count):
     total = build.mutable(ZEROS)
     with build.sixteens(count) as offset:
         value = build.read(row, F32X16, offset)
-        total.set(build.fma(value, value, total.get()))
-    return build.fold(total.get(), build.fadd)
+        build.store(build.fma(value, value, build.load(total)), total)
+    return build.fold(build.load(total), build.fadd)
 
 
 @emitter()
@@ -100,9 +102,9 @@ def project4(build, rows, projection, stride, depth, out):
         spot = build.add(rows, build.shl(step.index, I64(2)))
         for n, total in enumerate(sums):
             value = build.read(spot, F32, build.mul(depth, I64(4 * n)))
-            total.set(build.fma(build.repeat(value, 32), weights, total.get()))
+            build.store(build.fma(build.repeat(value, 32), weights, build.load(total)), total)
     for n, total in enumerate(sums):
-        build.write(total.get(), out, 128 * n)
+        build.write(build.load(total), out, 128 * n)
 
 
 @emitter(types.int64)
@@ -136,8 +138,8 @@ def exp_shifted(build, row, count, shift):
         small = build.fcmp_ordered("<", x, lanes(F32X16, -87.0))
         value = build.select(small, ZEROS, build.fmul(series, power))
         build.write(value, row, offset)
-        total.set(build.fadd(total.get(), value))
-    return build.fold(total.get(), build.fadd)
+        build.store(build.fadd(build.load(total), value), total)
+    return build.fold(build.load(total), build.fadd)
 
 
 @emitter(types.float32)
@@ -149,5 +151,5 @@ def row_maximum(build, row, count):
 
     largest = build.mutable(lanes(F32X16, float("-inf")))
     with build.sixteens(count) as offset:
-        largest.set(larger(largest.get(), build.read(row, F32X16, offset)))
-    return build.fold(largest.get(), larger)
+        build.store(larger(build.load(largest), build.read(row, F32X16, offset)), largest)
+    return build.fold(build.load(largest), larger)

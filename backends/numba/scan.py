@@ -1,7 +1,5 @@
 """The scan of `hamming_topk`: what a query sees, its planes, and the scores of the keys."""
 
-from typing import Any
-
 import numpy as np
 
 from .codes import GROUP_BITS, RUN_BITS, add_counts, distance_run, order_products
@@ -40,13 +38,13 @@ SELECT = Part(
 
 
 @inlined
-def bound(address: int, dtype: int, slots: int) -> int:
+def bound(address, dtype, slots) -> int:
     """An entry of `lengths` or `starts`, whatever it is, as a number from 0 to `slots`."""
     return min(max(load_i32(address) if dtype == INT32 else load_i64(address), 0), slots)
 
 
 @device
-def valid(call: Any, row: int) -> tuple[int, int]:
+def valid(call, row) -> tuple[int, int]:
     """The first valid key of a row, and one past the last; none where they cross."""
     low, high = 0, call.slots
     if call.starts != 0:
@@ -57,7 +55,7 @@ def valid(call: Any, row: int) -> tuple[int, int]:
 
 
 @device
-def query(call: Any, row: int, token: int) -> tuple[int, int, int]:
+def query(call, row, token) -> tuple[int, int, int]:
     """The first visible key of a query, how many it sees, and how many it attends to."""
     low, high = valid(call, row)
     seen = max(high - (call.tokens - 1 - token) - low, 0)
@@ -69,7 +67,7 @@ def query(call: Any, row: int, token: int) -> tuple[int, int, int]:
 
 
 @device
-def scored(call: Any, row: int, token: int) -> tuple[int, int]:
+def scored(call, row, token) -> tuple[int, int]:
     """The keys [first, last) of a query that are scored: none if it takes all that it sees."""
     low, seen, take = query(call, row, token)
     if take == seen:
@@ -78,7 +76,7 @@ def scored(call: Any, row: int, token: int) -> tuple[int, int]:
 
 
 @device
-def extent(call: Any) -> tuple[int, int]:
+def extent(call) -> tuple[int, int]:
     """Most keys that any query has to score, in whole vectors, and most that any takes."""
     width, most = 0, 0
     for row in range(call.batch):
@@ -90,7 +88,7 @@ def extent(call: Any) -> tuple[int, int]:
 
 
 @device
-def make_planes(call: Any, row: int, head: int, token: int, out: int, spare: int) -> int:
+def make_planes(call, row, head, token, out, spare) -> int:
     """Write the weighted planes of a row's query codes; return their number.
 
     A plane takes `128` bytes where `distance_run` serves, else its code in 64-bit words and its
@@ -142,13 +140,13 @@ def make_planes(call: Any, row: int, head: int, token: int, out: int, spare: int
 
 
 @inlined
-def plane_bytes(bits: int) -> int:
+def plane_bytes(bits) -> int:
     """Bytes of one plane."""
     return 128 if bits in RUN_BITS else 8 * ((bits + 63) // 64 + 1)
 
 
 @device
-def one_distance(codes: int, bits: int, planes: int, count: int) -> int:
+def one_distance(codes, bits, planes, count) -> int:
     """The distance of one key."""
     entry = plane_bytes(bits)
     words = (bits + 63) // 64
@@ -167,7 +165,7 @@ def one_distance(codes: int, bits: int, planes: int, count: int) -> int:
 
 
 @device
-def distances(codes: int, count: int, bits: int, planes: int, made: int, out: int) -> None:
+def distances(codes, count, bits, planes, made, out) -> None:
     """Distances, as u16, of `count` contiguous codes."""
     done = 0
     if plane_bytes(bits) == 128:
@@ -179,7 +177,7 @@ def distances(codes: int, count: int, bits: int, planes: int, made: int, out: in
 
 
 @inlined
-def order(score: np.float32) -> int:
+def order(score) -> int:
     """A u32 that is smaller for a larger score; NaN counts as 0 and -0 as 0."""
     if not (score < 0 or score > 0):
         return 0x7FFFFFFF
@@ -188,7 +186,7 @@ def order(score: np.float32) -> int:
 
 
 @device
-def scan_chunk(call: Any, item: int, chunks: int, width: int, scratch: int) -> None:
+def scan_chunk(call, item, chunks, width, scratch) -> None:
     """Score one chunk of one KV head for all its rows."""
     chunk = item % chunks
     head = item // chunks % call.kv_heads
@@ -250,7 +248,7 @@ def scan_chunk(call: Any, item: int, chunks: int, width: int, scratch: int) -> N
 
 
 @device
-def count_scores(scores: int, count: int, histogram: int, bins: int, scratch: int) -> None:
+def count_scores(scores, count, histogram, bins, scratch) -> None:
     """Count u16 scores, in four histograms: equal neighbours would wait for one another."""
     step = 4 * bins
     clear(scratch, 4 * step)
@@ -267,9 +265,7 @@ def count_scores(scores: int, count: int, histogram: int, bins: int, scratch: in
 
 
 @device
-def score_wide(
-    call: Any, codes: int, count: int, planes: int, made: int, norms: int, tile: int, out: int
-) -> None:
+def score_wide(call, codes, count, planes, made, norms, tile, out) -> None:
     """Scores as u32, smaller better: distances, or products with norms."""
     most = call.members * call.bits
     narrow = most <= MAX_NARROW

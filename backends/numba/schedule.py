@@ -44,10 +44,13 @@ _ACTIVE, _ASLEEP, _RECORD, _FUNCTION, _WAIT, _POST, _SEMAPHORE = range(0, 448, 6
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
 # Parts of kernels are called by kernels only: entry points for Python would double compile time.
+# Their parameters are int64, but for `call` and `run`, which are parts of a record.
 _PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
 
 device = njit(**_PART)
 inlined = njit(forceinline=True, **_PART)
+# Put into workers as source: on its way it would be compiled with all that it calls once more.
+pasted = njit(inline="always", **_PART)
 
 
 def _entry(name: str) -> int:
@@ -60,13 +63,13 @@ _SCHED_YIELD = _entry("sched_yield") if sys.platform == "linux" else 0
 
 
 @inlined
-def draw(run: Any) -> int:
+def draw(run) -> int:
     """The next ticket of a call."""
     return fetch_add(run.control + TICKET, 1)
 
 
 @inlined
-def wait(run: Any, counter: int, amount: int) -> None:
+def wait(run, counter, amount) -> None:
     """Wait until a counter shows that `amount` items of an earlier phase are done."""
     spins = 0
     while load_acquire(counter) < amount:
@@ -77,7 +80,7 @@ def wait(run: Any, counter: int, amount: int) -> None:
 
 
 @inlined
-def claim(run: Any, revision: int) -> int:
+def claim(run, revision) -> int:
     """The scratch of this worker, whose first word is zero; 0 if there is none left for it.
 
     A worker has to mention the revision of the sources, which is never 0.
@@ -240,10 +243,8 @@ if hasattr(os, "register_at_fork"):
 class Worker:
     """A compiled worker: a kernel, as `hata.backend.Backend.kernels` lists them.
 
-    Args:
-        make: Called as `make(revision)`; returns the function `worker(address)` of a record. It
-            must mention `revision`, which ties the cached machine code to the sources of this
-            package.
+    `make(revision)` returns the function `worker(address)` of a record. It must mention `revision`,
+    which ties the cached machine code to the sources of this package.
     """
 
     def __init__(self, make: Callable[[int], Callable[[int], None]]) -> None:

@@ -53,7 +53,7 @@ NEGATIVE_INFINITY = np.float32(-np.inf)
 
 
 @inlined
-def partial_bytes(group: int, value_depth: int) -> int:
+def partial_bytes(group, value_depth) -> int:
     """Bytes of what one tile leaves: maximum and sum, and a row of values, for each query."""
     return group * (64 + 4 * value_depth)
 
@@ -65,17 +65,14 @@ def tile_scratch(tile: int, group: int, depth: int, value_depth: int) -> int:
 
 
 @inlined
-def prefetch_row(address: int, size: int) -> None:
+def prefetch_row(address, size) -> None:
     """Ask for the cache lines of a row."""
     for line in range(0, size, 64):
         prefetch(address + line)
 
 
 @device
-def attend_tile(
-    call: Any, row: int, index_head: int, token: int, indices: int, first: int, count: int,
-    partial: int, scratch: int,
-) -> None:  # fmt: skip
+def attend_tile(call, row, index_head, token, indices, first, count, partial, scratch) -> None:
     """Attend the queries of one selection to `count` of its keys.
 
     The keys are those at `indices`, or, where that is 0, the positions from `first` on.
@@ -148,7 +145,7 @@ def attend_tile(
 
 
 @inlined
-def four_rows(table: int, wide: int, count: int, dtype: int) -> tuple[int, int, int, int]:
+def four_rows(table, wide, count, dtype) -> tuple[int, int, int, int]:
     """Addresses of four rows as fp32: where they lie, or widened."""
     a, b = load_i64(table), load_i64(table + 8)
     c, d = load_i64(table + 16), load_i64(table + 24)
@@ -163,9 +160,7 @@ def four_rows(table: int, wide: int, count: int, dtype: int) -> tuple[int, int, 
 
 
 @device
-def merge_tiles(
-    call: Any, row: int, index_head: int, token: int, partials: int, tiles: int
-) -> None:
+def merge_tiles(call, row, index_head, token, partials, tiles) -> None:
     """Merge the tiles of one selection, in order, and write its rows of `out` and `lse`."""
     group, value_depth = call.group, call.value_depth
     step = partial_bytes(group, value_depth)

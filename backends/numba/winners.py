@@ -4,8 +4,6 @@ A row's verdict is the last winning score, then for each chunk its first output 
 ties it may take, and its number of winners.
 """
 
-from typing import Any
-
 from .codes import add_counts, in_range_u16, in_range_u32
 from .intrinsics import (
     clear,
@@ -23,13 +21,13 @@ from .schedule import device, inlined
 
 
 @inlined
-def verdict_words(chunks: int) -> int:
+def verdict_words(chunks) -> int:
     """Words of one row's verdict."""
     return 1 + 3 * chunks
 
 
 @device
-def decide(call: Any, item: int, chunks: int, width: int, scratch: int) -> None:
+def decide(call, item, chunks, width, scratch) -> None:
     """Find the last winning score of a row, and what each chunk contributes."""
     token = item % (call.tokens * call.sets) // call.sets
     row = item // (call.tokens * call.sets) // call.kv_heads
@@ -79,7 +77,7 @@ def decide(call: Any, item: int, chunks: int, width: int, scratch: int) -> None:
 
 
 @inlined
-def cross(histogram: int, want: int) -> tuple[int, int]:
+def cross(histogram, want) -> tuple[int, int]:
     """The bin in which the count reaches `want`, and the count below it."""
     place, below = 0, 0
     while below + load_u32(histogram + 4 * place) < want:
@@ -89,9 +87,7 @@ def cross(histogram: int, want: int) -> tuple[int, int]:
 
 
 @device
-def refine(
-    scores: int, size: int, base: int, span: int, shift: int, want: int, histogram: int
-) -> tuple[int, int]:
+def refine(scores, size, base, span, shift, want, histogram) -> tuple[int, int]:
     """Of the scores in [base, base + span), find the bin of 2^shift that holds the `want`-th.
 
     Returns where that bin starts, and how many scores of the range lie below it.
@@ -110,7 +106,7 @@ def refine(
 
 
 @device
-def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> None:
+def pack_chunk(call, item, chunks, width, lists) -> None:
     """Write the winners of one chunk for all rows of a KV head.
 
     `lists` is 0 where rows that take all they see need no list of them.
@@ -152,10 +148,7 @@ def pack_chunk(call: Any, item: int, chunks: int, width: int, lists: int) -> Non
 
 
 @device
-def pack(
-    scores: int, item_size: int, size: int, limit: int, ties: int, winners: int, position: int,
-    out: int,
-) -> None:  # fmt: skip
+def pack(scores, item_size, size, limit, ties, winners, position, out) -> None:
     """Write the positions of u16 or u32 scores below `limit`, and of the first `ties` equal to it.
 
     `winners` is the number of both.

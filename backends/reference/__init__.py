@@ -19,14 +19,7 @@ from hata.call import Budget, Encode, HammingTopK, SparseAttend, visible
 from hata.problem import Problem
 
 
-def encode(
-    x: np.ndarray,
-    projection: np.ndarray,
-    bias: np.ndarray | None = None,
-    *,
-    out: np.ndarray | None = None,
-    norms: np.ndarray | None = None,
-) -> np.ndarray:
+def encode(x: Any, projection: Any, bias: Any = None, *, out: Any = None, norms: Any = None) -> Any:
     """`hata.encode`: bit j is set where the projected value is above zero."""
     group = x.shape[1] // projection.shape[0]
     wide = np.ascontiguousarray(x, np.float64)
@@ -47,12 +40,12 @@ def encode(
     return out
 
 
-def hamming_topk(q_codes: np.ndarray, k_codes: np.ndarray, k: int, **options: Any) -> np.ndarray:
+def hamming_topk(q_codes: Any, k_codes: Any, k: int, **options: Any) -> Any:
     """`hata.hamming_topk`, by sorting."""
     return _hamming_topk(HammingTopK(q_codes, k_codes, k=k, **options))
 
 
-def _hamming_topk(call: HammingTopK) -> np.ndarray:
+def _hamming_topk(call: HammingTopK) -> Any:
     ratio = -1 if call.ratio is None else round(call.ratio * 2**32)
     budget = Budget(call.k, ratio, call.k_min, call.sink, call.recent)
     (batch, heads, tokens, _), kv_heads = call.q_codes.shape, call.k_codes.shape[1]
@@ -69,9 +62,7 @@ def _hamming_topk(call: HammingTopK) -> np.ndarray:
     return indices
 
 
-def _select(
-    q_codes: np.ndarray, k_codes: np.ndarray, norms: np.ndarray | None, budget: Budget
-) -> np.ndarray:
+def _select(q_codes: Any, k_codes: Any, norms: Any, budget: Budget) -> Any:
     """Positions, ascending, of the keys that a group of query codes takes of those it sees."""
     distance = np.bitwise_count(q_codes[:, None] ^ k_codes).sum(axis=(0, 2), dtype=np.int64)
     cost = distance
@@ -88,16 +79,9 @@ def _select(
 
 
 def sparse_attend(
-    q: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    indices: np.ndarray,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: np.ndarray | None = None,
-    return_lse: bool = False,
-) -> Any:
+    q: Any, keys: Any, values: Any, indices: Any, *, scale: float | None = None,
+    softcap: float | None = None, sink_logits: Any = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
     """`hata.sparse_attend`, in float64."""
     batch, heads, tokens, depth = q.shape
     kv_heads, slots = keys.shape[1:3]
@@ -130,7 +114,8 @@ class ReferenceBackend(Backend):
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Say what NumPy lacks."""
-        if "bfloat16" in (problem.dtype, problem.projection_dtype) and not _knows_bfloat16():
+        wanted = "bfloat16" in (problem.dtype, problem.projection_dtype)
+        if wanted and importlib.util.find_spec("ml_dtypes") is None:
             return ["NumPy has no bfloat16 without ml_dtypes; pip install ml_dtypes"]
         return []
 
@@ -159,10 +144,6 @@ class ReferenceBackend(Backend):
             with np.errstate(all="ignore"):
                 _as_numpy(made[-1])[...] = result
         return tuple(made)
-
-
-def _knows_bfloat16() -> bool:
-    return importlib.util.find_spec("ml_dtypes") is not None
 
 
 def _as_numpy(x: Any) -> Any:
