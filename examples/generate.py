@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="seed of the needle prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="with --prompt")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--backend", default="auto", help="auto, reference, triton or cupy")
+    parser.add_argument("--backend", default="auto", help="auto, numba, triton or cupy")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on cpu"
     )

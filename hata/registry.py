@@ -328,6 +328,9 @@ def stale(profile: Profile) -> list[str]:
             continue
         if changed:
             count = sum(e.backend == name and e.op in changed for e in profile.entries)
+            if type(backend).tunables is Backend.tunables:
+                found.append(f"{name} has nothing to tune, so entries of it ({count}) are not used")
+                continue
             found.append(
                 f"the {name} kernels of {', '.join(sorted(changed))} have changed since, so "
                 f"entries of them ({count}) are not used; tune anew with: {profile.retune(name)}"

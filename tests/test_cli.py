@@ -25,9 +25,9 @@ from hata.profile import (
     store,
 )
 
-HERE = Fingerprint("cpu", "Test CPU", 4, kernels={"reference": {"encode": "ab" * 32}})
+HERE = Fingerprint("cpu", "Test CPU", 4, kernels={"numba": {"encode": "ab" * 32}})
 KEY = Problem("encode", "cpu", "float32", "float32", heads=8, kv_heads=8, head_dim=128, bits=128)
-ENTRY = Entry("reference", KEY, {"block": 64}, Timing(10.0, 9.0, 11.0), 25.0)
+ENTRY = Entry("numba", KEY, {"block": 64}, Timing(10.0, 9.0, 11.0), 25.0)
 LAYER = Selection(bits=128, k=64)
 MODEL = SelectionSet(
     ModelKey("codelm", "llama", 3, 8, 2, 128),
@@ -64,7 +64,8 @@ def test_info_says_what_can_run_and_what_is_in_force(capsys):
     status, text, _ = run(capsys, "info")
     assert status == 0
     assert text.startswith(f"hata {hata.__version__}, Python ")
-    for words in ("numpy", "reference", "triton", "cupy", "in force: auto", "HATA_PROFILE"):
+    names = "numpy", "numba", "reference", "triton", "cupy"
+    for words in (*names, "in force: auto", "HATA_PROFILE"):
         assert words in text
     assert device.fingerprint("cpu").describe() in text
     assert f"none, defaults; hata tune writes {default_output(device.fingerprint())}" in text
@@ -75,7 +76,7 @@ def test_info_for_machines(capsys, monkeypatch):
     facts = json.loads(run(capsys, "info", "--json")[1])
     assert facts["packages"]["numpy"]
     assert facts["packages"].keys() >= {"torch", "triton", "optuna"}
-    assert {one["name"] for one in facts["backends"]} >= {"reference", "triton", "cupy"}
+    assert {one["name"] for one in facts["backends"]} >= {"numba", "reference", "triton", "cupy"}
     assert all(one["available"] or one["reason"] for one in facts["backends"])
     assert facts["devices"][0]["slug"] == device.fingerprint().slug
     assert facts["environment"]["HATA_SOMETHING"] == "1"
@@ -144,8 +145,8 @@ def test_validate_exits_with_1_and_the_line(capsys, file, tmp_path):
 
 
 def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):
-    sources = registry.class_of("reference")().kernel_hash("encode")
-    kernels = {"reference": {"encode": sources}, "absent": {"encode": sources}}
+    sources = registry.class_of("numba")().kernel_hash("encode")
+    kernels = {"numba": {"encode": sources}, "absent": {"encode": sources}}
     here = replace(device.fingerprint("cpu"), kernels=kernels)
     plug_in = replace(ENTRY, backend="absent")
     current = replace(PROFILE, fingerprint=here, entries=(ENTRY, plug_in))
@@ -154,8 +155,8 @@ def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):
         (current, ""),
         (
             old,
-            "the reference kernels of encode have changed since, so entries of them (1) are "
-            "not used; tune anew with: hata tune --gpu cpu --backend reference --out",
+            "the numba kernels of encode have changed since, so entries of them (1) are "
+            "not used; tune anew with: hata tune --gpu cpu --backend numba --out",
         ),
     ):
         path = tmp_path / f"{bool(message)}.yaml"
@@ -174,11 +175,11 @@ def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):
 
 def test_a_shipped_profile_is_not_to_be_written(capsys, file, monkeypatch):
     path = Path(file)
-    assert PROFILE.retune("reference") == "hata tune --gpu cpu --backend reference"
+    assert PROFILE.retune("numba") == "hata tune --gpu cpu --backend numba"
     found = Profile.load(path)
-    assert found.retune("reference").endswith(f" --backend reference --out {path}")
+    assert found.retune("numba").endswith(f" --backend numba --out {path}")
     monkeypatch.setattr(store, "SHIPPED", path.parent.resolve())
-    assert found.retune("reference") == PROFILE.retune("reference")
+    assert found.retune("numba") == PROFILE.retune("numba")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_diff_says_what_changed(capsys, file, tmp_path):
     assert run(capsys, "profile", "diff", file, file)[:2] == (0, "no difference\n")
     other = replace(
         PROFILE,
-        fingerprint=replace(HERE, kernels={"reference": {"encode": "cd" * 32}}, cores=8),
+        fingerprint=replace(HERE, kernels={"numba": {"encode": "cd" * 32}}, cores=8),
         entries=(
             replace(ENTRY, config={"block": 128}, us=Timing(5.0, 5.0, 5.0)),
             replace(ENTRY, key=replace(KEY, tokens=8)),
@@ -216,9 +217,9 @@ def test_diff_says_what_changed(capsys, file, tmp_path):
     path = str(other.save(tmp_path / "b.yaml").path)
     status, text, _ = run(capsys, "profile", "diff", file, path)
     assert status == 1
-    assert text.splitlines()[:2] == ["cores: 4 -> 8", "kernel reference encode: sources differ"]
+    assert text.splitlines()[:2] == ["cores: 4 -> 8", "kernel numba encode: sources differ"]
     assert "10.0 -> 5.0 us (0.50x), block 64 -> 128" in text
-    assert "+ reference encode" in text
+    assert "+ numba encode" in text
     assert "tokens=8" in text
     assert "    layer 2: bits=128 k=64 -> bits=128 k=32" in text
 

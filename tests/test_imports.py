@@ -88,6 +88,16 @@ VIOLATIONS = {
         "import torch",
         "no framework",
     ),
+    "numba backend uses a framework": (
+        "hata/backends/numba/planted.py",
+        "import torch",
+        "no framework",
+    ),
+    "reference is compiled": (
+        "hata/backends/reference/planted.py",
+        "import numba",
+        "no compiler",
+    ),
     "library knows Optuna": ("hata/planted.py", "import optuna", "Optuna"),
     "backend knows YAML": ("hata/backends/cupy/planted.py", "import yaml", "YAML"),
     "core knows transformers": ("hata/planted.py", "import transformers", "transformers"),

@@ -75,6 +75,9 @@ def lookup(
         return Match(None, None, f"no entry for {backend} {problem.op} with these sizes")
     # min keeps the first of equals; rounding makes mirrored distances equal.
     entry = min(candidates, key=lambda entry: round(_distance(entry.key, problem), 9))
+    if entry.config and not tunables:
+        # It had knobs once: on a CPU `reference` was what `numba` is now.
+        return Match(None, None, f"{backend} has nothing to tune")
     if profile.fingerprint.kernels.get(backend, {}).get(problem.op) != kernel_hash:
         reason = f"the {backend} kernels of {problem.op} have changed since it was tuned"
     else:
