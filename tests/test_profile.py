@@ -42,7 +42,7 @@ from hata.profile import (
 )
 
 SHA = "0e5" * 21 + "f"
-HERE = Fingerprint("cpu", "Test CPU", 4, kernels={"reference": {"hash_attend": SHA}})
+HERE = Fingerprint("cpu", "Test CPU", 4, kernels={"numba": {"hash_attend": SHA}})
 KNOBS = {"block": (64, 128, 256), "unroll": (1, 2, 4), "variant": ("a", "b"), "wide": (False, True)}
 CONFIG = {"block": 128, "unroll": 2, "variant": "a", "wide": True}
 MEASURED = Measured("2026-11-21", "perf_counter", 50, True, 1.8, 150, 0)
@@ -60,7 +60,7 @@ def problem(**fields):
 def entry(config=CONFIG, median=10.0, **fields):
     """An entry for `problem(**fields)`."""
     times = Timing(median, median - 0.5, median + 0.5)
-    return Entry("reference", problem(**fields), config, times, 2 * median)
+    return Entry("numba", problem(**fields), config, times, 2 * median)
 
 
 def selections(name="codelm", layers=(None, SELECTION, SELECTION), source="measured"):
@@ -76,7 +76,7 @@ def profile(*entries, here=HERE, sets=(), **fields):
 
 def look_up(found, here=HERE, sha=SHA, knobs=KNOBS, refuse=None, **fields):
     """Look `problem(**fields)` up."""
-    return found.lookup("reference", sha, problem(**fields), knobs, refuse=refuse, here=here)
+    return found.lookup("numba", sha, problem(**fields), knobs, refuse=refuse, here=here)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ WORDS = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=30) | st.
 def test_any_words_and_numbers_survive_a_round_trip(words, config, median, seed):
     median = round(median, 3)
     here = Fingerprint("cpu", words[0], 4, driver=words[1], versions={words[2]: words[3]})
-    here = replace(here, kernels={"reference": {"hash_attend": SHA}})
+    here = replace(here, kernels={"numba": {"hash_attend": SHA}})
     one = replace(entry(), config=config, us=Timing(median, median, median))
     chosen = replace(selections(), encoder=EncoderKey(words[1], 256, seed))
     written = profile(one, here=here, sets=[chosen])
@@ -146,7 +146,7 @@ def test_any_words_and_numbers_survive_a_round_trip(words, config, median, seed)
 
 def test_hashes_look_alike_whatever_they_begin_with():
     for sha in ("e22ca930" * 8, "460e2889" * 8, "1234567890" * 6 + "1234"):
-        here = Fingerprint("cpu", "CPU", 4, kernels={"reference": {"hash_attend": sha}})
+        here = Fingerprint("cpu", "CPU", 4, kernels={"numba": {"hash_attend": sha}})
         assert f"\n      hash_attend: '{sha}'\n" in schema.write(profile(here=here))
 
 
@@ -242,7 +242,7 @@ WRONG = {
     "encoder too small": ("bits: 256", "bits: 64", "at most the encoder's 64"),
     "times": ("p10: 9.5", "p10: 10.1", "p10 <= median <= p90"),
     "another device": ("key: {device: cpu", "key: {device: cuda", "a profile is for one device"),
-    "no kernel hash": ("    hash_attend: '", "    encode: '", "reference.hash_attend"),
+    "no kernel hash": ("    hash_attend: '", "    encode: '", "numba.hash_attend"),
 }
 
 
@@ -336,7 +336,7 @@ def test_a_changed_kernel_refuses_the_entry_and_says_how_to_renew_it(tmp_path):
     with pytest.warns(ProfileWarning, match="kernels of hash_attend have changed") as caught:
         assert look_up(found, sha="f" * 64)[:2] == (None, None)
     out = tmp_path / "p.yaml"
-    assert f"hata tune --gpu cpu --backend reference --out {out}" in str(caught[0].message)
+    assert f"hata tune --gpu cpu --backend numba --out {out}" in str(caught[0].message)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_fault_52_a_config_over_a_joint_limit_is_refused():
 
 
 GPU = Fingerprint("cuda", "NVIDIA H200", 132, sm=90, driver="580.159", cuda="13.0",
-                  kernels={"reference": {"hash_attend": SHA}})  # fmt: skip
+                  kernels={"numba": {"hash_attend": SHA}})  # fmt: skip
 
 
 def test_fault_53_a_profile_for_another_sm_is_ignored_with_the_reason():
@@ -570,7 +570,7 @@ def test_a_merge_replaces_equal_keys_and_keeps_the_others(file):
 
 
 def test_a_merge_drops_entries_of_kernels_that_have_changed(file):
-    here = replace(HERE, kernels={"reference": {"hash_attend": "f" * 64}})
+    here = replace(HERE, kernels={"numba": {"hash_attend": "f" * 64}})
     merged = profile(entry(k=64), here=here).save(file)
     assert [e.key.k for e in merged.entries] == [64]
 
@@ -604,7 +604,7 @@ def start(code, *args):
 
         def profile(k):
             key = Problem("hash_attend", "cpu", "float32", k=k)
-            entry = Entry("reference", key, {{"block": 64}}, Timing(1.0, 1.0, 1.0), 2.0)
+            entry = Entry("numba", key, {{"block": 64}}, Timing(1.0, 1.0, 1.0), 2.0)
             return Profile(Fingerprint(**here), Measured(**measured), (entry,))
     """
     script = textwrap.dedent(prelude) + textwrap.dedent(code)
