@@ -250,10 +250,10 @@ class _Torch(Framework):
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         wanted, torch = self._dtypes[dtype], self._torch
-        if shape == like.shape and wanted is like.dtype and like.__class__ is torch.Tensor:
-            if like.is_contiguous():
-                # Half the time of the other.
-                return torch.empty_like(like)
+        same = shape == like.shape and wanted is like.dtype and like.__class__ is torch.Tensor
+        if same and like.is_contiguous():
+            # Half the time of the other.
+            return torch.empty_like(like)
         return torch.empty(shape, dtype=wanted, device=like.device)
 
 

@@ -2,14 +2,17 @@
 
 import contextlib
 import importlib
+import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,28 +229,91 @@ def test_hash_of_a_plug_in_names_its_own_sources(plug_in, tmp_path):
     before = backend.kernel_hash("encode")
     # A module by itself lies among all that is installed.
     stranger = tmp_path / "stranger.py"
-    stranger.write_text("")
+    stranger.write_text("x = 1\n")
     assert backend.kernel_hash("encode") == before
     source = tmp_path / f"{type(backend).__module__}.py"
-    source.write_text(source.read_text() + "\n")
+    source.write_text(source.read_text() + "\n# words\n")
+    assert backend.kernel_hash("encode") == before
+    source.write_text(source.read_text() + "x = 1\n")
     assert backend.kernel_hash("encode") != before
 
-    # Of a package every source counts, wherever in it the class stands.
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A backend of several files: two ops that share a module and a header, one kernel each."""
     folder = tmp_path / "in_package"
     folder.mkdir()
-    (folder / "__init__.py").write_text(WORKING)
-    (folder / "inner.py").write_text(WORKING)
+    files = {
+        "__init__.py": WORKING,
+        "encode.py": "from .shared import add\nfrom .words import say\n",
+        "encode.cu": '#include "common.cuh"\nint encode;\n',
+        "hamming_topk.py": "def launch():\n    from .shared import add\n",
+        "hamming_topk.cu": '#include "select.cuh"\n',
+        "select.cuh": '#pragma once\n#include "common.cuh"\n',
+        "common.cuh": "#pragma once\nint common;  // a word\n",
+        "shared.py": '"""Says what."""\n\ndef add(a, b):\n    """Add."""\n    return a + b  # so\n',
+        "words.py": "say = 1\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "in_package", raising=False)
     importlib.invalidate_caches()
-    for module in ("in_package", "in_package.inner"):
-        backend = importlib.import_module(module).Mine()
-        before = backend.kernel_hash("encode")
-        stranger.write_text(stranger.read_text() + "\n")
-        assert backend.kernel_hash("encode") == before
-        for name in ("other.py", "kernel.cu"):
-            with (folder / name).open("a") as file:
-                file.write("\n")
-            assert backend.kernel_hash("encode") != before
-            before = backend.kernel_hash("encode")
+    return folder, importlib.import_module("in_package").Mine()
+
+
+def hashes(backend):
+    return {op: backend.kernel_hash(op) for op in ("encode", "hamming_topk")}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "void"),
+    [
+        ("shared.py", '"""Add."""', '"""Add two\n    numbers."""', set()),
+        ("shared.py", "  # so", "", set()),
+        ("shared.py", '"""Says what."""\n', "", set()),
+        ("common.cuh", "  // a word", "  /* another\n word */", set()),
+        ("shared.py", "a + b", "b + a", {"encode", "hamming_topk"}),
+        ("words.py", "1", "2", {"encode"}),
+        ("encode.cu", "int encode", "int decode", {"encode"}),
+        ("select.cuh", "#pragma once", "#pragma once\nint more;", {"hamming_topk"}),
+        ("common.cuh", "int common", "int comm0n", {"encode", "hamming_topk"}),
+        ("hamming_topk.py", "add", "add as plus", {"hamming_topk"}),
+    ],
+)
+def test_hash_covers_what_an_op_reaches_but_no_words(package, file, old, new, void):
+    folder, backend = package
+    before = hashes(backend)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    after = hashes(backend)
+    assert {op for op in before if before[op] != after[op]} == void
+
+
+@pytest.mark.parametrize("name", ["triton", "cupy", "numba"])
+def test_words_in_a_kernel_file_leave_every_hash(name, tmp_path):
+    """On copies of our own backends."""
+    kind = registry.class_of(name)
+    folder = tmp_path / name
+    shutil.copytree(Path(inspect.getfile(kind)).parent, folder)
+    module = type("Copy", (kind,), {"__module__": kind.__module__})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getfile", lambda found: str(folder / "__init__.py"))
+        ops = ("encode", "hamming_topk", "sparse_attend", "hash_attend")
+        before = {op: module().kernel_hash(op) for op in ops}
+        for path in folder.glob("*.py"):
+            text = path.read_text().replace('"""', '"""Other words. ', 1)
+            path.write_text(f"# And these.\n{text}\n# The end.\n")
+        for path in folder.glob("*.cu*"):
+            path.write_text(f"// Other words.\n{path.read_text()}")
+        assert {op: module().kernel_hash(op) for op in ops} == before
+        sparse = folder / "sparse_attend.py"
+        sparse.write_text(sparse.read_text() + "\nx = 1\n")
+        after = {op: module().kernel_hash(op) for op in ops}
+    changed = {op for op in ops if after[op] != before[op]}
+    assert "sparse_attend" in changed
+    assert not changed & {"encode", "hamming_topk"}
 
 
 def test_plug_in_comes_after_our_own_in_auto(plug_in):

@@ -274,9 +274,11 @@ def launch(
     Args:
         launches: The list.
         kernel: What to launch.
-        grid, shared, overlap: See `Launch`.
+        grid: Blocks; see `Launch`.
+        shared: Bytes of dynamic shared memory.
         fields: Values of the argument by the names of `layout`; those left out are 0.
         layout: Name -> `struct` code of the argument's fields, addresses ("P") first.
+        overlap: It may start while the launch before it drains.
     """
     addresses = [fields.get(name, NONE) for name, code in layout.items() if code == "P"]
     numbers = {name: code for name, code in layout.items() if code != "P"}
