@@ -5,7 +5,6 @@ import struct
 
 import pytest
 
-from hata.backend import use_config
 from hata.problem import Problem
 
 pytest.importorskip("cupy", reason="the CuPy backend needs it")
@@ -93,18 +92,15 @@ def resources(code):
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_kernels_compile(name, architecture, record_property):
     backend = importlib.import_module("hata.backends.cupy").CuPyBackend()
-    devices = importlib.import_module("hata.backends.cupy.device")
-    rehearsal = importlib.import_module("hata.backends.cupy.rehearsal")
     compiler = importlib.import_module("hata.backends.cupy.compiler")
-    device = devices.Described(architecture)
-    found = rehearsal.kernels(backend, PROBLEMS[name], device)
+    problem = PROBLEMS[name]
+    found = backend.ahead(problem, backend.default(problem), architecture)
     assert found
     if name == "decode":
         # Through global memory; with all that is not the default.
         for changes in ({"joined": "global"}, {"binary": False, "fused": False}):
-            config = {**backend.default(PROBLEMS[name]), "parts": 8, **changes}
-            with use_config("cupy", PROBLEMS[name].op, config):
-                found += rehearsal.kernels(backend, PROBLEMS[name], device)
+            config = {**backend.default(problem), "parts": 8, **changes}
+            found += backend.ahead(problem, config, architecture)
         found = list(dict.fromkeys(found))
         assert {kernel.name for kernel in found} >= {"encode", "hash_attend"}
     if name == "many-keys":

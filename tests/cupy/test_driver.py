@@ -116,11 +116,16 @@ def test_what_a_device_is(device):
     assert device.clusters == 16
 
 
+def start(device, stream=0, kernel=KERNEL, grid=4):
+    device_module.Launch(device, kernel, grid, 0, False).of(1, b"")((1,), stream)
+
+
 def test_a_launch(device, library):
-    launch = device_module.Launch(KERNEL, 64, 5000, overlap=True)
-    device.launch(launch, b"abcdefgh", 42)
-    device.launch(launch, b"ijklmnop", 42)
-    device.launch(device_module.Launch(KERNEL._replace(cluster=1), 3, 0, overlap=False), b"qrst", 0)
+    # Two addresses, then the numbers.
+    launch = device_module.Launch(device, KERNEL, 64, 5000, True).of(2, b"numbers.")
+    launch((0x64636261, 2), 42)
+    launch((0x6C6B6A69, 2), 42)
+    start(device, 0, KERNEL._replace(cluster=1), grid=3)
     first, second, third = library.launched
     assert first == {
         "grid": (64, 1, 1),
@@ -150,7 +155,7 @@ def test_a_kernel_is_loaded_once(device, library):
 
 def test_a_thread_without_a_context(device, library):
     library.failures = [201]
-    device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+    start(device)
     assert library.calls.count("cuCtxSetCurrent") == 1
     assert len(library.launched) == 1
 
@@ -158,7 +163,7 @@ def test_a_thread_without_a_context(device, library):
 def test_a_launch_that_fails_says_why(device, library):
     library.failures = [700]
     with pytest.raises(KernelError, match=r"launch row \(700: because\)"):
-        device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 0)
+        start(device)
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
@@ -168,7 +173,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(device, library):
     library.capturing = False
     device.load(KERNEL, 5)
     library.capturing = True
-    device.launch(device_module.Launch(KERNEL, 4, 0, overlap=False), b"data", 5)
+    start(device, 5)
 
 
 def test_the_driver_is_asked_once_how_many_clusters_fit(device, library):

@@ -28,15 +28,13 @@ def test_every_phase_has_a_name_and_ends_somewhere():
 def test_kernels_with_clocks_compile(monkeypatch, tmp_path):
     pytest.importorskip("cupy", reason="the CuPy backend needs it")
     compiler = importlib.import_module("hata.backends.cupy.compiler")
-    devices = importlib.import_module("hata.backends.cupy.device")
-    rehearsal = importlib.import_module("hata.backends.cupy.rehearsal")
     problems = importlib.import_module("hata.problem")
     monkeypatch.setenv("HATA_CACHE", str(tmp_path))
     problem = problems.Problem(
         "hamming_topk", "cuda", "uint8", heads=32, kv_heads=8, bits=128, k=2048, slots=131072
     )
     backend = importlib.import_module("hata.backends.cupy").CuPyBackend()
-    [kernel] = rehearsal.kernels(backend, problem, devices.Described(90))
+    [kernel] = backend.ahead(problem, backend.default(problem), 90)
     plain = compiler.cubin(kernel.name, kernel.macros, 90)
     monkeypatch.setattr(compiler, "MORE_OPTIONS", ["-DCLOCKS=4096ull"])
     clocked = compiler.cubin(kernel.name, kernel.macros, 90)

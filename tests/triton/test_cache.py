@@ -16,13 +16,12 @@ triton = pytest.importorskip("triton", reason="the Triton backend needs it")
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")
 
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 launch = importlib.import_module("hata.backends.triton.launch")
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
-TARGET = GPUTarget("cuda", 90, 32)
+SM = 90
 WARNING = pytest.mark.filterwarnings("default:Triton's cache folder")
 
 
@@ -75,10 +74,10 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_fault_56_a_damaged_cache_is_passed_over(cache, damage):
-    right = bound().compile_for(TARGET).asm["cubin"]
+    right = bound().compile(SM).asm["cubin"]
     DAMAGE[damage](cache)
     with pytest.warns(RuntimeWarning, match=f"{cache} cannot be used.*TRITON_CACHE_DIR"):
-        again = bound().compile_for(TARGET)
+        again = bound().compile(SM)
     assert again.asm["cubin"] == right
     assert os.environ["TRITON_CACHE_DIR"] == str(cache)
     assert Path(triton.knobs.cache.dir) == cache
@@ -87,12 +86,12 @@ def test_fault_56_a_damaged_cache_is_passed_over(cache, damage):
 @WARNING
 def test_fault_56_torn_groups_and_lost_metadata_are_compiled_anew(cache):
     """Some releases of Triton take these for a miss and say nothing; others raise."""
-    right = bound().compile_for(TARGET).asm["cubin"]
+    right = bound().compile(SM).asm["cubin"]
     for group in cache.rglob("__grp__*"):
         group.write_text("{torn")
-    assert bound().compile_for(TARGET).asm["cubin"] == right
+    assert bound().compile(SM).asm["cubin"] == right
     only(cache, "*.json").unlink()
-    assert bound().compile_for(TARGET).asm["cubin"] == right
+    assert bound().compile(SM).asm["cubin"] == right
 
 
 def test_fault_56_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
@@ -100,7 +99,7 @@ def test_fault_56_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match="file/cache cannot be used.*NotADirectoryError"):
-        made = bound().compile_for(TARGET)
+        made = bound().compile(SM)
     assert launch.is_whole(made.asm["cubin"])
 
 
@@ -115,21 +114,21 @@ def test_fault_56_nowhere_to_write_is_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.tempfile, "mkdtemp", refuse)
     match = "_fill_kernel cannot be compiled.*NotADirectoryError.*no temporary folder.*clear"
     with pytest.raises(KernelError, match=match):
-        bound().compile_for(TARGET)
+        bound().compile(SM)
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "file" / "cache")
     monkeypatch.undo()
 
 
 def test_a_kernel_that_does_not_compile_is_not_the_caches_fault(cache, recwarn):
     with pytest.raises(KernelError, match="_broken_kernel cannot be compiled"):
-        bound(_broken_kernel).compile_for(TARGET)
+        bound(_broken_kernel).compile(SM)
     assert not recwarn.list
 
 
 @WARNING
 def test_threads_meet_a_damaged_cache_together(cache):
     sizes = [16, 32, 64, 128]
-    right = {n: bound(n=n).compile_for(TARGET).asm["cubin"] for n in sizes}
+    right = {n: bound(n=n).compile(SM).asm["cubin"] for n in sizes}
     for file in cache.rglob("*.json"):
         if not file.name.startswith("__grp__"):
             file.write_text("torn")
@@ -139,7 +138,7 @@ def test_threads_meet_a_damaged_cache_together(cache):
     def work(n):
         start.wait()
         try:
-            found[n] = bound(n=n).compile_for(TARGET).asm["cubin"]
+            found[n] = bound(n=n).compile(SM).asm["cubin"]
         except Exception as error:
             failed.append(error)
 
@@ -154,7 +153,7 @@ def test_threads_meet_a_damaged_cache_together(cache):
 
 
 def test_whole_files_are_told_from_cut_ones(cache):
-    cubin = bound().compile_for(TARGET).asm["cubin"]
+    cubin = bound().compile(SM).asm["cubin"]
     assert launch.is_whole(cubin)
     for length in (0, 3, 40, 63, 64, len(cubin) // 2, len(cubin) - 1):
         assert not launch.is_whole(cubin[:length])
@@ -166,12 +165,12 @@ def test_whole_files_are_told_from_cut_ones(cache):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_fault_56_on_a_gpu(cache, damage):
     device = torch.cuda.current_device()
-    bound().load(device)
+    bound().load_on(device)
     DAMAGE[damage](cache)
     kernel = bound()
     out = torch.zeros(64, dtype=torch.int32, device="cuda")
     with pytest.warns(RuntimeWarning, match="cannot be used"):
-        kernel.load(device)
+        kernel.load_on(device)
     kernel(1, device, torch.cuda.current_stream().cuda_stream, out.data_ptr(), 7)
     assert (out == 7).all()
 
@@ -183,7 +182,9 @@ def test_threads_load_a_kernel_once(cache, monkeypatch):
     attempt = launch.Bound._attempt
     monkeypatch.setattr(launch.Bound, "_attempt", lambda *args: made.append(1) or attempt(*args))
     loaded = []
-    threads = [threading.Thread(target=lambda: loaded.append(kernel.load(device))) for _ in "1234"]
+    threads = [
+        threading.Thread(target=lambda: loaded.append(kernel.load_on(device))) for _ in "1234"
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -194,13 +195,12 @@ def test_threads_load_a_kernel_once(cache, monkeypatch):
 
 def test_place_in_cache_does_not_depend_on_what_was_hashed_first():
     """Else another process, or a thread that is faster, would compile the same kernels again."""
-    rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
     backend = importlib.import_module("hata.backends.triton").TritonBackend()
     problem = Problem(
         "hash_attend", "cuda", "bfloat16", "bfloat16", heads=8, kv_heads=2, head_dim=64,
         value_dim=64, bits=128, k=64, slots=4096, norms=True,
     )  # fmt: skip
-    kernels = [bound.fn for bound in rehearsal.kernels(backend, problem, 90)]
+    kernels = [bound.fn for bound in backend.ahead(problem, backend.default(problem), 90)]
     assert len({fn.__name__ for fn in kernels}) > 4
     found = []
     for order in (kernels, kernels[::-1]):

@@ -9,15 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hata.backend import use_config
 from hata.problem import Problem
 
 triton = pytest.importorskip("triton", reason="the Triton backend needs it")
 pytest.importorskip("torch", reason="the Triton backend needs it")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
-rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
 TritonBackend = importlib.import_module("hata.backends.triton").TritonBackend
 shares_of = importlib.import_module("hata.backends.triton.attend").shares_of
 
@@ -101,12 +97,11 @@ def test_kernels_compile(case, record_property, tmp_path):
     problem, architecture, options = CASES[case]
     backend = TritonBackend()
     config = {**backend.default(problem), **options}
-    with use_config("triton", problem.op, config):
-        kernels = rehearsal.kernels(backend, problem, architecture)
+    kernels = backend.ahead(problem, config, architecture)
     assert kernels
     texts = {}
     for kernel in kernels:
-        compiled = kernel.compile_for(GPUTarget("cuda", architecture, 32))
+        compiled = kernel.compile(architecture)
         usage = resources(compiled.asm["cubin"], tmp_path)
         record_property(f"{kernel.fn.__name__}-{architecture}", usage)
         texts.setdefault(kernel.fn.__name__, []).append(compiled.asm["ptx"])
@@ -126,11 +121,10 @@ def test_kernels_compile(case, record_property, tmp_path):
 def test_keys_and_values_are_asked_for_together(stages):
     """No row of a position is waited for before the other is on its way."""
     backend = TritonBackend()
-    with use_config("triton", DECODE.op, {**backend.default(DECODE), "stages": stages}):
-        kernels = rehearsal.kernels(backend, DECODE, 90)
+    kernels = backend.ahead(DECODE, {**backend.default(DECODE), "stages": stages}, 90)
     (attend,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_hash_attend_kernel"}
     assert attend.constants["STAGES"] == stages
-    ptx = attend.compile_for(GPUTarget("cuda", 90, 32)).asm["ptx"]
+    ptx = attend.compile(90).asm["ptx"]
     before, _, after = ptx.partition("griddepcontrol.wait")[2].partition("mma.sync")
     assert "ld.global.v4" not in after
     steps = re.findall(r"ld\.global\.v4|st\.shared\.v4", before)
@@ -148,11 +142,16 @@ def test_a_share_of_several_tiles_has_a_loop():
     assert shares_of({**config, "stages": 2}, 256) == (4, 2)
 
 
+def kernels_of(problem, sm):
+    backend = TritonBackend()
+    return backend.ahead(problem, backend.default(problem), sm)
+
+
 def steps_of(name, pattern):
     """What a kernel of a decode step does after it has waited for the launch before, in PTX."""
-    kernels = rehearsal.kernels(TritonBackend(), DECODE, 90)
+    kernels = kernels_of(DECODE, 90)
     (kernel,) = {kernel for kernel in kernels if kernel.fn.__name__ == name}
-    ptx = kernel.compile_for(GPUTarget("cuda", 90, 32)).asm["ptx"]
+    ptx = kernel.compile(90).asm["ptx"]
     return re.findall(pattern, ptx.partition("griddepcontrol.wait")[2])
 
 
@@ -167,9 +166,9 @@ def test_a_histogram_comes_in_vectors():
 @pytest.mark.parametrize(("batch", "asked_for"), [(1, True), (64, False)])
 def test_selected_keys_are_asked_for_where_the_cache_holds_them(batch, asked_for):
     problem = replace(DECODE, batch=batch)
-    kernels = rehearsal.kernels(TritonBackend(), problem, 90)
+    kernels = kernels_of(problem, 90)
     (kernel,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_select_kernel"}
-    ptx = kernel.compile_for(GPUTarget("cuda", 90, 32)).asm["ptx"]
+    ptx = kernel.compile(90).asm["ptx"]
     assert ("prefetch.global.L2" in ptx) == asked_for
 
 
@@ -187,15 +186,14 @@ def test_all_that_is_merged_is_asked_for_at_once():
     assert len(loads) > 2
 
 
-def test_rehearsals_agree():
-    """A rehearsal for a target lists the same kernels, each once, whenever it is held."""
-    backend = TritonBackend()
+def test_lists_of_kernels_agree():
+    """What is listed for a target is the same, each once, whenever it is asked for."""
     first = {}
     for _ in range(2):
         for problem in (DECODE, ENCODE, NORMS, SPARSE):
             # One after the other, so that what is remembered of one would be seen in the next.
             for sm in (80, 90, 100, 120):
-                kernels = rehearsal.kernels(backend, problem, sm)
+                kernels = kernels_of(problem, sm)
                 assert kernels == first.setdefault((problem, sm), kernels)
                 assert len(kernels) == len(set(kernels))
     assert len({tuple(first[DECODE, sm]) for sm in (80, 90, 100, 120)}) == 4

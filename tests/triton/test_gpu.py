@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs it")
 pytest.importorskip("triton", reason="the Triton backend needs it")
 
 launch = importlib.import_module("hata.backends.triton.launch")
-plan = importlib.import_module("hata.backends.triton.plan")
 
 pytestmark = pytest.mark.gpu
 
@@ -26,10 +25,10 @@ pytestmark = pytest.mark.gpu
 def unprepared(monkeypatch):
     """No kernel is loaded, as in a new process."""
     monkeypatch.setattr(launch, "_bound", {})
-    plan._plans.clear()
+    hata.registry._forget()
     with hata.use_backend("triton"):
         yield
-    plan._plans.clear()
+    hata.registry._forget()
 
 
 def step(**changes):
@@ -73,12 +72,11 @@ def test_compiled_ahead_is_what_is_loaded(unprepared, tmp_path, monkeypatch):
     backend = hata.registry.load("triton")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            type(backend), "prepare_call", lambda self, launcher, problem, *_: seen.append(problem)
-        )
+        patch.setattr(type(backend), "prepare", lambda self, call: seen.append(call.problem))
         hata.prepare("hash_attend", **tensors, **options)
     major, minor = torch.cuda.get_device_capability()
-    backend.compile(seen[0], 10 * major + minor)
+    for kernel in backend.ahead(seen[0], backend.config(seen[0]), 10 * major + minor):
+        kernel.compile(10 * major + minor)
 
     def cubins():
         return {file.relative_to(tmp_path) for file in tmp_path.rglob("*.cubin")}
@@ -87,7 +85,7 @@ def test_compiled_ahead_is_what_is_loaded(unprepared, tmp_path, monkeypatch):
     assert before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_bound", {})
-        plan._plans.clear()
+        hata.registry._forget()
         hata.hash_attend(**tensors, **options)
     assert cubins() == before
 

@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs it")
 pytest.importorskip("triton", reason="the Triton backend needs it")
 
 launch = importlib.import_module("hata.backends.triton.launch")
-rehearsal = importlib.import_module("hata.backends.triton.rehearsal")
 triton_backend = importlib.import_module("hata.backends.triton").TritonBackend
 
 CASES = {
@@ -37,9 +36,14 @@ CASES = {
 def launched(monkeypatch):
     """Kernels that calls on CPU tensors would have launched."""
     found = []
-    monkeypatch.setattr(launch.Bound, "__call__", lambda self, *_: found.append(self))
+
+    def load_on(self, ordinal):
+        return lambda *_: found.append(self), None, None
+
+    monkeypatch.setattr(launch.Bound, "load_on", load_on)
     # What a launch asks the current GPU for.
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(launch, "gpu", lambda ordinal: launch.GPU(90, ordinal))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
     monkeypatch.setattr(triton_backend, "missing", classmethod(lambda cls: None))
     monkeypatch.setattr(triton_backend, "devices", frozenset({"cpu"}))
@@ -51,11 +55,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_prepare_loads_what_the_call_launches(launched, monkeypatch, case):
     prepared = []
-
-    def prepare_call(self, launcher, problem, fw, *args):
-        prepared.extend(rehearsal.of_call(self, launcher, problem, fw, args))
-
-    monkeypatch.setattr(triton_backend, "prepare_call", prepare_call)
+    monkeypatch.setattr(launch.Bound, "load", lambda self, device: prepared.append(self))
     op, changes = CASES[case]
     kit = TorchKit()
     placed, options = Properties().arguments(kit, changed(SMALL, **changes), op)
@@ -76,17 +76,15 @@ def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch, sm):
     """The tuner's way: for a problem and a compute capability, into the cache, without a GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = []
-    monkeypatch.setattr(
-        launch.Bound, "compile_for", lambda self, target: compiled.append((self, target.arch))
-    )
+    monkeypatch.setattr(launch.Bound, "compile", lambda self, sm: compiled.append((self, sm)))
     backend = triton_backend()
     problem = Problem(
         "hash_attend", "cuda", "bfloat16", "bfloat16", heads=8, kv_heads=2, head_dim=64,
         value_dim=64, bits=128, k=64, slots=4096,
     )  # fmt: skip
-    backend.compile(problem, sm)
-    assert {kernel for kernel, _ in compiled} == set(rehearsal.kernels(backend, problem, sm))
-    assert {arch for _, arch in compiled} == {sm}
+    for kernel in backend.ahead(problem, backend.default(problem), sm):
+        kernel.compile(sm)
+    assert len(compiled) == len({kernel for kernel, _ in compiled}) > 4
     # What a launch there would take: binary tensor cores, and launches that overlap.
     (scan,) = (kernel for kernel, _ in compiled if kernel.fn.__name__ == "_scan_kernel")
     assert scan.constants["BINARY"] == (sm <= 90)
