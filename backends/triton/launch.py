@@ -132,6 +132,19 @@ class Bound:
             f"has {smem}"
         )
 
+    def starter(
+        self, ordinal: int, grid: int, numbers: tuple[Any, ...]
+    ) -> Callable[[tuple[int, ...], int], None]:
+        """What launches it on `grid` programs, given addresses and a stream."""
+        loaded, tail = self.loaded, (*numbers, *(None,) * len(self.constants))
+
+        def start(addresses: tuple[int, ...], stream: int) -> None:
+            # Without Triton's own inspection of arguments.
+            run, function, metadata = loaded.get(ordinal) or self.load_on(ordinal)
+            run(grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *tail)
+
+        return start
+
     def _compiled(self, target: Any, use: Callable[[Any], None]) -> Any:
         """The compiled kernel, on which `use` succeeded; a broken cache is passed over once."""
         name = self.fn.__name__
@@ -291,14 +304,7 @@ def launch(
         assert isinstance(launches, InterpretedList)
         launches.interpreted.append((kernel, grid, tuple(addresses), numbers))
         return
-    ordinal, loaded = launches.gpu.ordinal, kernel.loaded
-    tail = *numbers, *(None,) * len(kernel.constants)
-
-    def start(pointers: tuple[int, ...], stream: int) -> None:
-        # Without Triton's own inspection of arguments.
-        run, function, metadata = loaded.get(ordinal) or kernel.load_on(ordinal)
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *pointers, *tail)
-
+    start = kernel.starter(launches.gpu.ordinal, grid, numbers)
     launches.launch(kernel, addresses, start)
 
 
