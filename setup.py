@@ -11,7 +11,7 @@ mapped = ["hata." + name for name in find_packages(include=["backends", "backend
 setup(
     packages=named + mapped,
     package_dir={"hata.backends": "backends"},
-    package_data={"": ["*.cu", "py.typed"], "hata": ["profiles/*.yaml"]},
+    package_data={"": ["*.cu", "*.cuh", "py.typed"], "hata": ["profiles/*.yaml"]},
     # Only what is listed above: without this, everything git or MANIFEST.in knows would be added.
     include_package_data=False,
     zip_safe=False,

@@ -3,7 +3,7 @@
     python -m benchmarks.phases --shapes 1x32/8x128K 8x32/8x32K
 
 Where a step is one launch, no profiler tells its scan from the rest. The kernels of the `cupy`
-backend are compiled anew with clocks in them (`end_phase` in `backends/cupy/ptx.cu`): the first
+backend are compiled anew with clocks in them (`backends/cupy/trace.cuh`): the first
 thread of every block notes when it comes to the end of a phase, in steps of 32 ns. Caches are cold
 and launches in CUDA graphs, as everywhere. Clocks take some of the time that they measure. The scan
 is held against a read of as many bytes with clocks of the same kind, each from the start of the
@@ -42,8 +42,8 @@ from hata.profile.store import write_whole
 # In the order of `enum Phase`, without the start.
 PHASES = (
     "the row's length has come", "codes are on their way", "queries are hashed", "scan",
-    "sums are left", "threshold", "positions", "attention starts", "attention",
-    "all warps have come", "warps are merged", "parts are merged",
+    "sums are published", "threshold", "positions", "attention starts", "attention",
+    "all warps have come", "warps are combined", "splits are combined",
 )  # fmt: skip
 # Words of a block in the buffer of the clocks, and blocks that find room there.
 _WORDS, _BLOCKS = 16, 1 << 15
@@ -72,7 +72,7 @@ def clocked() -> Tensor:
     from hata.backends.cupy import compiler
 
     clocks = torch.zeros((_BLOCKS, _WORDS), dtype=torch.int64, device="cuda")
-    compiler.MORE_OPTIONS[:] = [f"-DCLOCKS={clocks.data_ptr()}ull"]
+    compiler.TRACE = clocks.data_ptr()
     return clocks
 
 

@@ -1,7 +1,7 @@
 """The CuPy backend: hand-written CUDA, compiled by NVRTC at first use.
 
-One file per op: a launcher, and beside it the `.cu` source of its kernel. `row.cu`, `scan.cu`,
-`select.cu` and `attend.cu` hold what kernels share; `compiler` makes machine code and keeps it,
+One file per op: a launcher, and beside it the `.cu` source of its kernel. `row.cuh`, `scan.cuh`,
+`select.cuh` and `attend.cuh` hold what kernels share; `compiler` makes machine code and keeps it,
 `device` loads and launches it. Start reading at `hash_attend.cu`.
 """
 

@@ -1,70 +1,100 @@
 """From sources to machine code: NVRTC, and a folder that keeps what it made.
 
-A cubin is kept under a digest of all that it follows from: sources, options, architecture and the
-version of NVRTC. A file says what it is and holds a digest of its contents; one that is truncated,
-foreign or damaged is made again. Files appear whole or not at all, so processes may share the
-folder.
+The compile-time constants of a kernel are a struct `C`, in a header `config.cuh` that is made for
+each variant. A cubin is kept under a digest of all that it follows from: the sources that it
+reaches without their comments, constants, options, architecture and the version of NVRTC. A file
+says what it is and holds a digest of its contents; one that is truncated, foreign or damaged is
+made again. Files appear whole or not at all, so processes may share the folder.
 Nothing here needs a GPU.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
+from hata import sources
 from hata.errors import HataError, KernelError
 from hata.profile.store import cache_root
 
 FOLDER = Path(__file__).parent
-# Sources that others include.
-INCLUDED = (
-    "ptx.cu",
-    "vectors.cu",
-    "row.cu",
-    "order.cu",
-    "codes.cu",
-    "planes.cu",
-    "binary.cu",
-    "scan.cu",
-    "select.cu",
-    "stage.cu",
-    "gather.cu",
-    "attend.cu",
-)
-# More options for NVRTC, of kernels that are loaded from then on; see benchmarks/phases.py.
-MORE_OPTIONS: list[str] = []
+# Address of the clocks of kernels that are loaded from then on, or 0; see benchmarks/phases.py.
+TRACE = 0
 _MAGIC = b"hata-cubin-1\n"
+_CODES = {"i64": "q", "int": "i", "float": "f"}
 
-Macros = tuple[tuple[str, int], ...]
+Constants = tuple[tuple[str, int], ...]
 
 
-@functools.lru_cache
 def read(name: str) -> str:
     """The text of a source."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def cubin(name: str, macros: Macros, architecture: int) -> bytes:
-    """Machine code of `name`.cu, compiled with `macros` for sm_`architecture`; kept in a folder."""
-    options = (
-        f"--gpu-architecture=sm_{architecture}",
-        "--std=c++17",
-        *(f"-D{key}={value}" for key, value in macros),
-        *MORE_OPTIONS,
-    )
+def reached(name: str) -> list[str]:
+    """The files that a source is made of: itself, and what it reaches by `#include`."""
+    return [name, *(path.name for path in sources.headers(FOLDER / name))]
+
+
+def config(constants: Constants) -> str:
+    """The header that gives a kernel its constants, typed as they are."""
+    fields = [
+        f"    static constexpr {type(value).__name__} {name} = {str(value).lower()};"
+        for name, value in constants
+    ]
+    fields.append(f"    static constexpr unsigned long long TRACE = {TRACE}ull;")
+    return "\n".join(("#pragma once", "struct Config {", *fields, "};", "typedef Config C;\n"))
+
+
+def layout(name: str) -> dict[str, str]:
+    """The fields of `struct Params` in a source: name -> `struct` code, "P" for addresses.
+
+    Strides are numbered: `q_b, q_h, q_t` are `q_0, q_1, q_2`. In an array of structs, the fields of
+    the i-th end in i.
+    """
+    structs = dict(re.findall(r"struct (\w+) \{([^{}]*)\};", sources.code(FOLDER / name)))
+
+    def fields(struct: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        strides: dict[str, int] = {}
+        for kind, names in re.findall(r"(?:const )?(\w+)([^;]+);", structs[struct]):
+            for field in names.split(","):
+                name, count = re.findall(r"\w+", f"{field}[1]")[:2]
+                if kind in structs:
+                    inner = fields(kind).items()
+                    found |= {f"{key}{i}": code for i in range(int(count)) for key, code in inner}
+                    continue
+                if stride := re.fullmatch(r"(\w+)_[bhtsd]", name):
+                    stem = stride[1]
+                    strides[stem] = strides.get(stem, -1) + 1
+                    name = f"{stem}_{strides[stem]}"
+                found[name] = "P" if "*" in field else _CODES[kind]
+        return found
+
+    return fields("Params")
+
+
+def key(name: str, constants: Constants, architecture: int) -> bytes:
+    """The digest that the machine code of a variant is kept under."""
     digest = hashlib.sha256()
-    for part in (*map(read, (f"{name}.cu", *INCLUDED)), *options, str(version())):
+    code = (sources.code(FOLDER / file) for file in reached(f"{name}.cu"))
+    for part in (*code, config(constants), *_options(architecture), str(version())):
         digest.update(part.encode() + b"\0")
-    path = _folder()
-    path = None if path is None else path / f"{name}-{digest.hexdigest()[:32]}.cubin"
-    code = None if path is None else _kept(path, digest.digest())
+    return digest.digest()
+
+
+def cubin(name: str, constants: Constants, architecture: int) -> bytes:
+    """Machine code of `name`.cu with these constants for sm_`architecture`; kept in a folder."""
+    digest, path = key(name, constants, architecture), _folder()
+    path = None if path is None else path / f"{name}-{digest.hex()[:32]}.cubin"
+    code = None if path is None else _kept(path, digest)
     if code is None:
-        code = _compile(name, options)
+        code = _compile(name, constants, architecture)
         if path is not None:
-            _keep(path, digest.digest(), code)
+            _keep(path, digest, code)
     return code
 
 
@@ -76,21 +106,31 @@ def version() -> tuple[int, int]:
     return nvrtc.getVersion()
 
 
-def _compile(name: str, options: tuple[str, ...]) -> bytes:
+def _options(architecture: int) -> tuple[str, str]:
+    return f"--gpu-architecture=sm_{architecture}", "--std=c++17"
+
+
+def _compile(name: str, constants: Constants, architecture: int) -> bytes:
     import cupy  # noqa: F401  makes its parts importable
     from cupy_backends.cuda.libs import nvrtc
 
-    headers = [read(included).encode() for included in INCLUDED]
+    source, *headers = reached(f"{name}.cu")
+    texts = [config(constants), *map(read, headers)]
     program = nvrtc.createProgram(
-        read(f"{name}.cu"), f"{name}.cu", headers, [included.encode() for included in INCLUDED]
+        read(source),
+        source,
+        [text.encode() for text in texts],
+        [header.encode() for header in ("config.cuh", *headers)],
     )
+    options = _options(architecture)
     try:
         nvrtc.compileProgram(program, options)
         # CuPy takes off the last byte, as of a text; it is the highest of an alignment, so zero.
         return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
+        with_these = " ".join((*options, *(f"{key}={value}" for key, value in constants)))
         raise KernelError(
-            f"backend 'cupy' failed to compile {name}.cu with {' '.join(options)}: {error}\n"
+            f"backend 'cupy' failed to compile {source} with {with_these}: {error}\n"
             f"{nvrtc.getProgramLog(program)}\nreport this with the options above, or use another "
             "backend"
         ) from error

@@ -2,18 +2,19 @@
 
 columns, encode_warps   bits a block of the encode makes, and its warps
 tiles, loops            sets of 8 vectors that a warp takes at once, and rounds that it makes
-parts                   blocks that share a row: its scan, its selection and its attention; 0: as
+num_splits              blocks that share a row: its scan, its selection and its attention; 0: as
                         many as all rows find room for at the same time
 threads                 of such a block
-joined                  blocks of a row meet as a cluster, or through global memory, where all of a
-                        launch run at the same time; auto: the latter where rows are few and long
+cluster                 blocks of a row are a cluster, or sync through global memory, in a
+                        cooperative launch; auto: the latter where rows are few and long
 stages                  sets of 16 keys and values that a warp has on their way to shared memory
                         (in a step, half of the warps attend); 0: plain loads, by all warps
-ahead                   vectors of codes that a thread loads ahead
-binary                  distances on binary tensor cores, from sm_80 to sm_90: codes of 128 and 256
+prefetch                vectors of codes that a thread loads ahead
+binary_mma              distances on binary tensor cores, from sm_80 to sm_90: codes of 128 and 256
                         bits; codes of 64 bits of groups of up to 8, and of even ones of up to 14
 fused                   codes of a step are made by the blocks that need them, not by a launch
-overlap                 the second launch starts while the first one drains (sm_90 and newer)
+pdl                     the second launch starts while the first one drains (programmatic
+                        dependent launch, sm_90 and newer)
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ ENCODE = {
 }
 STEP = {"columns": ENCODE["columns"], "encode_warps": ENCODE["encode_warps"]}
 ROWS = {
-    "parts": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+    "num_splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
     "threads": (128, 256, 512, 1024),
-    "joined": ("auto", "cluster", "global"),
+    "cluster": ("auto", "cluster", "cooperative"),
 }
 RINGS = {"stages": (0, 2, 3)}
-SCAN = {"ahead": (1, 2, 4, 8, 16), "binary": (False, True)}
+SCAN = {"prefetch": (1, 2, 4, 8, 16), "binary_mma": (False, True)}
 KNOBS = {
     "encode": ENCODE,
     "hamming_topk": {**ROWS, **SCAN},
@@ -45,7 +46,7 @@ KNOBS = {
         **SCAN,
         **RINGS,
         "fused": (False, True),
-        "overlap": (False, True),
+        "pdl": (False, True),
     },
 }
 
@@ -77,16 +78,16 @@ def of(problem: Problem) -> Config:
     lists = problem.heads if problem.per_head else problem.kv_heads
     rows = problem.batch * lists * problem.tokens
     few = rows <= _FEW
-    config = {"parts": 0, "threads": 512 if few else 256, "joined": "auto"}
+    config = {"num_splits": 0, "threads": 512 if few else 256, "cluster": "auto"}
     if problem.op == "sparse_attend":
         # Rings of half as many threads hold as much.
         return {**config, "threads": config["threads"] // 2, "stages": 2}
     # Single heads have one plane, which plain arithmetic is as fast with.
     binary = problem.heads > lists
-    config |= {"ahead": 8 if rows * problem.slots >= _LONG else 4, "binary": binary}
+    config |= {"prefetch": 8 if rows * problem.slots >= _LONG else 4, "binary_mma": binary}
     if problem.op == "hamming_topk":
         # Many rows leave room for two such blocks if rings are short.
-        return {**config, "threads": 512, "ahead": config["ahead"] if few else 4}
+        return {**config, "threads": 512, "prefetch": config["prefetch"] if few else 4}
     return {
-        "columns": 32, "encode_warps": 4, **config, "stages": 2, "fused": True, "overlap": True,
+        "columns": 32, "encode_warps": 4, **config, "stages": 2, "fused": True, "pdl": True,
     }  # fmt: skip

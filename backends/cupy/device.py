@@ -16,7 +16,7 @@ from hata.errors import HataCaptureError
 from hata.launches import NONE, LaunchList
 
 from . import compiler, driver
-from .compiler import Macros
+from .compiler import Constants
 
 
 class Kernel(NamedTuple):
@@ -24,14 +24,14 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: Of the source, and of the function in it.
-        macros: Its compile-time constants.
+        constants: Its compile-time constants.
         threads: Threads a block.
         cluster: Blocks a cluster; 1: no cluster.
         together: All blocks of a launch run at the same time, or the driver refuses it.
     """
 
     name: str
-    macros: Macros
+    constants: Constants
     threads: int
     cluster: int = 1
     together: bool = False
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
     def compile(self, sm: int) -> None:
         """Compile it into the folder of cubins; needs no GPU."""
-        compiler.cubin(self.name, self.macros, sm)
+        compiler.cubin(self.name, self.constants, sm)
 
     def misfit(self, sm: int, smem: int) -> None:
         """It always fits: what it needs of shared memory follows from what there is."""
@@ -141,7 +141,7 @@ class Device(Described):
                 "CUDA graph is captured; call hata.prepare with the same arguments, or make the "
                 "call once, before the capture"
             )
-        code = compiler.cubin(kernel.name, kernel.macros, self.architecture)
+        code = compiler.cubin(kernel.name, kernel.constants, self.architecture)
         with self._current():
             return self._functions.setdefault(kernel, self._loaded(kernel, code))
 

@@ -13,30 +13,12 @@ from typing import Any, NamedTuple
 from hata.call import Encode
 from hata.launches import NONE, Address, LaunchList, View
 
+from .compiler import layout
 from .device import Kernel, launch
 from .row import DATA, kind, steps
 
-_ARRAYS = ("x", "projection", "bias", "codes", "norms")
-_STRIDES = (
-    "x_0", "x_1", "x_2", "projection_0", "projection_1", "bias_0", "codes_0", "codes_1", "codes_2",
-    "norms_0", "norms_1", "norms_2",
-)  # fmt: skip
-_SIZES = (
-    "vectors", "per_batch", "group", "tokens", "fresh", "bias_kind", "blocks", "loops",
-)  # fmt: skip
 # `struct Params` of encode.cu.
-LAYOUT = {
-    **{f"{name}{i}": "P" for i in (0, 1) for name in _ARRAYS},
-    "lengths": "P",
-    "starts": "P",
-    **{
-        f"{name}{i}": code
-        for i in (0, 1)
-        for names, code in ((_STRIDES, "q"), (_SIZES, "i"))
-        for name in names
-    },
-    **dict.fromkeys(("kv_heads", "length_step", "start_step", "slots"), "i"),
-}
+LAYOUT = layout("encode.cu")
 # Bytes of shared memory for the columns that a block keeps.
 _ROOM = 48 * 1024
 # Stages of the ring through which vectors come, at most.
@@ -74,12 +56,12 @@ def launch_jobs(
     """Write the launches of some jobs: one, unless their variants differ; `step`: few vectors."""
     dtype, config = call.problem.dtype, call.config
     most_tiles, loops = (1, 1) if step else (config["tiles"], config["loops"])
-    together_by: dict[tuple[int, ...], list[Job]] = {}
+    together_by: dict[tuple[bool, ...], list[Job]] = {}
     for job in jobs:
         x, projection = _given(launches, job.x), _given(launches, job.projection)
         wide = projection.dtype != dtype
         aligned = not wide and x.in_units_of(16) and projection.in_units_of(16)
-        together_by.setdefault((int(wide), int(aligned), int(job.words)), []).append(job)
+        together_by.setdefault((wide, aligned, job.words), []).append(job)
     for (wide, aligned, words), together in together_by.items():
         kv_heads, depth, bits = _given(launches, together[0].projection).shape
         ieee = wide or dtype == "float32"
@@ -94,10 +76,10 @@ def launch_jobs(
             room = launches.gpu.shared - weights
             warps, tiles, stages = _stages(room, warps, tiles, padded * 16)
             stages = min(stages, loops)
-        macros = {
-            "D": depth, "R": bits, "N": columns, "WARPS": warps, "TILES": tiles, "STAGES": stages,
-            "DATA": DATA[dtype], "WIDE_WEIGHTS": wide, "ALIGNED": aligned, "WORDS": words,
-            "OVERLAP": int(overlap),
+        constants = {
+            "HEAD_DIM": depth, "BITS": bits, "BLOCK_BITS": columns, "WARPS": warps, "TILES": tiles,
+            "STAGES": stages, "DTYPE": DATA[dtype], "FP32_WEIGHTS": wide, "ALIGNED": aligned,
+            "ALIGNED_CODES": words, "PDL": overlap,
         }  # fmt: skip
         fields: dict[str, Any] = {"kv_heads": kv_heads, **spans}
         grid = 0
@@ -107,7 +89,7 @@ def launch_jobs(
             own["blocks"] *= kv_heads * (bits // columns)
             grid += own["blocks"]
             fields |= {f"{name}{i}": value for name, value in own.items()}
-        kernel = Kernel("encode", tuple(macros.items()), 32 * warps)
+        kernel = Kernel("encode", tuple(constants.items()), 32 * warps)
         ring = 0 if ieee else warps * stages * tiles * padded * 16
         launch(launches, kernel, grid, weights + ring, fields, LAYOUT)
 

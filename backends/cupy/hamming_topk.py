@@ -28,7 +28,7 @@ def write(launches: LaunchList, call: HammingTopK) -> None:
         **steps("norms", views["key_norms"]),
         **budget_fields(call),
         "heads": lists,
-        "share": lists // kv_heads,
+        "rows_per_kv_head": lists // kv_heads,
         "tokens": tokens,
         "slots": call.k_codes.shape[2],
     }

@@ -55,7 +55,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
     fused = fused and fixed + weights + ROOM_LEFT <= room_of(gpu)
     weights *= fused
     fixed += weights
-    overlap = bool(call.config["overlap"]) and gpu.architecture >= 90 and not fused
+    overlap = bool(call.config["pdl"]) and gpu.architecture >= 90 and not fused
     jobs = []
     if given is not None:
         code_steps, query_codes = given.strides[:3], launches.address("q_codes")
@@ -84,7 +84,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
         **steps("norms", views["key_norms"]),
         **budget_fields(call),
         "heads": kv_heads,
-        "share": 1,
+        "rows_per_kv_head": 1,
         "dense_below": call.dense_below,
     }
     if fused:
@@ -94,7 +94,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
         for name in weighted[1::2]:
             fields[f"{name}_kind"] = kind(views[name], problem.dtype)
     same = call.route.given.isdisjoint({"query_projection", "query_bias"})
-    more = {"FUSED": int(fused), "FRESH": fresh * fused, "SAME": int(same and fused)}
+    more = {"FUSED": fused, "FRESH": fresh * fused, "SAME_PROJECTION": same and fused}
     shape = shape_of(gpu, call, problem.batch * kv_heads * tokens, fixed)
     attended = attending(
         launches, call, shape, heads // kv_heads, max(shape.threads // 64, 1), scanned, weights

@@ -1,4 +1,4 @@
-"""The argument and the constants that the kernels of a row share; see `row.cu`.
+"""The argument and the constants that the kernels of a row share; see `row.cuh`.
 
 Plain arithmetic on sizes: which variant of a kernel a call takes, and how much memory of what kind.
 """
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hata.launches import Address, LaunchList, View, row_step
 from hata.problem import pow2
 
+from .compiler import layout
 from .device import Kernel, launch
 from .shapes import Shape, capacity_of, counting
 
@@ -21,39 +22,14 @@ LINE = 128
 MOST_MASKS = 5
 # Bytes of positions that a block keeps at most.
 MOST_LISTED = 16 * 1024
-# `struct Params` of row.cu.
-LAYOUT = {
-    **dict.fromkeys(
-        (
-            "lengths", "starts", "query_projection", "projection", "q", "keys", "codes", "values",
-            "query_bias", "bias", "exchange", "arrivals", "positions", "q_codes", "norms", "scores",
-            "sinks", "out", "lse",
-        ),
-        "P",
-    ),
-    **dict.fromkeys(
-        (
-            "heads", "share", "tokens", "slots", "length_step", "start_step", "k", "least", "sink",
-            "recent", "dense_below", "capacity", "sinks_kind", "query_bias_kind", "bias_kind",
-        ),
-        "i",
-    ),
-    "scale": "f",
-    "ratio": "q",
-    "query_projection_0": "q",
-    "projection_0": "q",
-    **{f"{name}_{axis}": "q" for name in ("q", "keys", "codes", "values") for axis in (0, 1, 2)},
-    "query_bias_0": "q",
-    "bias_0": "q",
-    **{f"{name}_{axis}": "q" for name in ("q_codes", "norms", "positions") for axis in (0, 1, 2)},
-    "softcap": "f",
-}  # fmt: skip
+# `struct Params` of row.cuh.
+LAYOUT = layout("row.cuh")
 
 
 class Selecting(NamedTuple):
     """The scan and the selection of a kernel: constants, counters and their sums, and sizes."""
 
-    macros: dict[str, int]
+    constants: dict[str, int]
     bins: int
     sums: int
     itemsize: int
@@ -72,7 +48,7 @@ def selecting(launches: LaunchList, call: Any, name: str, group: int) -> Selecti
     codes, bits, norms = launches.views[name], call.problem.bits, call.problem.norms
     assert codes is not None
     # Where there are binary tensor cores that and.
-    binary = call.config["binary"] and 80 <= launches.gpu.architecture <= 90
+    binary = call.config["binary_mma"] and 80 <= launches.gpu.architecture <= 90
     how = counting(group, bits, norms)
     width = bits // 8
     unit = next(
@@ -89,29 +65,29 @@ def selecting(launches: LaunchList, call: Any, name: str, group: int) -> Selecti
         and slots * width % 16 == 0
     ):
         unit, keys = 16, 16 // width
-    macros = {
-        "R": bits, "GROUP": group, "NORMS": int(norms), "ROUNDS": how.rounds, "BINS": how.bins,
-        "HALVE": how.halve, "UNIT": unit, "KEYS": keys,
+    constants = {
+        "BITS": bits, "CODE_GROUP": group, "KEY_NORMS": norms, "DIGITS": how.rounds,
+        "BINS": how.bins, "HALVE": bool(how.halve), "LOAD_BYTES": unit, "VECTOR_KEYS": keys,
     }  # fmt: skip
     # Planes in two's complement of what a bit of a key adds to its distance.
     planes = (group >> how.halve).bit_length() + 1
     wide = planes > 4 or bits == 256
     binary = binary and unit == 16 and not norms and how.rounds == 1
     binary = binary and (planes <= 8 if bits in (128, 256) else bits == 64 and not wide)
-    macros |= {
-        "BINARY": int(binary), "WIDE": int(wide), "BITS": planes, "PLANES": group.bit_length(),
+    constants |= {
+        "BINARY_MMA": binary, "WIDE": wide, "MMA_PLANES": planes, "PLANES": group.bit_length(),
     }  # fmt: skip
     vectors = keys * width // 16 if unit == 16 else 0
     sums = how.rounds * (how.bins + 8)
     return Selecting(
-        macros, how.rounds * how.bins, sums, how.itemsize, keys, vectors, call.config["ahead"]
+        constants, how.rounds * how.bins, sums, how.itemsize, keys, vectors, call.config["prefetch"]
     )
 
 
 class Attending(NamedTuple):
     """The attention of a kernel: constants, and bytes of shared memory."""
 
-    macros: dict[str, int]
+    constants: dict[str, int]
     area: int
     left: int
     queries: int
@@ -167,15 +143,15 @@ def attending(
             break
     else:
         stages = 0
-    macros = {
-        "D": problem.head_dim, "DV": problem.value_dim, "G": members, "HEADS": heads,
-        "LANES": lanes, "DATA": DATA[problem.dtype], "ALIGNED": int(aligned),
-        "SOFTCAP": int(call.softcap is not None), "NEAR": int(near), "WARPS": warps,
+    constants = {
+        "HEAD_DIM": problem.head_dim, "VALUE_DIM": problem.value_dim, "GROUP": members,
+        "PASS_HEADS": heads, "PASS_DIM": lanes, "DTYPE": DATA[problem.dtype], "ALIGNED": aligned,
+        "SOFTCAP": call.softcap is not None, "OFFSETS_32BIT": near, "ATTEND_WARPS": warps,
         "STAGES": stages,
     }  # fmt: skip
     passes = -(-members // heads) * -(-problem.value_dim // lanes)
     left = passes * heads * (lanes + 2) * 4
-    return Attending(macros, area, left, queries, partials, stages * stage)
+    return Attending(constants, area, left, queries, partials, stages * stage)
 
 
 def budget_fields(call: Any) -> dict[str, int]:
@@ -240,10 +216,11 @@ def ring_of(selecting: Selecting, threads: int, room: int) -> tuple[dict[str, in
     ahead = selecting.ahead if slot else 1
     while ahead > 1 and (ahead + 1) * slot > room:
         ahead //= 2
-    ring, macros = (ahead + 1) * slot, selecting.macros
+    ring, constants = (ahead + 1) * slot, selecting.constants
     if ring > room:
-        macros, ring = {**macros, "UNIT": min(macros["UNIT"], 4), "KEYS": 1, "BINARY": 0}, 0
-    return {**macros, "AHEAD": ahead, "RING": ring}, ring
+        constants, ring = {**constants, "LOAD_BYTES": min(constants["LOAD_BYTES"], 4)}, 0
+        constants |= {"VECTOR_KEYS": 1, "BINARY_MMA": False}
+    return {**constants, "PREFETCH": ahead, "RING_BYTES": ring}, ring
 
 
 def lines(size: int) -> int:
@@ -254,7 +231,7 @@ def lines(size: int) -> int:
 def list_size(k: int, parts: int) -> int:
     """Bytes of the positions that a block attends to: for all budgets of one kind.
 
-    That is a share in whole tiles of 16, and what `most_apart` of attend.cu allows beside it.
+    That is a share in whole tiles of 16, and what `max_local` of attend.cuh allows beside it.
     """
     share = -(-(-(-pow2(k) // parts) + 15) // 16) * 16
     return -(-(share + share // 2 + 64) // 4) * 16
@@ -276,10 +253,9 @@ def launch_rows(
     of a projection that lie where the keys to select by will be.
     """
     more, overlap, weights = step
-    macros = {
-        "LINE": LINE,
-        "PARTS": shape.parts,
-        "JOINED": shape.joined,
+    constants = {
+        "NUM_SPLITS": shape.parts,
+        "SYNC": shape.joined,
         "THREADS": shape.threads,
         **more,
     }
@@ -288,7 +264,7 @@ def launch_rows(
     narrow = most < 2**16
     exchange = queries = shared = listed = area = seen = counters = 0
     if attending is not None:
-        macros |= attending.macros
+        constants |= attending.constants
         exchange, queries = attending.area, attending.queries
         shared = attending.partials + attending.rings
     if selecting is not None:
@@ -301,7 +277,7 @@ def launch_rows(
         if positions <= MOST_LISTED and needed <= shape.room:
             listed = max(exchange, LINE)
             exchange = lines(listed + positions)
-        macros["KEPT_ROWS"] = exchange + queries + attending.partials
+        constants["STAGES_AT"] = exchange + queries + attending.partials
     if selecting is not None:
         fixed, keys = exchange + queries + counters, most * selecting.itemsize
         # Reading ahead gives way first.
@@ -309,8 +285,8 @@ def launch_rows(
         spill = fixed + ring + keys > shape.room or ring == 0 < selecting.vectors
         if spill:
             scanned, ring = ring_of(selecting, shape.threads, shape.room - fixed - weights)
-        macros |= {
-            **scanned, "SPILL": int(spill), "NARROW": int(narrow), "COUNTERS": counters,
+        constants |= {
+            **scanned, "SPILL": spill, "COUNTS_16BIT": narrow, "HISTOGRAM_BYTES": counters,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
         fields["capacity"] = shape.parts * capacity if spill else capacity
@@ -324,12 +300,13 @@ def launch_rows(
         seen = lines(area + (attending.left if attending else 0))
         fields["exchange"] = launches.piece(rows * shape.parts * seen, 1)
         fields["arrivals"] = launches.piece(rows)
-    macros |= {
-        "EXCHANGE": exchange, "AREA": area, "SEEN": seen, "QUERIES": queries, "LISTED": listed,
-        "RESIDENT": shape.resident, "OVERLAP": int(overlap and not together),
+    constants |= {
+        "EXCHANGE_BYTES": exchange, "MERGE_AT": area, "WORKSPACE_BYTES": seen,
+        "QUERY_BYTES": queries, "POSITIONS_AT": listed, "BLOCKS_PER_SM": shape.resident,
+        "PDL": overlap and not together,
     }  # fmt: skip
     cluster = shape.parts if shape.joined == 1 else 1
-    kernel = Kernel(call.OP, tuple(macros.items()), shape.threads, cluster, together)
+    kernel = Kernel(call.OP, tuple(constants.items()), shape.threads, cluster, together)
     size = exchange + queries + shared
     overlaps = overlap and not together
     launch(launches, kernel, rows * shape.parts, size, fields, LAYOUT, overlaps)

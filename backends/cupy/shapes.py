@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
     Attributes:
         parts: Blocks a row.
-        joined: How they meet: 0 alone, 1 as a cluster, 2 through global memory; see row.cu.
+        joined: How they meet: 0 alone, 1 as a cluster, 2 through global memory; see row.cuh.
         threads: Threads a block.
         resident: Blocks that a multiprocessor holds at once.
         room: Bytes of shared memory that each of them may have.
@@ -73,9 +73,9 @@ def shape_of(device: Described, call: Any, rows: int, fixed: int = 0) -> Shape:
     resident = max((256 if ringed else 512) // threads, 1)
     while resident > 1 and room_of(device, resident) < fixed:
         resident -= 1
-    parts, through_memory = config["parts"], config["joined"] == "global"
+    parts, through_memory = config["num_splits"], config["cluster"] == "cooperative"
     if not parts:
-        parts, through_memory = _parts(device, problem, rows, resident, config["joined"])
+        parts, through_memory = _parts(device, problem, rows, resident, config["cluster"])
     # An explicit number of parts may be a cluster that fits nowhere.
     whole = parts <= device.clusters and (parts == 1 or device.at_once(parts, resident) > 0)
     joined = 0 if parts == 1 else 2 if through_memory or not whole else 1
@@ -106,7 +106,7 @@ def _parts(
     keys, least = (problem.k, 64) if attends else (problem.slots, LEAST_KEYS)
     most = min(MOST_PARTS, keys // least)
     anywhere = max(min(most, device.sms * resident // max(rows, 1)), 1)
-    if joined == "global" or device.clusters == 1:
+    if joined == "cooperative" or device.clusters == 1:
         return anywhere, True
     together = next((n for n in range(most, 1, -1) if device.at_once(n, resident) >= rows), 1)
     far = joined == "auto" and not attends and keys * problem.bits >= 8 * FAR * anywhere

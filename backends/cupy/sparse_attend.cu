@@ -1,27 +1,25 @@
-// sparse_attend: attention over given positions, in one launch. See attend.cu.
+// sparse_attend: attention over given positions, in one launch. See attend.cuh.
 
-#include "ptx.cu"
-#include "vectors.cu"
-#include "row.cu"
-#include "attend.cu"
+#include "attend.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-sparse_attend(const __grid_constant__ Params p) {
-    Row row = name_row(p);
+extern "C" __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
+sparse_attend(const __grid_constant__ Params params) {
+    Row row = find_row(params);
     Queries queries;
-    load_queries(p, row, 0, queries);
-    look_at_row(p, row, ask_for_span(p, row));
-    row.everything = false;
-    const int* list = p.positions + row.batch * p.positions_b + row.head * p.positions_h
-        + row.token * p.positions_t;
-    row.taken = p.k;
-    Share share = find_share(p, row, list);
-#if LISTED
-    for (int i = share.first + threadIdx.x; i < share.end; i += THREADS)
-        own_list()[i - share.first] = list[i] < p.slots ? list[i] : -1;
-    share.list = own_list() - share.first;
-#endif
-    keep_queries(queries);
-    wait_for_areas(clear_area(p, row));
-    attend(p, row, share, false);
+    queries.load(params, row, 0);
+    load_span(params, row);
+    set_span(params, row);
+    row.dense = false;
+    const int* positions = params.positions + row.batch * params.positions_b
+        + row.head * params.positions_h + row.token * params.positions_t;
+    row.selected = params.k;
+    Gather gather = find_gather(params, row, positions);
+    if constexpr (C::POSITIONS_AT) {
+        for (int i = gather.first + threadIdx.x; i < gather.end; i += C::THREADS)
+            smem_positions()[i - gather.first] = positions[i] < params.slots ? positions[i] : -1;
+        gather.positions = smem_positions() - gather.first;
+    }
+    queries.write();
+    wait_exchange(clear_exchange(params, row));
+    attend(params, row, gather, false);
 }

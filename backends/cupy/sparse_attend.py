@@ -22,7 +22,7 @@ def write(launches: LaunchList, call: SparseAttend) -> None:
         **steps("positions", launches.views["indices"]),
         "ratio": -1,
         "heads": lists,
-        "share": lists // kv_heads,
+        "rows_per_kv_head": lists // kv_heads,
         "k": call.indices.shape[3],
     }
     attended = attending(launches, call, shape, heads // lists, shape.threads // 32)

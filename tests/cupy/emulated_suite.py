@@ -17,20 +17,19 @@ from hata.testing import BackendSuite
 sys.path.insert(0, str(Path(__file__).parent))
 emulator = importlib.import_module("emulator")
 cupy_backend = importlib.import_module("hata.backends.cupy")
-compiler = importlib.import_module("hata.backends.cupy.compiler")
 defaults = importlib.import_module("hata.backends.cupy.defaults")
 devices = importlib.import_module("hata.backends.cupy.device")
 row = importlib.import_module("hata.backends.cupy.row")
 
-# PARTS, JOINED and the like follow from what the device may do.
+# NUM_SPLITS, SYNC and the like follow from what the device may do.
 DEVICES = {
     "cluster": {},
-    "global": {"architecture": 80, "clusters": 1},
+    "cooperative": {"architecture": 80, "clusters": 1},
     "spill": {"shared": 56 * 1024, "clusters": 2},
     "other": {},
 }
 MODE = os.environ.get("EMULATED", "cluster")
-DEVICE = emulator.Device(compiler.read, **DEVICES[MODE])
+DEVICE = emulator.Device(**DEVICES[MODE])
 if MODE in ("other", "spill"):
     # Positions that are attended to lie in global memory.
     row.MOST_LISTED = 0
@@ -51,10 +50,10 @@ class EmulatedBackend(cupy_backend.CuPyBackend):
     def default(self, problem):
         config = dict(defaults.of(problem))
         if "threads" in config:
-            config |= {"threads": 128, "parts": 4 if MODE == "global" else 2}
+            config |= {"threads": 128, "num_splits": 4 if MODE == "cooperative" else 2}
         if MODE == "other":
-            # What is not the default: single blocks, plain arithmetic, rings of keys and values.
-            other = {"parts": 1, "binary": False, "stages": 2}
+            # What is not the default: single blocks, plain arithmetic, stages of keys and values.
+            other = {"num_splits": 1, "binary_mma": False, "stages": 2}
             config |= {name: value for name, value in other.items() if name in config}
         return config
 
@@ -76,8 +75,8 @@ class TestEmulated(BackendSuite):
 
     @pytest.mark.parametrize("bits", [32, 64, 128, 256])
     @pytest.mark.parametrize("group", [1, 4, 7, 8, 16])
-    def test_parts_of_several_rounds(self, bits, group):
-        """Rounds of scored keys alone, and those at the ends of parts, take different ways."""
+    def test_splits_of_several_rounds(self, bits, group):
+        """Rounds of scored keys alone, and those at the ends of splits, take different ways."""
         rng = np.random.default_rng(bits + group)
         q_codes = rng.integers(0, 256, (2, 2 * group, 1, bits // 8), dtype=np.uint8)
         for slots, lengths in ((700, (700, 333)), (1540, (1540, 1001))):

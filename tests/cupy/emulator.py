@@ -16,11 +16,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+cuda = importlib.import_module("hata.backends.cupy.compiler")
 devices = importlib.import_module("hata.backends.cupy.device")
 
 HERE = Path(__file__).parent
 # Its alignment is a matter of speed; the emulator has an array of its own.
-_SHARED_ARRAY = re.compile(r"extern __shared__ __align__\(\w+\) char memory\[\];")
+_SHARED_ARRAY = re.compile(r"extern __shared__ __align__\(\w+\) char smem\[\];")
 
 
 def compiler() -> str | None:
@@ -28,9 +29,11 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-# Fibers jump from stack to stack, which a fortified library takes for a fault.
+# Fibers jump from stack to stack, which a fortified library takes for a fault. Variables of inline
+# functions must be a library's own, not one for all kernels.
 _COMMAND = (
     "g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-pthread", "-U_FORTIFY_SOURCE",
+    "-fno-gnu-unique",
 )  # fmt: skip
 
 
@@ -48,23 +51,25 @@ def _run(*command: str, folder: str) -> None:
     assert done.returncode == 0, done.stderr[:6000]
 
 
-def flat(name: str, read) -> str:
-    """A source with its includes in place; host.h stands for ptx.cu."""
+def flat(name: str, seen: set[str]) -> str:
+    """A source with its includes in place, each once; host.h stands for ptx.cuh."""
 
     def included(match: re.Match) -> str:
-        return "" if match[1] == "ptx.cu" else flat(match[1], read)
+        new = match[1] not in seen
+        seen.add(match[1])
+        return flat(match[1], seen) if new else ""
 
-    return re.sub(r'^#include "(\w+\.cu)"$', included, read(name), flags=re.MULTILINE)
+    return re.sub(r'^#include "(\w+\.cuh)"$', included, cuda.read(name), flags=re.MULTILINE)
 
 
-def build(name: str, macros, read) -> ctypes.CDLL:
+def build(name: str, constants) -> ctypes.CDLL:
     """A kernel as a shared library."""
     text = "\n".join(
         (
             '#include "host.h"',
-            *(f"#define {key} {value}" for key, value in macros),
+            cuda.config(constants),
             f"#define KERNEL {name}",
-            _SHARED_ARRAY.sub("", flat(f"{name}.cu", read)),
+            _SHARED_ARRAY.sub("", flat(f"{name}.cu", {"config.cuh", "ptx.cuh"})),
             (HERE / "host_main.h").read_text(),
         )
     )
@@ -80,8 +85,7 @@ def build(name: str, macros, read) -> ctypes.CDLL:
 class Device(devices.Device):
     """Stands in for a GPU."""
 
-    def __init__(self, read, architecture=90, sms=4, shared=227 * 1024, clusters=8) -> None:
-        self.read = read
+    def __init__(self, architecture=90, sms=4, shared=227 * 1024, clusters=8) -> None:
         self.architecture, self.sms = architecture, sms
         self.shared, self.clusters = shared, clusters
         self.loaded: dict[tuple, ctypes.CDLL] = {}
@@ -89,13 +93,13 @@ class Device(devices.Device):
     def load(self, kernel, stream=0):
         found = self.loaded.get(kernel)
         if found is None:
-            found = self.loaded[kernel] = build(kernel.name, kernel.macros, self.read)
+            found = self.loaded[kernel] = build(kernel.name, kernel.constants)
         return found
 
     def starter(self, launch, stream: int):
         library = self.load(launch.kernel)
-        macros = dict(launch.kernel.macros)
-        side = macros["PARTS"] if macros.get("JOINED") else 1
+        constants = dict(launch.kernel.constants)
+        side = constants["NUM_SPLITS"] if constants.get("SYNC") else 1
         assert launch.grid % side == 0
         assert launch.shared <= self.shared
         sizes = launch.grid, launch.kernel.threads, launch.shared, side

@@ -1,4 +1,4 @@
-// A CPU in place of a GPU: what ptx.cu and CUDA provide, for kernels compiled as host C++.
+// A CPU in place of a GPU: what ptx.cuh and CUDA provide, for kernels compiled as host C++.
 //
 // Every CUDA thread is a fiber, every block an operating-system thread, and the blocks of a row run
 // side by side. A warp-wide operation is a meeting of 32 fibers: each leaves its operand, waits until
@@ -18,6 +18,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 typedef unsigned char u8;
@@ -34,8 +35,12 @@ typedef long long i64;
 #define __grid_constant__
 #define __align__(n)
 #define __shared__ static thread_local
-#define INLINE static inline
-#define FULL 0xffffffffu
+#define INLINE inline
+#define UNROLL
+#define NO_UNROLL
+
+using std::conditional_t;
+enum DType { FP32, FP16, BF16 };
 
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
@@ -68,7 +73,7 @@ static inline u32 __vmaxu2(u32 x, u32 y) { return for_halves(x, y, max<u32>); }
 
 struct Index { u32 x; };
 static thread_local Index threadIdx, blockIdx;
-static thread_local char* memory;
+static thread_local char* smem;
 
 // Fibers.
 
@@ -160,35 +165,35 @@ static bool __syncthreads_or(bool x) {
     return any;
 }
 
-// ptx.cu.
+// ptx.cuh.
 
-INLINE float widen_bf16(u16 x) { return __uint_as_float(u32(x) << 16); }
-INLINE float widen_fp16(u16 x) { _Float16 y; memcpy(&y, &x, 2); return float(y); }
-INLINE u16 narrow_fp16(float x) { _Float16 y = _Float16(x); u16 z; memcpy(&z, &y, 2); return z; }
-INLINE u16 narrow_bf16(float x) {
+INLINE float bf16_to_float(u16 x) { return __uint_as_float(u32(x) << 16); }
+INLINE float fp16_to_float(u16 x) { _Float16 y; memcpy(&y, &x, 2); return float(y); }
+INLINE u16 float_to_fp16(float x) { _Float16 y = _Float16(x); u16 z; memcpy(&z, &y, 2); return z; }
+INLINE u16 float_to_bf16(float x) {
     u32 y = __float_as_uint(x);
     if (x != x) return 0x7fff;
     return u16((y + 0x7fff + (y >> 16 & 1)) >> 16);
 }
-INLINE u32 narrow_pair(float low, float high, int data) {
-    return data == 1 ? narrow_fp16(low) | u32(narrow_fp16(high)) << 16
-                     : narrow_bf16(low) | u32(narrow_bf16(high)) << 16;
+INLINE u32 float_to_pair(float low, float high, int dtype) {
+    return dtype == FP16 ? float_to_fp16(low) | u32(float_to_fp16(high)) << 16
+                         : float_to_bf16(low) | u32(float_to_bf16(high)) << 16;
 }
-INLINE u32 pair_at_most(u32 x, u32 y) {
+INLINE u32 set_le_f16x2(u32 x, u32 y) {
     u32 z = 0;
     for (int i = 0; i < 32; i += 16)
-        z |= u32(widen_fp16(u16(x >> i)) <= widen_fp16(u16(y >> i))) * 0xffff << i;
+        z |= u32(fp16_to_float(u16(x >> i)) <= fp16_to_float(u16(y >> i))) * 0xffff << i;
     return z;
 }
-INLINE u32 pair_below(u32 x, u32 y) {
+INLINE u32 set_lt_f16x2(u32 x, u32 y) {
     u32 z = 0;
     for (int i = 0; i < 32; i += 16)
-        z |= u32(widen_fp16(u16(x >> i)) < widen_fp16(u16(y >> i))) * 0xffff << i;
+        z |= u32(fp16_to_float(u16(x >> i)) < fp16_to_float(u16(y >> i))) * 0xffff << i;
     return z;
 }
-INLINE u32 is_below_zero(float x) { return x < 0.f; }
-INLINE float exp2_fast(float x) { return exp2f(x); }
-INLINE float log2_fast(float x) { return log2f(x); }
+INLINE u32 sign_bit(float x) { return x < 0.f; }
+INLINE float ex2_approx(float x) { return exp2f(x); }
+INLINE float lg2_approx(float x) { return log2f(x); }
 static inline float __fdividef(float x, float y) { return x / y; }
 
 INLINE u32 ballot(bool x) {
@@ -197,38 +202,33 @@ INLINE u32 ballot(bool x) {
     for (int i = 0; i < 32; ++i) bits |= u32(m->left[n][i][0] != 0) << i;
     return bits;
 }
-static u64 exchanged(u64 x, int from) {
+template <typename T> T shfl(T x, int lane) {
+    u64 bits = 0;
+    memcpy(&bits, &x, sizeof(T));
     Meeting* m = warp();
-    u32 n = come(m, lane_id(), x);
-    return m->left[n][from & 31][0];
+    u32 n = come(m, lane_id(), bits);
+    memcpy(&x, m->left[n][lane & 31], sizeof(T));
+    return x;
 }
-INLINE u32 from_lane(u32 x, int lane) { return u32(exchanged(x, lane)); }
-INLINE int from_lane(int x, int lane) { return int(exchanged(u32(x), lane)); }
-INLINE u64 from_lane(u64 x, int lane) { return exchanged(x, lane); }
-INLINE float from_lane(float x, int lane) {
-    return __uint_as_float(u32(exchanged(__float_as_uint(x), lane)));
+template <typename T> T shfl_xor(T x, int mask) { return shfl(x, lane_id() ^ mask); }
+template <typename T> T shfl_up(T x, int n) {
+    int from = int(lane_id()) - n;
+    return shfl(x, from < 0 ? int(lane_id()) : from);
 }
-INLINE float across(float x, int mask) { return from_lane(x, lane_id() ^ mask); }
-INLINE int across(int x, int mask) { return from_lane(x, lane_id() ^ mask); }
-INLINE u32 across(u32 x, int mask) { return from_lane(x, lane_id() ^ mask); }
-INLINE u32 from_below(u32 x, int distance) {
-    int from = int(lane_id()) - distance;
-    return u32(exchanged(x, from < 0 ? lane_id() : from));
-}
-INLINE u32 sum_of_warp(u32 x) {
+INLINE u32 reduce_add(u32 x) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), x), sum = 0;
     for (int i = 0; i < 32; ++i) sum += u32(m->left[n][i][0]);
     return sum;
 }
-INLINE void sync_warp() { come(warp(), lane_id(), 0); }
+INLINE void syncwarp() { come(warp(), lane_id(), 0); }
 
-static float half_of(u32 pair, int i, int data) {
+static float number_of(u32 pair, int i, int dtype) {
     u16 x = u16(pair >> (16 * i));
-    return data == 1 ? widen_fp16(x) : widen_bf16(x);
+    return dtype == FP16 ? fp16_to_float(x) : bf16_to_float(x);
 }
 
-INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int data) {
+INLINE void mma_m16n8k16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int dtype) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), a0 | u64(a1) << 32, a2 | u64(a3) << 32, b0 | u64(b1) << 32);
     int g = lane_id() / 4, j = lane_id() % 4;
@@ -237,20 +237,20 @@ INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, i
         double sum = 0;
         for (int k = 0; k < 16; ++k) {
             u64 a = m->left[n][row * 4 + k % 8 / 2][k / 8], b = m->left[n][column * 4 + k % 8 / 2][2];
-            float x = half_of(u32(i / 2 ? a >> 32 : a), k % 2, data);
-            float y = half_of(u32(k / 8 ? b >> 32 : b), k % 2, data);
+            float x = number_of(u32(i / 2 ? a >> 32 : a), k % 2, dtype);
+            float y = number_of(u32(k / 8 ? b >> 32 : b), k % 2, dtype);
             sum += double(x) * y;
         }
         c[i] = float(double(c[i]) + sum);
     }
 }
 
-INLINE void mma_bits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c0, int c1) {
+INLINE void mma_m16n8k256_and_popc(int (&d)[4], const u32 (&x)[4], u32 b0, u32 b1, int c0) {
     Meeting* m = warp();
-    u32 n = come(m, lane_id(), a0 | u64(a1) << 32, a2 | u64(a3) << 32, b0 | u64(b1) << 32);
+    u32 n = come(m, lane_id(), x[0] | u64(x[1]) << 32, x[2] | u64(x[3]) << 32, b0 | u64(b1) << 32);
     int g = lane_id() / 4, j = lane_id() % 4;
     for (int i = 0; i < 4; ++i) {
-        int row = g, column = 2 * j + i % 2, sum = i % 2 ? c1 : c0;
+        int row = g, column = 2 * j + i % 2, sum = i % 2 ? 0 : c0;
         for (int k = 0; k < 8; ++k) {
             // Words 0 to 3 of a row are in the first registers of four lanes, 4 to 7 in the others.
             u64 a = m->left[n][row * 4 + k % 4][k / 4], b = m->left[n][column * 4 + k % 4][2];
@@ -260,7 +260,7 @@ INLINE void mma_bits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
     }
 }
 
-INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
+INLINE void ldmatrix_x4(u32 (&x)[4], const uint4* row) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), u64(row));
     int g = lane_id() / 4, j = lane_id() % 4;
@@ -268,7 +268,7 @@ INLINE void load_matrices(u32 (&x)[4], const uint4* row) {
         x[i] = reinterpret_cast<const u32*>(m->left[n][8 * i + g][0])[j];
 }
 
-INLINE void load_transposed(u32 (&x)[4], const uint4* row) {
+INLINE void ldmatrix_x4_trans(u32 (&x)[4], const uint4* row) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), u64(row));
     int g = lane_id() / 4, j = lane_id() % 4;
@@ -279,7 +279,7 @@ INLINE void load_transposed(u32 (&x)[4], const uint4* row) {
     }
 }
 
-INLINE u32 transpose(u32 x) {
+INLINE u32 movmatrix_trans(u32 x) {
     Meeting* m = warp();
     u32 n = come(m, lane_id(), x);
     int g = lane_id() / 4, j = lane_id() % 4;
@@ -293,38 +293,38 @@ INLINE u32 transpose(u32 x) {
 static void copy_now(const Copy& copy) {
     copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
 }
-INLINE void copy_ahead(void* to, const void* from, bool inside) {
-    if (u64(to) % 16 || inside && u64(from) % 16) fprintf(stderr, "misaligned vector\n"), abort();
-    Copy copy = {to, inside ? from : nullptr};
+INLINE void cp_async(void* to, const void* from, bool valid) {
+    if (u64(to) % 16 || valid && u64(from) % 16) fprintf(stderr, "misaligned vector\n"), abort();
+    Copy copy = {to, valid ? from : nullptr};
     if (blockIdx.x % 2) here->copies[threadIdx.x].open.push_back(copy);
     else copy_now(copy);
 }
-INLINE void copy_ahead(void* to, const void* from) { copy_ahead(to, from, true); }
-INLINE void end_batch() {
+INLINE void cp_async(void* to, const void* from) { cp_async(to, from, true); }
+INLINE void cp_async_commit() {
     Copies& mine = here->copies[threadIdx.x];
     mine.batches.push_back(std::move(mine.open));
     mine.open.clear();
 }
-template <int LEFT> void wait_for_batches() {
+template <int PENDING> void cp_async_wait() {
     Copies& mine = here->copies[threadIdx.x];
-    for (; mine.batches.size() > LEFT; mine.batches.pop_front())
+    for (; mine.batches.size() > PENDING; mine.batches.pop_front())
         for (const Copy& copy : mine.batches.front()) copy_now(copy);
 }
 template <typename T> T __ldcg(const T* p) { T x; memcpy(&x, (const void*)p, sizeof(T)); return x; }
 static inline u32 atomicAdd(u32* p, int x) { u32 before = *p; *p += x; return before; }
 
-INLINE void fetch_line(const void* at) {}
+INLINE void prefetch_l2(const void* at) {}
 
-INLINE char* in_block(char* p, u32 rank) {
-    return here->cluster->memories[rank].data() + (p - memory);
+INLINE char* mapa(char* p, u32 rank) {
+    return here->cluster->memories[rank].data() + (p - smem);
 }
-INLINE void arrive_at_cluster() {
+INLINE void cluster_arrive() {
     __syncthreads();
     if (threadIdx.x != 0) return;
     if (here->meeting != ~0u) fprintf(stderr, "a cluster's barrier is passed twice\n"), abort();
     here->meeting = here->cluster->arrive();
 }
-INLINE void wait_for_cluster() {
+INLINE void cluster_wait() {
     __syncthreads();
     if (threadIdx.x == 0) {
         if (here->meeting == ~0u) fprintf(stderr, "nobody came to a cluster's barrier\n"), abort();
@@ -333,46 +333,34 @@ INLINE void wait_for_cluster() {
     }
     __syncthreads();
 }
-INLINE void sync_cluster() {
-    arrive_at_cluster();
-    wait_for_cluster();
-}
 // Blocks that run side by side, of one row: more than is needed need not have cleared their areas.
 template <typename T> static T word(const T* p) {
     return std::atomic_ref<T>(*const_cast<T*>(p)).load(std::memory_order_relaxed);
 }
-template <typename T> static void tell_word(T* p, T x) {
+template <typename T> static void store_word_of(T* p, T x) {
     std::atomic_ref<T>(*p).store(x, std::memory_order_relaxed);
 }
-INLINE void tell(u32* to, u32 x) { tell_word(to, x); }
-INLINE void tell(u16* to, u16 x) { tell_word(to, x); }
-INLINE u32 look(const u32* p) { return word(p); }
-INLINE uint2 look(const uint2* p) { return {word(&p->x), word(&p->y)}; }
+INLINE void st_relaxed(u32* to, u32 x) { store_word_of(to, x); }
+INLINE void st_relaxed(u16* to, u16 x) { store_word_of(to, x); }
+INLINE u32 ld_relaxed(const u32* p) { return word(p); }
+INLINE uint2 ld_relaxed(const uint2* p) { return {word(&p->x), word(&p->y)}; }
+INLINE u32 ld_acquire(const u32* p) { return std::atomic_ref<u32>(*const_cast<u32*>(p)).load(); }
+INLINE void red_release_add(u32* to, u32 x) { std::atomic_ref<u32>(*to).fetch_add(x); }
 // Other threads of this block, and other blocks, go on meanwhile.
-INLINE void look_again(u32& tries) {
+INLINE void poll(u32& tries) {
     if (++tries > (1u << 24)) fprintf(stderr, "what a block looks for never comes\n"), abort();
     ++here->steps;
     std::this_thread::yield();
     yield();
 }
-INLINE void arrive_and_wait(u32* counter, u32 target) {
-    std::atomic_ref<u32> arrivals(*counter);
-    arrivals.fetch_add(1);
-    while (arrivals.load() < target) std::this_thread::yield();
-}
-INLINE u32 arrive_at_grid() {
+INLINE u32 grid_arrive() {
     here->cluster->arrivals.fetch_add(1);
     return 0;
 }
-INLINE void wait_for_grid(u32 before) {
-    for (u32 tries = 0; here->cluster->arrivals.load() < here->cluster->size;) look_again(tries);
+INLINE void grid_wait(u32 arrival) {
+    for (u32 tries = 0; here->cluster->arrivals.load() < here->cluster->size;) poll(tries);
 }
-INLINE void let_next_start() {}
-INLINE void wait_for_previous() {}
-
+INLINE void griddepcontrol_launch_dependents() {}
+INLINE void griddepcontrol_wait() {}
 // No clocks here.
-enum Phase {
-    STARTED, LENGTH_HAS_COME, CODES_ASKED_FOR, QUERIES_HASHED, SCANNED, SUMS_LEFT, THRESHOLD_FOUND,
-    POSITIONS_PUT, ATTENTION_STARTED, ATTENDED, WARPS_MET, WARPS_MERGED, PARTS_MERGED
-};
-INLINE void end_phase(Phase, int = 0) {}
+INLINE u64 globaltimer(int after) { return 0; }

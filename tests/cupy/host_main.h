@@ -40,7 +40,7 @@ static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const 
     here = &self;
     argument = params;
     blockIdx.x = block;
-    memory = cluster->memories[rank].data();
+    smem = cluster->memories[rank].data();
     std::vector<bool> started(threads), done(threads);
     u32 left = threads;
     u64 idle = 0, steps = ~0ull;

@@ -98,17 +98,18 @@ def test_kernels_compile(name, architecture, record_property):
     assert found
     if name == "decode":
         # Through global memory; with all that is not the default.
-        for changes in ({"joined": "global"}, {"binary": False, "fused": False}):
-            config = {**backend.default(problem), "parts": 8, **changes}
+        for changes in ({"cluster": "cooperative"}, {"binary_mma": False, "fused": False}):
+            config = {**backend.default(problem), "num_splits": 8, **changes}
             found += backend.ahead(problem, config, architecture)
         found = list(dict.fromkeys(found))
         assert {kernel.name for kernel in found} >= {"encode", "hash_attend"}
     if name == "many-keys":
         # Too many positions for shared memory.
-        assert {dict(kernel.macros).get("LISTED", 0) for kernel in found} == {0}
+        assert {dict(kernel.constants).get("POSITIONS_AT", 0) for kernel in found} == {0}
     for kernel in found:
-        code = compiler.cubin(kernel.name, kernel.macros, architecture)
+        code = compiler.cubin(kernel.name, kernel.constants, architecture)
         taken = resources(code)
         record_property(kernel.name, taken)
-        assert taken["registers"] * kernel.threads * dict(kernel.macros).get("RESIDENT", 1) <= 65536
+        blocks = dict(kernel.constants).get("BLOCKS_PER_SM", 1)
+        assert taken["registers"] * kernel.threads * blocks <= 65536
         assert taken["stack"] <= MOST_STACK, kernel

@@ -22,7 +22,9 @@ class ThroughMemory(CuPyBackend):
 
     def default(self, problem):
         config = super().default(problem)
-        return {**config, "joined": "global", "parts": 4} if "joined" in config else config
+        if "cluster" in config:
+            config |= {"cluster": "cooperative", "num_splits": 4}
+        return config
 
 
 class TestCuPyThroughMemory(BackendSuite):

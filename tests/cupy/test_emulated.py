@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 SUITE = Path(__file__).with_name("emulated_suite.py")
-# Some of the suite in every way in which the blocks of a row can meet; the rest is for a GPU.
+# Some of the suite in every way in which the blocks of a row can sync; the rest is for a GPU.
 RUNS = {
     "cluster": "(test_hash_attend or test_fault_07) and (float16 or bfloat16) or several_rounds"
     " or winners or all_is_taken",
-    "global": "test_hash_attend and float32 or several_rounds or winners or all_is_taken",
+    "cooperative": "test_hash_attend and float32 or several_rounds or winners or all_is_taken",
     "other": "(test_hash_attend or test_hamming_topk or test_sparse_attend) and bfloat16",
     "spill": "test_hamming_topk or test_hash_attend and bfloat16 or winners",
 }

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_phase_has_a_name_and_ends_somewhere():
     pytest.importorskip("torch", reason="the benchmarks use torch")
-    sources = {path.name: path.read_text() for path in (ROOT / "backends/cupy").glob("*.cu")}
-    named = re.search(r"enum Phase \{(.*?)\};", sources["ptx.cu"], re.DOTALL)[1]
+    sources = {path.name: path.read_text() for path in (ROOT / "backends/cupy").glob("*.cu*")}
+    named = re.search(r"enum Phase \{(.*?)\};", sources["trace.cuh"], re.DOTALL)[1]
     phases = re.findall(r"\w+", named)
-    ended = re.findall(r"\bend_phase\((\w+)", "".join(sources.values()))
+    ended = re.findall(r"\btrace\((\w+)", "".join(sources.values()))
     assert set(phases) <= set(ended)
     listed = subprocess.run(
         [sys.executable, "-c", "from benchmarks import phases; print(len(phases.PHASES))"],
@@ -25,7 +25,7 @@ def test_every_phase_has_a_name_and_ends_somewhere():
     assert int(listed.stdout) == len(phases) - 1
 
 
-def test_kernels_with_clocks_compile(monkeypatch, tmp_path):
+def test_traced_kernels_compile(monkeypatch, tmp_path):
     pytest.importorskip("cupy", reason="the CuPy backend needs it")
     compiler = importlib.import_module("hata.backends.cupy.compiler")
     problems = importlib.import_module("hata.problem")
@@ -35,12 +35,12 @@ def test_kernels_with_clocks_compile(monkeypatch, tmp_path):
     )
     backend = importlib.import_module("hata.backends.cupy").CuPyBackend()
     [kernel] = backend.ahead(problem, backend.default(problem), 90)
-    plain = compiler.cubin(kernel.name, kernel.macros, 90)
-    monkeypatch.setattr(compiler, "MORE_OPTIONS", ["-DCLOCKS=4096ull"])
-    clocked = compiler.cubin(kernel.name, kernel.macros, 90)
-    assert len(clocked) > len(plain)
-    monkeypatch.setattr(compiler, "MORE_OPTIONS", [])
-    assert compiler.cubin(kernel.name, kernel.macros, 90) == plain
+    plain = compiler.cubin(kernel.name, kernel.constants, 90)
+    monkeypatch.setattr(compiler, "TRACE", 4096)
+    traced = compiler.cubin(kernel.name, kernel.constants, 90)
+    assert len(traced) > len(plain)
+    monkeypatch.setattr(compiler, "TRACE", 0)
+    assert compiler.cubin(kernel.name, kernel.constants, 90) == plain
 
 
 @pytest.mark.gpu

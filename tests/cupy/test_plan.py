@@ -114,7 +114,7 @@ def axis_name(name):
 
 
 def test_arguments_of_rows_are_those_of_the_source():
-    expected = [(axis_name(name), code) for name, code in declared(body("row.cu", "Params"))]
+    expected = [(axis_name(name), code) for name, code in declared(body("row.cuh", "Params"))]
     assert list(row.LAYOUT.items()) == expected
 
 
@@ -141,10 +141,10 @@ def test_a_decode_step_is_one_launch(device):
     arguments = step()
     hata.hash_attend(**arguments, fresh=1)
     [(launch, data)] = device.launched
-    macros = dict(launch.kernel.macros)
-    assert (macros["FUSED"], macros["FRESH"], macros["SAME"]) == (1, 1, 1)
-    assert launch.kernel.cluster == macros["PARTS"] > 1
-    assert launch.grid == 8 * macros["PARTS"]
+    constants = dict(launch.kernel.constants)
+    assert (constants["FUSED"], constants["FRESH"], constants["SAME_PROJECTION"]) == (1, 1, 1)
+    assert launch.kernel.cluster == constants["NUM_SPLITS"] > 1
+    assert launch.grid == 8 * constants["NUM_SPLITS"]
     assert not launch.overlap
     given = fields(data, row.LAYOUT)
     assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
@@ -158,7 +158,7 @@ def test_key_norms_are_counted_in_three_rounds(device):
     norms = np.zeros(arguments["key_codes"].shape[:3], np.float16)
     hata.hash_attend(**arguments, key_norms=norms, fresh=1)
     [(launch, _)] = device.launched
-    assert dict(launch.kernel.macros)["ROUNDS"] == 3
+    assert dict(launch.kernel.constants)["DIGITS"] == 3
 
 
 def test_given_codes_need_no_encode(device):
@@ -166,13 +166,13 @@ def test_given_codes_need_no_encode(device):
     q_codes = np.zeros((1, 16, 1, 16), np.uint8)
     hata.hash_attend(**arguments, q_codes=q_codes)
     [(launch, data)] = device.launched
-    macros = dict(launch.kernel.macros)
-    assert (macros["FUSED"], macros["GROUP"], macros["G"]) == (0, 2, 4)
+    constants = dict(launch.kernel.constants)
+    assert (constants["FUSED"], constants["CODE_GROUP"], constants["GROUP"]) == (0, 2, 4)
     assert fields(data, row.LAYOUT)["q_codes"] == q_codes.__array_interface__["data"][0]
 
 
 def test_long_projections_are_a_launch_of_their_own(device):
-    with using("hash_attend", joined="cluster"):
+    with using("hash_attend", cluster="cluster"):
         hata.hash_attend(**step(bits=512), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
@@ -183,12 +183,12 @@ def test_old_gpus_meet_through_global_memory(device):
     device.architecture, device.clusters = 80, 1
     hata.hash_attend(**step(), fresh=1)
     [(launch, data)] = device.launched
-    macros = dict(launch.kernel.macros)
-    assert (macros["JOINED"], launch.kernel.cluster, launch.kernel.together) == (2, 1, True)
+    constants = dict(launch.kernel.constants)
+    assert (constants["SYNC"], launch.kernel.cluster, launch.kernel.together) == (2, 1, True)
     given = fields(data, row.LAYOUT)
     # An area of every block, of whole lines, and a counter of every row behind them.
-    assert macros["SEEN"] % row.LINE == 0
-    assert given["arrivals"] - given["exchange"] >= launch.grid * macros["SEEN"]
+    assert constants["WORKSPACE_BYTES"] % row.LINE == 0
+    assert given["arrivals"] - given["exchange"] >= launch.grid * constants["WORKSPACE_BYTES"]
 
 
 # The latter: weights leave less room for positions than histograms do.
@@ -209,13 +209,13 @@ def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
         if norms:
             arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
         for parts, threads in itertools.product((0, 4, 8, 16, 32), (128, 256, 512)):
-            with using("hash_attend", parts=parts, threads=threads, joined="global"):
+            with using("hash_attend", num_splits=parts, threads=threads, cluster="cooperative"):
                 for fresh in (0, 1):
                     hata.hash_attend(**arguments, fresh=fresh)
         rows = [launch for launch, _ in device.launched if launch.kernel.name == "hash_attend"]
         for launch in rows:
             room = (device.shared + 1024) // (launch.shared + 2048 + 1024)
-            at_once = min(room, dict(launch.kernel.macros)["RESIDENT"])
+            at_once = min(room, dict(launch.kernel.constants)["BLOCKS_PER_SM"])
             if launch.kernel.together:
                 assert launch.grid <= device.sms * at_once
         assert any(launch.kernel.together for launch in rows)
@@ -223,27 +223,36 @@ def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
 
 def test_positions_lie_in_shared_memory_where_there_is_room(device):
     for k, joined, listed in ((512, "cluster", True), (4096, "cluster", True),
-                              (512, "global", True), (2**15, "cluster", False)):  # fmt: skip
-        with using("hash_attend", joined=joined, parts=4):
+                              (512, "cooperative", True), (2**15, "cluster", False)):  # fmt: skip
+        with using("hash_attend", cluster=joined, num_splits=4):
             hata.hash_attend(**{**step(slots=2**16), "k": k}, fresh=1)
         launch = device.launched[-1][0]
-        macros = dict(launch.kernel.macros)
-        assert bool(macros["LISTED"]) == listed
+        constants = dict(launch.kernel.constants)
+        assert bool(constants["POSITIONS_AT"]) == listed
         if listed:
             # A share of the budget in whole tiles, and half more, behind what others may see.
-            assert macros["EXCHANGE"] >= macros["LISTED"] + (k // 4 * 3 // 2 + 32) * 4
-        for place in ("EXCHANGE", "QUERIES", "COUNTERS", "RING", "KEPT_ROWS"):
-            assert macros[place] % row.LINE == 0, place
-            assert macros["LISTED"] % 16 == 0
+            assert (
+                constants["EXCHANGE_BYTES"]
+                >= constants["POSITIONS_AT"] + (k // 4 * 3 // 2 + 32) * 4
+            )
+        for place in (
+            "EXCHANGE_BYTES",
+            "QUERY_BYTES",
+            "HISTOGRAM_BYTES",
+            "RING_BYTES",
+            "STAGES_AT",
+        ):
+            assert constants[place] % row.LINE == 0, place
+            assert constants["POSITIONS_AT"] % 16 == 0
 
 
 def test_a_launch_of_blocks_that_wait_for_one_another_overlaps_with_none(device):
-    with using("hash_attend", parts=4, joined="global", fused=False):
+    with using("hash_attend", num_splits=4, cluster="cooperative", fused=False):
         hata.hash_attend(**step(), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
     assert [launch.kernel.together for launch in launches] == [False, True]
-    assert [dict(launch.kernel.macros)["OVERLAP"] for launch in launches][1] == 0
+    assert [dict(launch.kernel.constants)["PDL"] for launch in launches][1] == 0
     assert not launches[1].overlap
 
 
@@ -253,7 +262,7 @@ def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
     large = np.broadcast_to(small[:, :, :1], (1, 1, 2**22, 16))
     for codes in (small, large):
         hata.hamming_topk(q_codes, codes, 9)
-    spilled = [dict(launch.kernel.macros)["SPILL"] for launch, _ in device.launched]
+    spilled = [dict(launch.kernel.constants)["SPILL"] for launch, _ in device.launched]
     assert spilled == [0, 1]
     assert all(launch.shared <= device.shared for launch, _ in device.launched)
 
@@ -307,8 +316,8 @@ def test_shared_memory_fits(device, sizes, threads, architecture):
     arguments = step(batch=1, slots=2**13, **sizes)
     if norms:
         arguments["key_norms"] = np.zeros(arguments["key_codes"].shape[:3], np.float16)
-    for parts, joined in itertools.product((0, 1, 2, 4, 8, 16, 32), ("auto", "global")):
-        with using("hash_attend", parts=parts, threads=threads, joined=joined, ahead=16):
+    for parts, joined in itertools.product((0, 1, 2, 4, 8, 16, 32), ("auto", "cooperative")):
+        with using("hash_attend", num_splits=parts, threads=threads, cluster=joined, prefetch=16):
             hata.hash_attend(**arguments)
     for launch, _ in device.launched:
         assert launch.grid % launch.kernel.cluster == 0
@@ -323,10 +332,10 @@ def test_parts_are_as_many_as_find_room(device):
     for fit, expected in (({16: 8}, 16), ({9: 9, 10: 7, 16: 7}, 9), ({}, 1)):
         device.at_once = lambda size, resident, fit=fit: fit.get(size, 7)
         registry._forget()
-        with using("hamming_topk", joined="cluster"):
+        with using("hamming_topk", cluster="cluster"):
             hata.hamming_topk(np.zeros((1, 32, 1, 16), np.uint8), codes, 2048)
         launch = device.launched[-1][0]
-        assert dict(launch.kernel.macros)["PARTS"] == launch.kernel.cluster == expected
+        assert dict(launch.kernel.constants)["NUM_SPLITS"] == launch.kernel.cluster == expected
 
 
 def test_few_long_rows_meet_through_global_memory(device):
@@ -339,5 +348,5 @@ def test_few_long_rows_meet_through_global_memory(device):
         registry._forget()
         codes = np.broadcast_to(np.zeros((1, 8, 1, 16), np.uint8), (batch, 8, slots, 16))
         hata.hamming_topk(np.zeros((batch, 32, 1, 16), np.uint8), codes, 512)
-        macros = dict(device.launched[-1][0].kernel.macros)
-        assert (macros["JOINED"], macros["PARTS"]) == (joined, parts)
+        constants = dict(device.launched[-1][0].kernel.constants)
+        assert (constants["SYNC"], constants["NUM_SPLITS"]) == (joined, parts)

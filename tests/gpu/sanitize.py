@@ -65,13 +65,13 @@ def choices(backend: Backend, suite: BackendSuite, kit: TorchKit, op: str) -> li
     problem = suite.problem_of(kit, BASE, op)
     default = dict(backend.default(problem))
     knobs = backend.tunables(op, problem)
-    if 0 in knobs.get("parts", ()):
+    if 0 in knobs.get("num_splits", ()):
         # Left to itself, a row of so few keys is one block's.
-        default["parts"] = 4
+        default["num_splits"] = 4
     variants = {
         name: values
         for name, values in knobs.items()
-        if name == "ahead" or not all(type(v) is int for v in values)
+        if name in ("prefetch", "ahead") or not all(type(v) is int for v in values)
     }
     return [default] + [
         {**default, name: value}
