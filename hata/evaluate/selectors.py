@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from hata.encoder import Encoder
-from hata.hf.plan import LayerPlan
+from hata.hf.layer_plan import LayerPlan
 from hata.selection import Selection
 
 

@@ -10,8 +10,8 @@ more than one token, runs the model's own attention. See `attach` for what can b
 
 try:
     from hata.hf.attachment import Handle, attach, check_model, detach
-    from hata.hf.policy import DEFAULT_SELECTION
-    from hata.hf.report import LayerReport, Report
+    from hata.hf.layer_report import LayerReport, Report
+    from hata.hf.model_selections import DEFAULT_SELECTION
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "transformers"):
         raise

@@ -2,7 +2,7 @@
 
 A decode step runs `hata.hash_attend` where the layer has codes and nothing speaks against it; every
 other step runs the function that the model would have run. Which of the two is decided from what
-the host knows: shapes, types, and whether the mask hides left padding at most (`hata.hf.padding`).
+the host knows: shapes, types, and whether the mask hides left padding at most (`hata.hf.masks`).
 Keys and values that are not the ones that our cache layer holds (another cache, a cache shared
 between layers, latent attention) are always attended to densely, so codes are never matched with
 keys they were not made of.
@@ -17,44 +17,30 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import hata
 from hata.errors import AttachError
-from hata.hf import passes, report
+from hata.hf import forward_pass, reasons
 from hata.hf.cache import HashStaticLayer
+from hata.hf.forward_pass import ForwardPass
 from hata.hf.intercept import Function
-from hata.hf.padding import can_look, is_known
-from hata.hf.plan import LayerPlan
-from hata.hf.report import LayerRecord
+from hata.hf.layer_plan import LayerPlan
+from hata.hf.layer_report import HASHED, LayerRecord
+from hata.hf.masks import can_look, first_visible, is_known, is_left_padding, only_hides
 
 # Arguments of attention functions that change nothing of a decode step, or that our ops know.
 # With any other that is given a value, the model's own function runs.
-_KNOWN = frozenset(
-    (
-        "cache_position",
-        "dropout",
-        "is_causal",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "s_aux",
-        "scaling",
-        "softcap",
-        "use_cache",
-    )
-)
+_KNOWN_NAMES = """
+cache_position dropout is_causal logits_to_keep num_items_in_batch output_hidden_states
+output_router_logits position_embeddings position_ids return_dict s_aux scaling softcap use_cache
+"""
+_KNOWN = frozenset(_KNOWN_NAMES.split())
 
 
 class HashedAttention:
     """What one planned layer attends with; `answer` is its handler, see `hata.hf.intercept`."""
 
-    __slots__ = ("_known", "_plan", "_record")
-
     def __init__(self, plan: LayerPlan, record: LayerRecord) -> None:
-        self._plan = plan
-        self._record = record
+        self._plan, self._record = plan, record
         # The function that was found to be known last.
         self._known: Function | None = None
 
@@ -73,11 +59,11 @@ class HashedAttention:
     ) -> tuple[Any, Any]:
         """Attention of `query [B, H, T, D]` -> `([B, T, H, Dv], None)`, or what `own` returns."""
         compiling = torch.compiler.is_compiling()
-        step = passes.of_compiler if compiling else passes.of_thread
+        step = forward_pass.of_compiler if compiling else forward_pass.of_thread
         layer, step.layer = step.layer, None
         if len(args) != 4:
             why = "arguments of its attention that are not known"
-        elif args[0].size(2) != 1:
+        elif args[0].shape[2] != 1:
             why = self._why_several(step, layer, module, args)
         else:
             why = self._why_dense(step, layer, module, args)
@@ -87,59 +73,59 @@ class HashedAttention:
             (self._record.compiled if compiling else self._record.dense)(why)
             return own(module, *args, **kwargs)
         query, _, _, mask = args
-        starts = None if mask is None or not step.masked else step.first_visible(mask)
+        starts = None
+        if mask is not None and step.masked:
+            starts = step.of_mask(first_visible, mask)
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         if own is sdpa_attention_forward:
             # It knows neither, and so does a model that runs it: earlier releases ignore them.
             softcap = sinks = None
         if sinks is not None:
             sinks = sinks.detach()
-        out = layer.attend(query, starts, kwargs.get("scaling"), softcap, sinks)
+        out = _attend(layer, query, starts, kwargs.get("scaling"), softcap, sinks)
         if compiling:
-            self._record.compiled(report.HASHED)
+            self._record.compiled(HASHED)
         else:
             self._record.hashed(query)
         return out.transpose(1, 2).contiguous(), None
 
     def _why_dense(
-        self, step: passes.Pass, layer: Any, module: nn.Module, args: tuple[Any, ...]
+        self, step: ForwardPass, layer: Any, module: nn.Module, args: tuple[Any, ...]
     ) -> str | None:
         """Why a step of one token runs dense, as far as its tensors tell; `None` for hashing."""
         plan = self._plan
         query, key, value, mask = args
         if module.training:
-            return report.TRAINING
-        if type(layer) is not HashStaticLayer and key.size(2) <= plan.dense_below:
-            return report.SHORT
+            return reasons.TRAINING
+        if type(layer) is not HashStaticLayer and key.shape[2] <= plan.dense_below:
+            return reasons.SHORT
         if layer is None:
-            return step.why or report.NOT_CACHED
+            return step.why or reasons.NOT_CACHED
         if layer.plan is not plan:
-            return report.OTHER_PLAN
+            return reasons.OTHER_PLAN
         if layer.why is not None:
             return layer.why
         if layer.keys is not key or layer.values is not value:
-            return report.NOT_CACHED
+            return reasons.NOT_CACHED
         dtype = query.dtype
         if key.dtype != dtype or value.dtype != dtype:
-            return report.DTYPES
-        if torch.is_grad_enabled() and (
-            query.requires_grad or key.requires_grad or value.requires_grad
-        ):
-            return report.GRADIENTS
+            return reasons.DTYPES
+        if torch.is_grad_enabled() and any(given.requires_grad for given in (query, key, value)):
+            return reasons.GRADIENTS
         if step.weights:
-            return report.WEIGHTS
+            return reasons.WEIGHTS
         return None if mask is None else _why_masked(step, layer, mask)
 
     def _why_several(
-        self, step: passes.Pass, layer: Any, module: nn.Module, args: tuple[Any, ...]
+        self, step: ForwardPass, layer: Any, module: nn.Module, args: tuple[Any, ...]
     ) -> str:
         """Why a step of several tokens runs dense; looks at its mask, for the steps that follow."""
         _, key, _, mask = args
         if module.training:
-            return report.TRAINING
+            return reasons.TRAINING
         if layer is None:
-            lost = step.why == report.NO_CACHE and key.size(2) > self._plan.dense_below
-            return report.NO_CACHE if lost else report.PREFILL
+            lost = step.why == reasons.NO_CACHE and key.shape[2] > self._plan.dense_below
+            return reasons.NO_CACHE if lost else reasons.PREFILL
         if mask is None:
             layer.left_padded = True
         elif torch.compiler.is_compiling():
@@ -148,7 +134,7 @@ class HashedAttention:
         else:
             layer.left_padded = layer.only_hides = None
             _why_masked(step, layer, mask)
-        return report.PREFILL
+        return reasons.PREFILL
 
     def _why_unknown(
         self, own: Function, module: nn.Module, kwargs: dict[str, Any], compiling: bool
@@ -167,20 +153,56 @@ class HashedAttention:
         return None
 
 
-def _why_masked(step: passes.Pass, layer: Any, mask: Any) -> str | None:
+def _attend(
+    layer: Any, query: torch.Tensor, starts: Any, scale: Any, softcap: Any, sinks: Any
+) -> torch.Tensor:
+    """Hash attention of one query per row over a cache layer, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
+    plan, hasher, keys, values = layer.plan, layer.hasher, layer.keys, layer.values
+    codes, norms, fresh, lengths = layer.ready()
+    q_codes, k = hasher.query_codes(query), plan.selection.k
+    if hasher.key_heads != plan.kv_heads:
+        # One key code per query head: no fused op knows those, the three steps do.
+        seen = {"lengths": lengths, "starts": starts, "key_norms": norms}
+        indices = hata.hamming_topk(q_codes, codes, k, **seen, **plan.budget)
+        out = hata.sparse_attend(
+            query, keys, values, indices, scale=scale, softcap=softcap, sink_logits=sinks
+        )
+    else:
+        out = hata.hash_attend(
+            query,
+            keys,
+            values,
+            codes,
+            hasher.attend_projection,
+            k,
+            q_codes=q_codes,
+            fresh=fresh,
+            lengths=lengths,
+            starts=starts,
+            key_norms=norms,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sinks,
+            **hasher.attend_options,
+        )
+    layer.attended()
+    return out
+
+
+def _why_masked(step: ForwardPass, layer: Any, mask: Any) -> str | None:
     """Why a mask keeps a decode step dense, if it does; looks at it where it can be read."""
     if not is_known(mask):
-        return report.MASK
+        return reasons.MASK
     # On a CPU every step looks; elsewhere one that comes with several tokens, or the first.
     look = can_look(mask)
     always = look and mask.device.type == "cpu"
     if mask.dim() == 4 and mask.dtype != torch.bool:
         if always or (look and layer.only_hides is None):
-            layer.only_hides = step.only_hides(mask)
+            layer.only_hides = step.of_mask(only_hides, mask)
         if not layer.only_hides:
-            return report.UNSEEN if layer.only_hides is None else report.BIAS
+            return reasons.UNSEEN if layer.only_hides is None else reasons.BIAS
     if always or (look and layer.left_padded is None):
-        layer.left_padded = step.hides_left_padding_alone(mask, layer.total())
+        layer.left_padded = step.of_mask(is_left_padding, mask, layer.total())
     if layer.left_padded is None and step.masked:
-        return report.UNSEEN
-    return report.HOLES if layer.left_padded is False else None
+        return reasons.UNSEEN
+    return reasons.HOLES if layer.left_padded is False else None

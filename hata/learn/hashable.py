@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import hata.hf
 from hata.errors import AttachError, EncoderError
+from hata.hf.layer_report import LayerReport
 from hata.hf.models import cache_among, cache_argument, is_tested
-from hata.hf.report import NEVER_CALLED, NOT_CACHED, PREFILL, SHORT, LayerReport
+from hata.hf.reasons import NEVER_CALLED, NOT_CACHED, PREFILL, SHORT
 from hata.learn.text import CaptureError, first_line
 from hata.selection import Selection
 

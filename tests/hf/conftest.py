@@ -166,7 +166,7 @@ def answer():
 @pytest.fixture
 def always_hash(monkeypatch):
     """Run the ops however short the context is: nothing falls back to the model's own attention."""
-    monkeypatch.setattr("hata.hf.plan.covered", lambda selection: 0)
+    monkeypatch.setattr("hata.hf.layer_plan.covered", lambda selection: 0)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf import passes, report  # noqa: E402
+from hata.hf import attachment, forward_pass, reasons  # noqa: E402
 from hata.hf.models import cache_argument  # noqa: E402
 
 # What this release calls the cache.
@@ -158,7 +158,7 @@ def test_unsupported_head_size_is_refused_at_attach(fresh):
 
 @pytest.mark.parametrize("version", ["5.16.2", "5.25.0", "6.0.0.dev0"])
 def test_fault_64_untested_transformers_warns_once(version, tiny, monkeypatch):
-    monkeypatch.setattr("hata.hf.attachment._version_known", False)
+    attachment._check_version.cache_clear()
     monkeypatch.setattr("hata.hf.attachment.transformers.__version__", version)
     with pytest.warns(UserWarning, match=r"outside the range .* 5\.17 to 5\.24"):
         hata.hf.attach(tiny("llama")).detach()
@@ -266,7 +266,7 @@ def test_masks_with_holes_stay_dense(kind, tiny, prompts, calls):
         with pytest.warns(UserWarning, match="layer 1 .* hides more than left padding"):
             assert torch.equal(own, run())
         assert [layer.dense for layer in handle.report().layers[1:]] == [
-            {report.PREFILL: 1, report.HOLES: 1}
+            {reasons.PREFILL: 1, reasons.HOLES: 1}
         ] * 2
     assert not calls
 
@@ -315,7 +315,7 @@ def test_exception_in_a_forward_pass_leaves_no_cache_behind(fresh, prompts, monk
     handle = hata.hf.attach(model, selection=FEW)
     with pytest.raises(IndexError):
         model(torch.full((1, 5), 10_000))
-    assert passes.current().layer is None
+    assert forward_pass.current().layer is None
     handle.detach()
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf import report  # noqa: E402
+from hata.hf import reasons  # noqa: E402
 from hata.hf.models import cache_argument  # noqa: E402
 
 # What this release calls the cache.
@@ -61,7 +61,7 @@ def test_additive_masks_are_looked_at_in_every_step(biased, fresh, prompts, alwa
         ):
             torch.testing.assert_close(own, run(), rtol=1e-4, atol=1e-4)
     for layer in handle.report().layers:
-        assert layer.dense[report.BIAS] == 1
+        assert layer.dense[reasons.BIAS] == 1
         assert layer.hashed == 1
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf.cache import DYNAMIC, STATIC  # noqa: E402
+from hata.hf.coded_layer import DYNAMIC, STATIC  # noqa: E402
 from hata.hf.models import cache_argument  # noqa: E402
 
 # What this release calls the cache.
@@ -24,7 +24,7 @@ def in_step(layer, length=None):
     """Whether the codes that a layer counts on are the codes of its keys."""
     length = getattr(layer, "coded", None) if length is None else length
     keys = layer.keys[:, :, :length].contiguous()
-    expected = hata.encode(keys, layer.placed.projection, layer.placed.bias)
+    expected = hata.encode(keys, layer.hasher.projection, layer.hasher.bias)
     return torch.equal(expected, layer.codes[:, :, :length])
 
 

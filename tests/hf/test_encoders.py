@@ -11,8 +11,8 @@ import hata.hf  # noqa: E402
 from hata.encoder import Encoder, Hidden, ModelShape, QueryHash  # noqa: E402
 from hata.evaluate import decoding  # noqa: E402
 from hata.evaluate.selectors import Coded, lowest_first  # noqa: E402
+from hata.hf.layer_plan import LayerPlan  # noqa: E402
 from hata.hf.models import cache_argument  # noqa: E402
-from hata.hf.plan import LayerPlan  # noqa: E402
 
 # What this release calls the cache.
 CACHE = cache_argument(transformers.LlamaForCausalLM)

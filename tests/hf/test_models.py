@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf import models, report  # noqa: E402
+from hata.hf import models, reasons  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).parent / "families.py")
 families = importlib.util.module_from_spec(_spec)
@@ -103,7 +103,7 @@ def test_family(name, told, calls, monkeypatch):
         return
     for way, (tokens, logits) in own.items():
         with monkeypatch.context() as patch:
-            patch.setattr("hata.hf.plan.covered", lambda selection: 0)
+            patch.setattr("hata.hf.layer_plan.covered", lambda selection: 0)
             got, layers, count = attached(model, way, 4096, calls)
         assert torch.equal(tokens, got[0])
         bound = 2e-3 * float(logits.abs().max())
@@ -115,12 +115,14 @@ def test_family(name, told, calls, monkeypatch):
         assert count == sum(layer.hashed for layer in layers)
         for layer in layers:
             assert (layer.selection is None) == bool(layer.why)
-            reasons = set(layer.dense) - {report.PREFILL, report.SHORT}
+            unplanned = set(layer.dense) - {reasons.PREFILL, reasons.SHORT}
             # A planned layer hashed in every step that could, or says why it did not.
-            assert layer.selection is None or bool(layer.hashed) != bool(reasons)
+            assert layer.selection is None or bool(layer.hashed) != bool(unplanned)
             assert layer.selection is not None or not layer.hashed
             found.setdefault(layer.layer, []).append(
-                ("hashed" if layer.hashed else next(iter(reasons))) if not layer.why else layer.why
+                ("hashed" if layer.hashed else next(iter(unplanned)))
+                if not layer.why
+                else layer.why
             )
     kinds = {what for whats in found.values() for what in whats}
     hashed = sorted(layer for layer, whats in found.items() if "hashed" in whats)

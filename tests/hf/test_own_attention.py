@@ -10,7 +10,7 @@ from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf import models, report  # noqa: E402
+from hata.hf import models, reasons  # noqa: E402
 
 ALL_KEYS = hata.Selection(bits=64, k=200, dense_layers=0, min_length=0)
 FEW = hata.Selection(bits=64, k=6, dense_layers=0, min_length=0)
@@ -194,7 +194,7 @@ def test_autocast(fresh, prompts, answer, calls):
     with torch.autocast("cpu", torch.bfloat16):
         own, got, handle = both(model, "dynamic", prompts, answer, FEW)
     assert torch.equal(own.logits, got.logits)
-    assert handle.report().layers[0].dense[report.DTYPES] == 9
+    assert handle.report().layers[0].dense[reasons.DTYPES] == 9
     assert not calls
 
 
@@ -236,4 +236,4 @@ def test_a_mask_that_adds_to_the_logits_is_dense(fresh, prompts, calls):
         with pytest.warns(UserWarning, match="a mask that adds numbers to the logits"):
             model(ids[:, :1], attention_mask=slopes, **given)
     assert not calls
-    assert report.BIAS in handle.report().layers[0].dense
+    assert reasons.BIAS in handle.report().layers[0].dense

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
 
 import hata  # noqa: E402
 import hata.hf  # noqa: E402
-from hata.hf import models, report  # noqa: E402
+from hata.hf import models, reasons  # noqa: E402
 
 FEW = hata.Selection(bits=64, k=6, dense_layers=1, min_length=0)
 CACHE = models.cache_argument(transformers.LlamaForCausalLM)
@@ -39,7 +39,7 @@ def test_steps_are_counted_and_told_by_reason(tiny, prompts, answer):
     for layer in others:
         assert layer.selection == middle
         assert layer.hashed == 6
-        assert layer.dense == {report.PREFILL: 1, report.SHORT: 3}
+        assert layer.dense == {reasons.PREFILL: 1, reasons.SHORT: 3}
         assert not layer.captured
         assert not layer.compiled
     told = str(handle.report()).splitlines()
@@ -334,7 +334,7 @@ def test_the_command_tells_what_differs_in_a_line(saved, capsys, monkeypatch):
     from hata import cli
 
     # No error is small enough.
-    monkeypatch.setattr("hata.hf.check._TOLERANCE", {torch.float32: -1.0})
+    monkeypatch.setattr("hata.hf.model_check._TOLERANCE", {torch.float32: -1.0})
     assert cli.main(["check", "--model", str(saved), "--device", "cpu"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("hata check: error: check: LlamaForCausalLM, dynamic: hash attention")

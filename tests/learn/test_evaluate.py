@@ -47,7 +47,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_choose_what_the_ops_choose(asked, encoders, kind, bits):
     """Exactly: the same keys as `hata.encode` and `hata.hamming_topk`."""
-    from hata.hf.plan import LayerPlan
+    from hata.hf.layer_plan import LayerPlan
     from hata.selection import Selection
 
     encoder = encoders[kind]
@@ -67,7 +67,7 @@ def test_keys_hashed_per_query_head_add_up(asked, encoders):
     """The score of a group is the sum over its heads, each with its own codes of the keys."""
     encoder = encoders["keys per query head"]
     scores = Coded("x", encoder).scores(asked)
-    from hata.hf.plan import LayerPlan
+    from hata.hf.layer_plan import LayerPlan
     from hata.selection import Selection
 
     placed = LayerPlan(encoder, 1, Selection(bits=64, k=1)).on(asked.keys)

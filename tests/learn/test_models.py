@@ -18,7 +18,7 @@ from hata.errors import AttachError
 from hata.evaluate import decoding
 from hata.evaluate.selectors import Coded, Exact
 from hata.hf import models
-from hata.hf.report import NOT_CACHED
+from hata.hf.reasons import NOT_CACHED
 from hata.learn import capture, recorder
 from hata.learn.hashable import check_config, dense_layers
 from hata.learn.text import CaptureError

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from hata.errors import AttachError
 from hata.hf.attention import HashedAttention
 from hata.hf.intercept import Function, Handler, Interception, handler_of
 
-PROMPT = 24
-NEW = 4
+_PROMPT = 24
+_NEW = 4
 # Largest error of a layer's output, as a share of its size: a few roundings of the dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 WAYS = {
@@ -66,116 +67,102 @@ def compare(
 
 
 def _compared(model: Any, attached: Callable[[], Any], way: str) -> Checked:
-    kwargs, padded = WAYS[way]
+    options, padded = WAYS[way]
     inputs = _prompt(model, padded)
     try:
-        own = _answer(model, inputs, kwargs)
+        own = _answer(model, inputs, options)
     # The model itself cannot do this, for reasons that only its own code knows.
     except Exception as error:
         told = str(error).strip().partition("\n")[0]
         return Checked(way, 0, f"the model itself cannot: {type(error).__name__}: {told}")
-    with attached(), _watched(model, way) as compared:
-        got = _answer(model, inputs, kwargs)
-        hashed = len(compared)
-    _compare_logits(type(model).__name__, way, own, got, _TOLERANCE[model.dtype])
-    return Checked(way, hashed, "")
-
-
-def _compare_logits(
-    model: str, way: str, own: torch.Tensor, got: torch.Tensor, tolerance: float
-) -> None:
-    """Up to the first token that the two could choose differently; errors of layers add up."""
+    where, compared = f"check: {type(model).__name__}, {way}", []
+    with attached(), closing(_watch(model, where, compared)):
+        got = _answer(model, inputs, options)
+    # Up to the first token that the two could choose differently; errors of layers add up.
     for step, (ours, theirs) in enumerate(zip(got, own, strict=True)):
-        error = float((ours - theirs).abs().amax() / theirs.abs().amax().clamp_min(1e-6))
-        if not error <= 20 * tolerance:
+        error = _error(ours, theirs)
+        if not error <= 20 * _TOLERANCE[model.dtype]:
             raise AttachError(
-                f"check: {model}, {way}: its logits of token {step} differ by {error:.1%} of the "
-                "largest, though no layer does where it is hashed; it looks at something that "
-                "attaching changed, so leave it unattached"
+                f"{where}: its logits of token {step} differ by {error:.1%} of the largest, though "
+                "no layer does where it is hashed; it looks at something that attaching changed, "
+                "so leave it unattached"
             )
         if not torch.equal(ours.argmax(-1), theirs.argmax(-1)):
-            return
+            break
+    return Checked(way, len(compared), "")
 
 
-def _answer(model: Any, inputs: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> torch.Tensor:
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a share of the largest number expected."""
+    got, expected = got.float(), expected.float()
+    return float((got - expected).abs().amax() / expected.abs().amax().clamp_min(1e-6))
+
+
+def _answer(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
     """The logits of each new token, `[tokens, B, V]`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(
             **inputs,
-            **kwargs,
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
+            **options,
+            max_new_tokens=_NEW,
+            min_new_tokens=_NEW,
             do_sample=False,
             num_beams=1,
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return torch.stack(out.logits).float()
+    return torch.stack(out.logits)
 
 
 def _prompt(model: Any, padded: bool) -> dict[str, torch.Tensor]:
     """Tokens drawn from the vocabulary, the same every time."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1 + padded, PROMPT), generator=generator)
+    ids = torch.randint(0, vocabulary, (1 + padded, _PROMPT), generator=generator)
     mask = torch.ones_like(ids)
-    if padded:
-        mask[1, : PROMPT // 3] = 0
+    mask[1:, : _PROMPT // 3] = 0
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-@contextmanager
-def _watched(model: Any, way: str) -> Iterator[list[int]]:
+def _watch(model: Any, where: str, compared: list[int]) -> Interception:
     """Compare every hashed step with what the model's own function makes of it."""
-    compared: list[int] = []
-    name = type(model).__name__
-    handlers: dict[Any, Handler] = {}
-    for module in model.modules():
-        handler = handler_of(module)
-        if handler is not None and isinstance(getattr(handler, "__self__", None), HashedAttention):
-            handlers[module] = _Compared(handler, name, way, compared).answer
-    interception = Interception(handlers)
-    try:
-        yield compared
-    finally:
-        interception.close()
+    return Interception(
+        {
+            module: functools.partial(_both, handler, where, compared)
+            for module in model.modules()
+            if (handler := handler_of(module)) is not None
+            and isinstance(getattr(handler, "__self__", None), HashedAttention)
+        }
+    )
 
 
-class _Compared:
+def _both(
+    handler: Handler,
+    where: str,
+    compared: list[int],
+    own: Function,
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Any]:
     """A handler that computes both answers, and compares those that were hashed."""
+    ran: list[bool] = []
 
-    def __init__(self, inner: Handler, model: str, way: str, compared: list[int]) -> None:
-        self._inner = inner
-        self._model = model
-        self._way = way
-        self._compared = compared
+    def dense(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        ran.append(True)
+        return own(*args, **kwargs)
 
-    def answer(
-        self, own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        """See `hata.hf.intercept.Handler`."""
-        ran: list[bool] = []
-
-        def dense(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            ran.append(True)
-            return own(*args, **kwargs)
-
-        dense.__module__ = getattr(getattr(own, "func", own), "__module__", "")
-        got = self._inner(dense, module, args, kwargs)
-        if not ran:
-            expected = own(module, *args, **kwargs)
-            self._compare(module.layer_idx, expected[0], got[0])
-        return got
-
-    def _compare(self, layer: int, expected: torch.Tensor, got: torch.Tensor) -> None:
-        self._compared.append(layer)
-        size = expected.float().abs().amax().clamp_min(1e-6)
-        error = float((expected.float() - got.float()).abs().amax() / size)
+    dense.__module__ = getattr(getattr(own, "func", own), "__module__", "")
+    got = handler(dense, module, args, kwargs)
+    if not ran:
+        compared.append(module.layer_idx)
+        expected = own(module, *args, **kwargs)[0]
+        error = _error(got[0], expected)
         if not error <= _TOLERANCE[expected.dtype]:
             raise AttachError(
-                f"check: {self._model}, {self._way}: hash attention over all keys differs from the "
-                f"model's own attention from layer {layer} on, by {error:.1%} of its largest "
-                "output; this model's attention does more than is known; leave the layer dense "
-                "with selection="
+                f"{where}: hash attention over all keys differs from the model's own attention "
+                f"from layer {module.layer_idx} on, by {error:.1%} of its largest output; this "
+                "model's attention does more than is known; leave the layer dense with selection="
             )
+    return got

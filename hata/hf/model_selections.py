@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hata import registry
 from hata.encoder import Encoder, ModelShape
@@ -24,28 +24,16 @@ from hata.selection import Selection
 DEFAULT_SELECTION = Selection(bits=256, k=2048, ratio=1 / 16, k_min=128, sink=4, recent=16)
 
 
-class Policy(NamedTuple):
-    """What `resolve` decided.
-
-    Attributes:
-        encoder: The encoder.
-        selections: One per layer; `None` for a dense layer.
-        source: Where the selections come from, for people.
-    """
-
-    encoder: Encoder
-    selections: tuple[Selection | None, ...]
-    source: str
-
-
 def resolve(
     config: Any,
     name: str,
     encoder: Encoder | str | os.PathLike[str],
     profile: Profile | str | os.PathLike[str] | None,
     selection: Selection | Sequence[Selection | None] | None,
-) -> Policy:
-    """Decide. `name` is what people call the model; the rest as in `hata.hf.attach`.
+) -> tuple[Encoder, tuple[Selection | None, ...], str]:
+    """The encoder, a selection per layer (`None`: dense), and where those come from, for people.
+
+    `name` is what people call the model; the rest as in `hata.hf.attach`.
 
     Raises:
         EncoderError: The encoder cannot be read, is another model's, or has fewer bits than the
@@ -57,23 +45,16 @@ def resolve(
     loaded = load_encoder(encoder)
     if loaded is not None:
         loaded.check(config)
-
-    found: SelectionSet | None = None
-    if selection is not None:
-        policy, source = selection, "selection="
-    else:
-        policy, source, found = _of_profile(shape, name, profile)
-        if policy is None:
-            policy = DEFAULT_SELECTION
-            if loaded is not None:
-                policy = replace(policy, bits=loaded.bits)
-    layers = _per_layer(policy, shape, loaded)
+    found, source = None, "selection="
+    if selection is None:
+        found, source = _of_profile(shape, name, profile)
+        bits = DEFAULT_SELECTION.bits if loaded is None else loaded.bits
+        selection = replace(DEFAULT_SELECTION, bits=bits) if found is None else found.layers
+    layers = _per_layer(selection, shape, loaded)
     if loaded is None:
-        bits = [layer.bits for layer in layers if layer is not None]
-        seed = 0
-        if found is not None and found.encoder.name == "random":
-            seed = found.encoder.seed or 0
-        loaded = Encoder.random(config, max(bits, default=DEFAULT_SELECTION.bits), seed)
+        bits = max((layer.bits for layer in layers if layer), default=DEFAULT_SELECTION.bits)
+        seed = found.encoder.seed if found is not None and found.encoder.name == "random" else 0
+        loaded = Encoder.random(config, bits, seed or 0)
     elif found is not None and found.source == "synthetic":
         # Chosen for no encoder in particular, so they may be met with fewer bits.
         layers = tuple(
@@ -81,7 +62,7 @@ def resolve(
         )
     elif found is not None:
         _warn_of_another_encoder(found, encoder, loaded, source)
-    return Policy(loaded, layers, source)
+    return loaded, layers, source
 
 
 def load_encoder(encoder: Encoder | str | os.PathLike[str]) -> Encoder | None:
@@ -118,49 +99,48 @@ def _warn_of_another_encoder(
 
 def _of_profile(
     shape: ModelShape, name: str, profile: Profile | str | os.PathLike[str] | None
-) -> tuple[Selection | tuple[Selection | None, ...] | None, str, SelectionSet | None]:
+) -> tuple[SelectionSet | None, str]:
+    """What a profile holds for the model, and what people call that."""
     if profile is None:
         profile = registry.profile_in_force()
     elif not isinstance(profile, Profile):
         profile = Profile.load(profile)
-    if profile is None:
-        return None, "default", None
-    found = profile.selection_for(
-        ModelKey(
-            name, shape.model_type, shape.num_layers, shape.heads, shape.kv_heads, shape.head_dim
-        )
-    )
-    if found is None:
-        return None, "default", None
-    if found.source == "synthetic":
-        if not isinstance(found.layers, Selection) and len(found.layers) != shape.num_layers:
-            return None, "default", None
-        warnings.warn(
-            f"profile {profile.label}: its selections are synthetic, chosen without a model; "
-            f"quality on {name or shape.model_type} is unknown; choose them on real text with: "
-            "python -m tune --model PATH --text FILE",
-            stacklevel=5,
+    sizes = (shape.num_layers, shape.heads, shape.kv_heads, shape.head_dim)
+    key = ModelKey(name, shape.model_type, *sizes)
+    found = None if profile is None else profile.selection_for(key)
+    if profile is None or found is None:
+        return None, "default"
+    synthetic, layers = found.source == "synthetic", found.layers
+    if synthetic and not isinstance(layers, Selection) and len(layers) != shape.num_layers:
+        return None, "default"
+    source, called, why = f"profile {profile.label}", name or shape.model_type, ""
+    if synthetic:
+        why = (
+            f"are synthetic, chosen without a model; quality on {called} is unknown; choose them "
+            "on real text"
         )
     elif found.model.name != name:
+        why = (
+            f"were chosen on {found.model.name}, a model of the same sizes as {called}; choose "
+            "them on this model"
+        )
+    if why:
         warnings.warn(
-            f"profile {profile.label}: its selections were chosen on {found.model.name}, a model "
-            f"of the same sizes as {name or shape.model_type}; choose them on this model with: "
-            "python -m tune --model PATH --text FILE",
+            f"{source}: its selections {why} with: python -m tune --model PATH --text FILE",
             stacklevel=5,
         )
-    return found.layers, f"profile {profile.label}", found
+    return found, source
 
 
 def _per_layer(
-    policy: Selection | Sequence[Selection | None], shape: ModelShape, encoder: Encoder | None
+    given: Selection | Sequence[Selection | None], shape: ModelShape, encoder: Encoder | None
 ) -> tuple[Selection | None, ...]:
     """One selection per layer; one for all leaves its first layers and the encoder's dense."""
-    if isinstance(policy, Selection):
-        dense = set(range(min(policy.dense_layers, shape.num_layers))) | set(
-            encoder.dense_layers if encoder else ()
-        )
-        return tuple(None if i in dense else policy for i in range(shape.num_layers))
-    layers = tuple(policy) if isinstance(policy, Sequence) else (policy,)
+    if isinstance(given, Selection):
+        first, others = given.dense_layers, encoder.dense_layers if encoder else ()
+        dense = (i < first or i in others for i in range(shape.num_layers))
+        return tuple(None if one else given for one in dense)
+    layers = tuple(given) if isinstance(given, Sequence) else (given,)
     for layer in layers:
         if layer is not None and not isinstance(layer, Selection):
             raise AttachError(

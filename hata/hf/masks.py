@@ -10,12 +10,12 @@ On a CPU every step looks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 
-def is_known(mask: Any) -> bool:
+def is_known(mask: Any) -> TypeGuard[torch.Tensor]:
     """Whether a mask is `[B, n]`, or `[B, 1, T, S]` for all heads, boolean or additive."""
     if not isinstance(mask, torch.Tensor):
         return False
@@ -24,7 +24,7 @@ def is_known(mask: Any) -> bool:
     return mask.dim() == 2
 
 
-def visible(mask: torch.Tensor) -> torch.Tensor:
+def _visible(mask: torch.Tensor) -> torch.Tensor:
     """Which keys the last query sees, `[B, n]` boolean, from a known mask."""
     if mask.dim() == 4:
         mask = mask[:, 0, -1]
@@ -34,15 +34,10 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
 
 
 def is_left_padding(mask: torch.Tensor, total: int) -> bool:
-    """Whether a known mask hides nothing but the first keys of a row; reads it.
-
-    Args:
-        mask: The mask.
-        total: Keys so far, those of this step included.
-    """
+    """Whether a known mask hides nothing but the first of `total` keys of a row; reads it."""
     if mask.shape[-1] < total:
         return False
-    seen = visible(mask)[:, :total]
+    seen = _visible(mask)[:, :total]
     return bool(seen[:, -1].all() & ~(seen[:, :-1] & ~seen[:, 1:]).any())
 
 
@@ -50,6 +45,13 @@ def only_hides(mask: torch.Tensor) -> bool:
     """Whether an additive mask is 0 or very low everywhere, for the last query; reads it."""
     last = mask[:, 0, -1]
     return bool(((last == 0) | (last <= torch.finfo(mask.dtype).min / 2)).all())
+
+
+def first_visible(mask: torch.Tensor) -> torch.Tensor:
+    """`starts` for `hash_attend`, `[B]` or 0-d int64, from a mask that hides left padding alone."""
+    starts = _visible(mask).to(torch.uint8).argmax(-1)
+    # One row of a mask may stand for all rows of the batch.
+    return starts.reshape(()) if starts.size(0) == 1 else starts
 
 
 def can_look(mask: torch.Tensor) -> bool:

@@ -12,42 +12,17 @@ import itertools
 import threading
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from hata.errors import AttachError
+from hata.hf.reasons import AS_PLANNED
 from hata.selection import Selection
 from hata.words import ranges
 
-# Why a step ran dense, as users read it. These are as planned:
-PREFILL = "several tokens (prefill)"
-SHORT = "context within the budget"
-TRAINING = "training"
-# These are not, and are warned about:
-NO_CACHE = "no cache; generate with use_cache=True"
-GRADIENTS = "gradients are recorded; decode under torch.no_grad()"
-HOLES = "a mask that hides more than left padding"
-UNSEEN = (
-    "a mask whose values were never looked at; run the prefill, or one step, outside of the "
-    "compiled function, or leave the mask out"
-)
-MASK = "a mask of a kind that is not known (boolean, additive or [B, S] are)"
-BIAS = "a mask that adds numbers to the logits"
-WEIGHTS = "attention weights are asked for; leave output_attentions out"
-NOT_CACHED = "keys and values that are not those of the layer's cache"
-DTYPES = (
-    "queries, keys and values of several dtypes, as autocast leaves them; load the model in one"
-)
-NEVER_CALLED = (
-    "its attention never came through the attention interface; this release of transformers, or "
-    "this model, works in a way that is not known"
-)
-OTHER_PLAN = "a cache layer of another attachment, or one that layers share"
-
-_AS_PLANNED = (PREFILL, SHORT, TRAINING)
 HASHED = "hashed"
 # Counts of several threads must not be lost.
 _counting = threading.Lock()
@@ -69,11 +44,11 @@ class LayerReport:
 
     layer: int
     selection: Selection | None
-    why: str
-    hashed: int
-    dense: dict[str, int]
-    captured: int
-    compiled: tuple[str, ...]
+    why: str = ""
+    hashed: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+    captured: int = 0
+    compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.selection is None:
@@ -110,7 +85,7 @@ class Report:
         return "\n".join(f"  layers {ranges(which)}: {told}" for told, which in alike.items())
 
 
-class Record:
+class ModelRecord:
     """What one attached model has said of itself, and whether it may go on.
 
     Attributes:
@@ -120,19 +95,20 @@ class Record:
     """
 
     def __init__(self, model: str, strict: bool) -> None:
-        self.model = model
-        self.strict = strict
-        self.met = False
+        self.model, self.strict, self.met = model, strict, False
         self._warned: set[str] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRecord:
         # A copy of a model speaks for itself, from the beginning.
-        twin = memo[id(self)] = Record(self.model, self.strict)
+        twin = memo[id(self)] = ModelRecord(self.model, self.strict)
         return twin
 
     def complain(self, layer: int, why: str) -> None:
-        """Say, or raise where the attachment is strict, that a planned layer cannot be hashed."""
-        if why in _AS_PLANNED or not (self.strict or why not in self._warned):
+        """Say, or raise where the attachment is strict, that a planned layer cannot be hashed.
+
+        Once for each reason; not at all where it was planned.
+        """
+        if why in AS_PLANNED or (why in self._warned and not self.strict):
             return
         self._warned.add(why)
         told = f"{self.model}: layer {layer} was to be hashed, but attends densely: {why}"
@@ -144,20 +120,8 @@ class Record:
 class LayerRecord:
     """What one planned layer did, counted."""
 
-    __slots__ = (
-        "__weakref__",
-        "_captured",
-        "_compiled",
-        "_dense",
-        "_hashed",
-        "_layer",
-        "_number",
-        "record",
-    )
-
-    def __init__(self, record: Record, layer: int) -> None:
-        self.record = record
-        self._layer = layer
+    def __init__(self, model: ModelRecord, layer: int, selection: Selection) -> None:
+        self._model, self._layer, self._selection = model, layer, selection
         self._hashed = self._captured = 0
         self._dense: Counter[str] = Counter()
         self._compiled: set[str] = set()
@@ -167,7 +131,8 @@ class LayerRecord:
         _records[self._number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
-        twin = memo[id(self)] = LayerRecord(copy.deepcopy(self.record, memo), self._layer)
+        model = copy.deepcopy(self._model, memo)
+        twin = memo[id(self)] = LayerRecord(model, self._layer, self._selection)
         return twin
 
     def hashed(self, query: torch.Tensor) -> None:
@@ -178,15 +143,14 @@ class LayerRecord:
                 self._captured += 1
             else:
                 self._hashed += 1
-        self.record.met = True
+        self._model.met = True
 
     def dense(self, why: str) -> None:
         """A step ran dense; says so the first time that it was not planned."""
         with _counting:
             self._dense[why] += 1
-        self.record.met = True
-        if why not in _AS_PLANNED:
-            self.record.complain(self._layer, why)
+        self._model.met = True
+        self._model.complain(self._layer, why)
 
     def compiled(self, what: str) -> None:
         """Note, while torch.compile follows the code, what it compiles: `HASHED`, or why not."""
@@ -195,21 +159,20 @@ class LayerRecord:
     def note_compiled(self, what: str) -> None:
         """The same, outside of what is compiled."""
         self._compiled.add(what)
-        self.record.met = True
+        self._model.met = True
         if what != HASHED:
-            self.record.complain(self._layer, what)
+            self._model.complain(self._layer, what)
 
-    def told(self, selection: Selection) -> LayerReport:
+    def report(self) -> LayerReport:
         """All of it."""
         with _counting:
             return LayerReport(
                 self._layer,
-                selection,
-                "",
-                self._hashed,
-                dict(self._dense),
-                self._captured,
-                tuple(sorted(self._compiled)),
+                self._selection,
+                hashed=self._hashed,
+                dense=dict(self._dense),
+                captured=self._captured,
+                compiled=tuple(sorted(self._compiled)),
             )
 
 
