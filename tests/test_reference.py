@@ -1,5 +1,7 @@
 """The reference backend against the conformance suite."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -40,3 +42,22 @@ def test_profiles_of_when_reference_had_knobs(tmp_path, monkeypatch):
     assert registry.load("reference").config(key) == {}
     told = ["reference has nothing to tune, so entries of it (1) are not used"]
     assert registry.stale(profile) == told
+
+
+def test_it_runs_without_numba(repo_root):
+    code = (
+        "import sys; sys.modules.update(numba=None, llvmlite=None)\n"
+        "import hata, numpy as np, torch\n"
+        "reasons = {info.name: info.reason for info in hata.list_backends()}\n"
+        "assert reasons['numba'] == 'numba is not installed; pip install numba', reasons\n"
+        "x, projection = torch.ones(1, 1, 1, 16).bfloat16(), torch.ones(1, 16, 32)\n"
+        "codes = torch.zeros(1, 1, 3, 4, dtype=torch.uint8)\n"
+        "keys = x.expand(1, 1, 3, 16)\n"
+        "print(hata.hash_attend(x, keys, keys, codes, projection, 2, fresh=3), codes.unique())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1., 1.]" in done.stdout
+    assert "tensor([255], dtype=torch.uint8)" in done.stdout

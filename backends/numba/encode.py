@@ -95,10 +95,8 @@ def _make(revision: int) -> Any:
     def encode_worker(address):
         run, call = run_of(address), encode_of(address)
         scratch = claim(run, revision)
-        if scratch == 0:
-            return
         blocks = (call.tokens + call.block - 1) // call.block
-        while True:
+        while scratch != 0:
             ticket = draw(run)
             if ticket >= call.batch * call.heads * blocks:
                 return

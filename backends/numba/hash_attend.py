@@ -58,8 +58,6 @@ def _make(revision: int) -> Any:
         run, call, attend = run_of(address), select_of(address), attend_of(address)
         queries, fresh = queries_of(address), fresh_of(address)
         scratch = claim(run, revision)
-        if scratch == 0:
-            return
         width, most = extent(call)
         groups = call.batch * call.kv_heads
         tiles = max((most + attend.tile - 1) // attend.tile, 1)
@@ -68,7 +66,7 @@ def _make(revision: int) -> Any:
         blocks = asks + (fresh.tokens + _FRESH_BLOCK - 1) // _FRESH_BLOCK
         encoded = run.control + COUNTERS
         packed, attended = encoded + 24 * groups, encoded + 32 * groups
-        while True:
+        while scratch != 0:
             ticket = draw(run)
             if ticket < groups * blocks:
                 group, block = ticket // blocks, ticket % blocks - asks

@@ -81,9 +81,10 @@ def extent(call) -> tuple[int, int]:
     width, most = 0, 0
     for row in range(call.batch):
         for token in range(call.tokens):
-            first, last = scored(call, row, token)
-            width = max(width, last - first)
-            most = max(most, query(call, row, token)[2])
+            _, seen, take = query(call, row, token)
+            if take < seen:
+                width = max(width, seen - call.sink - call.recent)
+            most = max(most, take)
     return (width + 63) // 64 * 64, most
 
 

@@ -206,11 +206,9 @@ def _make(revision: int) -> Any:
     def sparse_attend_worker(address):
         run, call = run_of(address), attend_of(address)
         scratch = claim(run, revision)
-        if scratch == 0:
-            return
         tiles = max((call.k + call.tile - 1) // call.tile, 1)
         step = partial_bytes(call.group, call.value_depth)
-        while True:
+        while scratch != 0:
             ticket = draw(run)
             rank, tile = ticket // tiles, ticket % tiles
             if rank >= call.batch * call.index_heads * call.tokens:

@@ -115,7 +115,6 @@ def pack_chunk(call, item, chunks, width, lists) -> None:
     head = item // chunks % call.kv_heads
     row = item // chunks // call.kv_heads
     count = call.tokens * call.sets
-    item_size = 2 if call.wide == 0 else 4
     for n in range(count):
         token = n // call.sets
         rank = (row * call.kv_heads + head) * count + n
@@ -143,31 +142,38 @@ def pack_chunk(call, item, chunks, width, lists) -> None:
         entry = verdict + 8 * (1 + 3 * chunk)
         limit, slot = load_i64(verdict), out + 4 * load_i64(entry)
         ties, winners = load_i64(entry + 8), load_i64(entry + 16)
-        scores = call.scores + item_size * (rank * width + start)
-        pack(scores, item_size, size, limit, ties, winners, first + start, slot)
+        at, position = rank * width + start, first + start
+        if call.wide == 0:
+            pack_narrow(call.scores + 2 * at, size, limit, ties, winners, position, slot)
+        else:
+            pack_wide(call.scores + 4 * at, size, limit, ties, winners, position, slot)
 
 
-@device
-def pack(scores, item_size, size, limit, ties, winners, position, out) -> None:
-    """Write the positions of u16 or u32 scores below `limit`, and of the first `ties` equal to it.
+def _packer(in_range, load, item_size):
+    @device
+    def pack(scores, size, limit, ties, winners, position, out) -> None:
+        end = out + 4 * winners
+        start = 0
+        while out < end:
+            at = scores + item_size * start
+            found = in_range(at, 0, limit)
+            if size - start < 64:
+                found &= (1 << (size - start)) - 1
+            while found != 0:
+                s = trailing_zeros(found)
+                found &= found - 1
+                if load(at + item_size * s) == limit:
+                    if ties == 0:
+                        continue
+                    ties -= 1
+                store_32(out, position + start + s)
+                out += 4
+            start += 64
 
-    `winners` is the number of both.
-    """
-    end = out + 4 * winners
-    start = 0
-    while out < end:
-        at = scores + item_size * start
-        found = in_range_u16(at, 0, limit) if item_size == 2 else in_range_u32(at, 0, limit)
-        if size - start < 64:
-            found &= (1 << (size - start)) - 1
-        while found != 0:
-            s = trailing_zeros(found)
-            found &= found - 1
-            score = load_u16(at + 2 * s) if item_size == 2 else load_u32(at + 4 * s)
-            if score == limit:
-                if ties == 0:
-                    continue
-                ties -= 1
-            store_32(out, position + start + s)
-            out += 4
-        start += 64
+    return pack
+
+
+# pack(scores, size, limit, ties, winners, position, out) writes the positions of u16 or u32 scores
+# below `limit` and of the first `ties` equal to it, of `winners` in all.
+pack_narrow = _packer(in_range_u16, load_u16, 2)
+pack_wide = _packer(in_range_u32, load_u32, 4)
