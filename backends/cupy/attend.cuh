@@ -1,10 +1,9 @@
 // Attention over gathered keys, by all blocks of a row; the heads of a group share every key.
 //
-// Each block takes an equal number of the row's ranks, or what its own split selects (`max_local`). Warps
-// (gather.cuh), then splits, leave a maximum, a sum and an unnormalised output, which are combined in a
-// fixed order. Every split combines a slice of a row's output: in a cluster the others write what it
-// needs into its memory, elsewhere it reads that from their exchange areas (from MERGE_AT on, of every
-// pass).
+// Each block takes an equal number of the row's ranks, or what its own split selects (`max_local`). Warps,
+// then splits, leave a maximum, a sum and an unnormalised output, which are combined in a fixed order.
+// Every split combines a slice of the row's output: in a cluster the others write it into its memory,
+// elsewhere it reads it from their exchange areas (from MERGE_AT on, of every pass).
 #pragma once
 
 #include "gather.cuh"
@@ -38,8 +37,8 @@ INLINE void store_output(const Params& params, const Row& row, int h, int d, flo
 // The lanes that take turns in reading `n` of something, a power of two.
 INLINE constexpr int spread(int n) { return n > 16 ? 32 : n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n; }
 
-// How COUNT parts of a softmax are combined, of which lane i knows the i-th; so does lane
-// i + spread(COUNT), and so on. `alpha` is what the lane's part is scaled by.
+// How COUNT parts of a softmax are combined, of which lanes i, i + spread(COUNT).. know the i-th. `alpha`
+// scales the lane's part.
 struct Combined {
     float alpha, m_i, l_i;
 };
@@ -56,7 +55,7 @@ template <int COUNT> INLINE Combined combine(float m_i, float l_i) {
 }
 
 // The sum of a split without keys.
-#define NO_KEYS -1.f
+constexpr float NO_KEYS = -1.f;
 
 // The bits of a float; -0 for zero, since zero says that nothing has come.
 INLINE u32 nonzero_bits(float x) {
@@ -178,9 +177,8 @@ INLINE void attend_pass(const Params& params, const Row& row, const Gather& gath
         __syncthreads();
 }
 
-// Keys of a split's own up to which its block attends to them rather than to an equal number: half more
-// than that, but not another round of its warps. COOPERATIVE, where another sync costs more: a quarter
-// more and 64.
+// Keys of its own split up to which a block attends to those rather than to an equal number: half more,
+// but not another round of its warps; COOPERATIVE, where another sync costs more, a quarter more and 64.
 INLINE int max_local(const Row& row) {
     const int size = ranks_per_split(row);
     if constexpr (COOPERATIVE) return size + size / 4 + 64;

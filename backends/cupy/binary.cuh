@@ -17,7 +17,7 @@ struct MmaPlanes {
     // Sums of c follow the planes.
     static constexpr int COUNT = C::MMA_PLANES, WORDS = (COUNT + 1) * CODE_WORDS;
 
-    // What a lane has: an operand, or halves of two, weights of its two columns, and where its sum starts.
+    // What a lane has: an operand or halves of two, weights of its two columns, where its sum starts.
     u32 low, high;
     int first, second, start;
 
@@ -30,8 +30,7 @@ struct MmaPlanes {
         return u32(C::HALVE ? C::CODE_GROUP / 2 - count : C::CODE_GROUP - 2 * count);
     }
 
-    // The lane's first key, counted from the first one of the vectors that it copies; its second is 32
-    // further on.
+    // The lane's first key, counted from where its own vectors begin; its second is 32 further on.
     static INLINE int own_key() {
         const int lane = threadIdx.x % 32, vector = lane / 4 + lane % 2 * 8;
         const int key = C::WIDE ? lane / 4 + lane % 4 * 8
@@ -63,8 +62,6 @@ struct MmaPlanes {
         }
     }
 
-    // A product's columns of rows g and g + 8 that the lane has, summed up. The first lane of a key's
-    // starts with the constant.
     INLINE int weighted(int a, int b) const { return a * first + b * second; }
 
     // Two lanes share the columns of two keys, and each takes a key.

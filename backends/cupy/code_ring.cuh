@@ -1,8 +1,8 @@
-// Codes on their way to shared memory, in vectors of 16 bytes: a ring in which every warp has slots of
-// its own. Codes that are not so aligned are read when they are needed.
+// Codes on their way to shared memory in vectors of 16 bytes: a ring in which every warp has slots. Codes
+// that are not so aligned are read when they are needed.
 #pragma once
 
-#include "ptx.cuh"
+#include "row.cuh"
 
 constexpr int CODE_WORDS = C::BITS / 32;
 constexpr bool RINGED = C::LOAD_BYTES == 16;
@@ -15,8 +15,9 @@ constexpr int HISTOGRAMS_AT = C::EXCHANGE_BYTES + C::QUERY_BYTES;
 constexpr int RING_AT = HISTOGRAMS_AT + C::HISTOGRAM_BYTES, SCORES_AT = RING_AT + C::RING_BYTES;
 
 // The warp's slot.
-INLINE uint4* slot_of(uint4* ring, int slot) {
-    return ring + (slot * C::THREADS + threadIdx.x / 32 * 32) * CODE_VECTORS;
+INLINE uint4* slot_of(int slot) {
+    return reinterpret_cast<uint4*>(smem + RING_AT)
+        + (slot * C::THREADS + threadIdx.x / 32 * 32) * CODE_VECTORS;
 }
 
 // Where the n-th vector of a lane's keys lies in a slot: as many lanes as can be meet all banks.
@@ -24,8 +25,8 @@ INLINE int place_of(int lane, int n) {
     return lane * CODE_VECTORS + (CODE_VECTORS % 2 ? n : n ^ lane * CODE_VECTORS / 8 % CODE_VECTORS);
 }
 
-// Copy codes to a slot; lanes copy consecutive vectors. `from` is where the lane's own keys begin,
-// those of the next lane are `step` bytes further on, and `left` keys are left from its own on.
+// Copy codes to a slot; lanes copy consecutive vectors. The lane's own keys begin at `from`, those of the
+// next lane `step` bytes further on; `left` keys are left from its own on.
 INLINE void copy_codes(uint4* slot, const char* from, i64 step, int left) {
     if constexpr (RINGED)
         UNROLL for (int i = 0; i < CODE_VECTORS; ++i) {

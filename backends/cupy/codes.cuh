@@ -3,12 +3,11 @@
 
 #include "binary.cuh"
 #include "planes.cuh"
-#include "row.cuh"
 
 typedef conditional_t<C::BINARY_MMA, MmaPlanes, CarrySavePlanes> Planes;
 
-// Write the planes of 32 bits, or of 16 that two lanes each know. `count` queries set the lane's bit,
-// which stands for `bits` of the planes.
+// Write the planes of 32 bits, or of 16 that two lanes each know. `count` queries set the lane's bit; its
+// planes are `bits`.
 template <typename T> INLINE void write_planes(u32 bits, int count, bool writes, T* to) {
     constexpr int STRIDE = CODE_WORDS * 4 / sizeof(T);
     for (int plane = 0; plane < Planes::COUNT; ++plane) {

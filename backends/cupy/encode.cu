@@ -4,12 +4,11 @@
 //
 // Bits are the rows and vectors the columns of a product on the tensor cores. A block keeps BLOCK_BITS
 // columns of a projection in shared memory, in the order in which lanes take them. Its warps go over
-// vectors, 8 TILES at once, which come through STAGES of asynchronous copies of each warp. Bits are
-// dealt out so that the signs a lane makes of a vector are neighbours; nothing but codes is written.
-// With fp32 vectors or weights (IEEE) every sum is a chain of fused products over the dimensions.
+// vectors, 8 TILES at once, which come through STAGES of asynchronous copies. The signs that a lane makes
+// of a vector are neighbours. With fp32 vectors or weights (IEEE) every sum is a chain of fused products.
 //
-// A job is a set of vectors with one projection: the vectors of the op, the queries of a decode step, or
-// its fresh keys, whose positions follow from the lengths. A launch does one or two.
+// A job is a set of vectors with one projection: those of the op, the queries of a decode step, or its
+// fresh keys, whose positions follow from the lengths. A launch does one or two.
 
 #include "vectors.cuh"
 

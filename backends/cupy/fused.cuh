@@ -1,12 +1,9 @@
 // Codes of a row's queries and fresh keys, made by the blocks that need them.
 //
-// A decode step is then one launch: every block of a row hashes the row's queries for itself (a
-// projection is small, and comes from the second-level cache). The block whose split holds fresh keys
-// hashes those beside them and writes their codes. The products are those of encode.cu, with the same
-// dimensions in the same order, so the codes are the same; those of queries become planes at once.
-//
-// Bits are the rows of the products and vectors the columns. Weights come through shared memory, where
-// the scores will be. Data are of 16 bits.
+// A decode step is then one launch: every block of a row hashes the row's queries, and the block whose
+// split holds fresh keys hashes those beside them and writes their codes. The products are those of
+// encode.cu, with the same dimensions in the same order, so the codes are the same. Bits are the rows and
+// vectors the columns. Weights come through shared memory, where the scores will be. Data have 16 bits.
 #pragma once
 
 #include "codes.cuh"
@@ -57,8 +54,8 @@ struct Projection {
     // Bits of a tile, [16 bits, 8 TILES vectors].
     template <int TILES> INLINE Signs signs_of(const Columns<TILES>& x, int tile) const {
         float sum[TILES][4] = {};
-        // Of a chunk, lane 4g + j has dimensions 8j..8j + 7 of a column, half of them in each product:
-        // rows 2j and 2j + 1 of a matrix of weights are the first or the second two of a half.
+        // Lane 4g + j has dimensions 8j..8j + 7 of a column, half of them in each product: rows 2j and
+        // 2j + 1 of a matrix of weights are the first or the second two of a half.
         const int lane = threadIdx.x % 32, d = lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2;
         UNROLL for (int u = 0; u < CHUNKS; ++u)
             UNROLL for (int half = 0; half < 2; ++half) {

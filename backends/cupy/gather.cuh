@@ -1,11 +1,9 @@
 // A warp's part of the attention: tiles of gathered keys, for all heads that share them.
 //
 // On the tensor cores keys are the rows and heads the columns, S' = K q' and out' = V' P', so a gathered
-// row goes from memory straight into the operands, in 16-byte loads. With fp32 data a warp takes a key
-// at a time, in IEEE products.
-//
-// Rows come through STAGES of asynchronous copies of each warp or, where there is no room for them or
-// rows are no whole vectors, by plain loads.
+// row goes straight into the operands, in 16-byte loads. Rows come through STAGES of asynchronous copies
+// of each warp or, where they have no room or are no whole vectors, by plain loads. With fp32 data a warp
+// takes a key at a time, in IEEE products.
 #pragma once
 
 #include "row.cuh"
@@ -21,8 +19,7 @@ constexpr int CHUNKS_AT_ONCE = CHUNKS < 4 ? CHUNKS : 4;
 // Floats between heads of a warp's output.
 constexpr int ACC_STRIDE = C::PASS_DIM + 4;
 
-#define LOG2E 1.4426950408889634f
-#define LN2 0.6931471805599453f
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 #define NEG_INF (-__int_as_float(0x7f800000))
 
 // What a block gathers: ranks [first, end), where their positions are, and the arrays.
@@ -107,8 +104,7 @@ INLINE int value_place(int key, int eight) {
 }
 
 // Start the copies of 16 rows of EIGHTS vectors, of which those that begin below `size` exist. Lane i
-// knows the position of the i-th row; `rows` begins with the first vector, and rows are `step` vectors
-// apart, which fits 32 bits.
+// knows the position of the i-th row; rows are `step` vectors apart.
 template <int EIGHTS, int (*PLACE)(int, int)>
 INLINE void copy_rows(const u16* rows, u32 step, int positions, int size, uint4* stage) {
     const int lane = threadIdx.x % 32;

@@ -14,7 +14,7 @@ struct CarrySavePlanes {
 
     u32 words[WORDS];
 
-    // Weight of a plane: powers of two, and for the last one what is missing to the group.
+    // Powers of two, and for the last plane what is missing to the group.
     static INLINE constexpr int weight_of(int plane) {
         return plane < COUNT - 1 ? 1 << plane : C::CODE_GROUP - (1 << (COUNT - 1)) + 1;
     }
@@ -31,7 +31,7 @@ struct CarrySavePlanes {
         return u32(count - int(above) * weight_of(COUNT - 1)) | above << (COUNT - 1);
     }
 
-    // The lane's first key, counted from the first one of the vectors that it copies.
+    // The lane's first key, counted from where its own vectors begin.
     static INLINE int own_key() { return 0; }
 
     INLINE void load(const u32* shared) {

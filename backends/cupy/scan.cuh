@@ -1,8 +1,7 @@
 // The scan: one pass over a split's codes that leaves a score of each key and counts scores.
 //
-// The smallest scores win: 0 for the first and last keys, which win anyway, else 1 + distance, halved
-// where all distances of a group have one parity (HALVE). With key norms (or very long codes) scores
-// have 32 bits and are selected digit by digit.
+// The smallest scores win: 0 for the first and last keys, which win anyway, else 1 + distance. With key
+// norms (or very long codes) scores have 32 bits and are selected digit by digit.
 #pragma once
 
 #include "codes.cuh"
@@ -13,25 +12,17 @@ constexpr u32 NEVER = C::DIGITS == 1 ? 0x7fffu : 0xffffffffu;
 // Scores in 16 bytes.
 constexpr int VECTOR_SCORES = 16 / sizeof(score_t);
 
-// The part of a row that this block scans: `count` keys from `low` on. Splits begin at the last multiple
-// of 16 before the row's first key.
+// The keys of a row that this block scans, `count` from `low` on.
 struct Split {
     int low, count;
     score_t* scores;
-    uint4* ring;
 };
-
-INLINE int origin_of(const Row& row) { return row.start & ~15; }
-
-// Keys of a split: whole vectors of codes and of scores.
-INLINE int split_size(const Row& row) {
-    int size = (row.stop - origin_of(row) + C::NUM_SPLITS - 1) / C::NUM_SPLITS;
-    return (size + 63) & ~63;
-}
 
 INLINE Split find_split(const Params& params, const Row& row) {
     Split split;
-    const int origin = origin_of(row), size = split_size(row);
+    // Whole vectors of codes and of scores.
+    const int origin = row.start & ~15;
+    const int size = ((row.stop - origin + C::NUM_SPLITS - 1) / C::NUM_SPLITS + 63) & ~63;
     split.low = min(i64(origin) + i64(size) * row.split, i64(row.stop));
     // A dense row is not scanned.
     split.count = row.dense ? 0 : min(size, row.stop - split.low);
@@ -40,12 +31,8 @@ INLINE Split find_split(const Params& params, const Row& row) {
             + (split.low - origin);
     else
         split.scores = reinterpret_cast<score_t*>(smem + SCORES_AT);
-    split.ring = reinterpret_cast<uint4*>(smem + RING_AT);
     return split;
 }
-
-// How far apart the keys are that a lane scores in a round.
-constexpr int KEY_STRIDE = C::BINARY_MMA ? 32 : 1;
 
 // Unsigned integers in the reversed order of floats; -0 equals 0, NaN counts as 0.
 INLINE u32 reversed(float x) {
@@ -79,14 +66,15 @@ INLINE void scan(const Params& params, const Row& row, const Split& split, Codes
     const char* codes = params.codes + row.batch * params.codes_b + row.kv_head * params.codes_h;
     u32* bins = histogram(0);
     const int count = split.count, padded = (count + 63) & ~63;
-    constexpr int STRIDE = C::THREADS * C::VECTOR_KEYS;
+    // Keys of a round, and how far apart those of a lane are.
+    constexpr int STRIDE = C::THREADS * C::VECTOR_KEYS, KEY_STRIDE = C::BINARY_MMA ? 32 : 1;
     int mine = threadIdx.x * C::VECTOR_KEYS;
     const int unscanned = queries.begin_fresh(params, row, split.low, split.low + split.count);
     // The first codes are on their way while planes are made.
     const char* from = codes + (split.low + mine) * params.codes_s;
     const i64 hop = STRIDE * params.codes_s, step = params.codes_s * C::VECTOR_KEYS;
     UNROLL for (int a = 0; a < C::PREFETCH; ++a) {
-        copy_codes(slot_of(split.ring, a), from + a * hop, step, count - mine - a * STRIDE);
+        copy_codes(slot_of(a), from + a * hop, step, count - mine - a * STRIDE);
         cp_async_commit();
     }
     trace(CODES_REQUESTED);
@@ -116,10 +104,10 @@ INLINE void scan(const Params& params, const Row& row, const Split& split, Codes
         cp_async_wait<C::PREFETCH - 1>();
         u32 distances[C::VECTOR_KEYS];
         if (SHARES_CODES) syncwarp();
-        planes.distances_of(distances, slot_of(split.ring, slot), from, mine < count);
+        planes.distances_of(distances, slot_of(slot), from, mine < count);
         from += hop;
         // The slot that was read last time.
-        copy_codes(slot_of(split.ring, slot > 0 ? slot - 1 : C::PREFETCH), next, step,
+        copy_codes(slot_of(slot > 0 ? slot - 1 : C::PREFETCH), next, step,
                    count - mine - C::PREFETCH * STRIDE);
         cp_async_commit();
         next += hop;

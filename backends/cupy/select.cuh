@@ -1,8 +1,7 @@
 // From counts to positions: the threshold of a row, and where each split's selected keys go.
 //
-// No further pass over the codes. Sums over the histograms of all splits give the threshold and how
-// many keys at it win; those of the splits before give the rank of a split's first selected key; the
-// largest says whether splits select about as many. Ranks count selected keys by ascending position.
+// Sums over the histograms of all splits give the threshold and how many keys at it win; those of the
+// splits before give the rank of a split's first selected key (ranks count selected keys by position).
 #pragma once
 
 #include "scan.cuh"
@@ -94,8 +93,8 @@ INLINE Threshold find_threshold(const Params& params, const Row& row, const Spli
         NO_UNROLL for (int first = threadIdx.x / 32 * 62; first < C::BINS; first += C::THREADS / 32 * 62) {
             const int bin = min(first + 2 * lane, C::BINS);
             pair_t pairs[C::NUM_SPLITS], least;
-            // All at once: what takes time is the round trip. The loop does nothing but ask whether
-            // they have come, else the compiler loads the last when the first have come.
+            // All at once: what takes time is the round trip. Nothing else in the loop, or the compiler
+            // loads the last when the first have come.
             for (u32 tries = 0;; poll(tries)) {
                 UNROLL for (int i = 0; i < C::NUM_SPLITS; ++i)
                     pairs[i] = load_exchanged(reinterpret_cast<const pair_t*>(
@@ -192,10 +191,9 @@ struct PositionWriter {
     }
 };
 
-// Write the positions of the split's selected keys. A thread takes consecutive vectors of scores, an
-// odd number of them, so that a warp meets every bank of shared memory. It reads scores once and marks
-// them (MASKS words of marks of a kind at once); ranks are counts of marks, so ties cost what others
-// do. Two counts share a word: before a marked one of up to 65536 keys there are fewer.
+// Write the positions of the split's selected keys. A thread takes an odd number of consecutive vectors
+// of scores, so that a warp meets all banks. It reads them once and marks them, MASKS words at once; ranks
+// are counts of marks. Two counts share a word: before a marked one of up to 65536 keys there are fewer.
 INLINE void write_positions(const Row& row, const Split& split, const Threshold& found, int* list,
                             bool local, int start) {
     constexpr int GROUPED = 32 / VECTOR_SCORES, MOST = C::MASKS * GROUPED - 1;
@@ -244,8 +242,8 @@ struct Local {
     int count;
 };
 
-// Scan a row, unless it is dense, and write the positions of the selected keys. `most`: keys that a
-// block attends to at most, if to its split's own. After it all exchange areas are clear.
+// Scan a row, unless it is dense, and write positions. `most`: keys that a block attends to at most, if
+// to its split's own. After it all exchange areas are clear.
 template <class Codes, class Meanwhile>
 INLINE Local select(const Params& params, const Row& row, Codes& queries, int* list, int most,
                     Meanwhile meanwhile) {
