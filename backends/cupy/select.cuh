@@ -6,7 +6,9 @@
 
 #include "scan.cuh"
 
-struct Threshold {
+// Aligned, so that the compiler's vector loads take in none of its neighbours in shared memory, which
+// a checker of races would report.
+struct alignas(32) Threshold {
     // Scores below it win, and the first `ties` of the row that equal it.
     u32 score;
     int ties;
