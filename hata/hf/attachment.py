@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +17,7 @@ from hata.hf import models
 from hata.hf.handle import Handle
 from hata.hf.layer_plan import LayerPlan
 from hata.hf.model_check import Checked, compare
-from hata.hf.model_selections import load_encoder, resolve
-from hata.profile import Profile
+from hata.hf.model_selections import EncoderLike, ProfileLike, SelectionLike, load_encoder, resolve
 from hata.selection import Selection
 
 TESTED = ((5, 17), (5, 24))
@@ -29,10 +26,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def attach(
     model: nn.Module,
-    encoder: Encoder | str | os.PathLike[str] = "random",
+    encoder: EncoderLike = "random",
     *,
-    profile: Profile | str | os.PathLike[str] | None = None,
-    selection: Selection | Sequence[Selection | None] | None = None,
+    profile: ProfileLike = None,
+    selection: SelectionLike | None = None,
     strict: bool = False,
     check: bool | None = None,
 ) -> Handle:
@@ -93,9 +90,9 @@ def attach(
 
 def _attach(
     model: PreTrainedModel,
-    encoder: Encoder | str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str] | None,
-    selection: Selection | Sequence[Selection | None] | None,
+    encoder: EncoderLike,
+    profile: ProfileLike,
+    selection: SelectionLike | None,
     strict: bool,
     forced: bool = False,
 ) -> Handle:
@@ -127,19 +124,15 @@ def _attach(
         layers.append(plan)
     dense = [why for why in layers if isinstance(why, str)]
     if len(dense) == len(layers):
-        told = (
-            f"{type(model).__name__}: no layer will use hash attention: "
-            f"{'; '.join(dict.fromkeys(dense))}"
-        )
+        every = "; ".join(dict.fromkeys(dense))
+        told = f"{type(model).__name__}: no layer will use hash attention: {every}"
         if strict:
             raise AttachError(told)
         warnings.warn(told, stacklevel=3)
     return Handle(model, modules, made, layers, strict, source)
 
 
-def check_model(
-    model: nn.Module, encoder: Encoder | str | os.PathLike[str] = "random"
-) -> list[Checked]:
+def check_model(model: nn.Module, encoder: EncoderLike = "random") -> list[Checked]:
     """Hold a model with hash attention against its own answers, nothing left out.
 
     A few tokens are generated with a dynamic cache, with a static one, and from two prompts of
@@ -159,11 +152,7 @@ def check_model(
     inner, _, _ = _parts(model)
     made = load_encoder(encoder) or Encoder.random(inner.config, 64)
     every = Selection(bits=made.bits, k=4096, dense_layers=0)
-
-    def attached() -> Handle:
-        return _attach(inner, made, None, every, strict=False, forced=True)
-
-    return compare(inner, attached)
+    return compare(inner, lambda: _attach(inner, made, None, every, strict=False, forced=True))
 
 
 def detach(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ keys they were not made of.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -18,41 +17,29 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hata
-from hata.errors import AttachError
-from hata.hf import forward_pass, reasons
+from hata.hf import forward_pass, masks, reasons
 from hata.hf.cache import HashStaticLayer
 from hata.hf.forward_pass import ForwardPass
 from hata.hf.intercept import Function
 from hata.hf.layer_plan import LayerPlan
-from hata.hf.layer_report import HASHED, LayerRecord
-from hata.hf.masks import can_look, first_visible, is_known, is_left_padding, only_hides
+from hata.hf.layer_report import CAPTURED, HASHED, LayerRecord
 
 # Arguments of attention functions that change nothing of a decode step, or that our ops know.
 # With any other that is given a value, the model's own function runs.
-_KNOWN_NAMES = """
+_NAMES = """
 cache_position dropout is_causal logits_to_keep num_items_in_batch output_hidden_states
 output_router_logits position_embeddings position_ids return_dict s_aux scaling softcap use_cache
 """
-_KNOWN = frozenset(_KNOWN_NAMES.split())
+_KNOWN = frozenset(_NAMES.split())
 
 
 class HashedAttention:
     """What one planned layer attends with; `answer` is its handler, see `hata.hf.intercept`."""
 
     def __init__(self, plan: LayerPlan, record: LayerRecord) -> None:
-        self._plan, self._record = plan, record
+        self._record, self._plan = record, plan
         # The function that was found to be known last.
         self._known: Function | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HashedAttention:
-        twin = memo[id(self)] = HashedAttention(self._plan, copy.deepcopy(self._record, memo))
-        return twin
-
-    def __reduce__(self) -> Any:
-        raise AttachError(
-            "model: it is attached and cannot be pickled; detach it first, or save it with "
-            "save_pretrained"
-        )
 
     def answer(
         self, own: Function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -63,19 +50,20 @@ class HashedAttention:
         layer, step.layer = step.layer, None
         if len(args) != 4:
             why = "arguments of its attention that are not known"
+        elif module.training:
+            why = reasons.TRAINING
         elif args[0].shape[2] != 1:
-            why = self._why_several(step, layer, module, args)
+            why = self._why_several(step, layer, args)
         else:
-            why = self._why_dense(step, layer, module, args)
-            if why is None:
-                why = self._why_unknown(own, module, kwargs, compiling)
+            why = self._why_dense(step, layer, args)
+            why = why or self._why_unknown(own, module, kwargs, compiling)
         if why is not None:
-            (self._record.compiled if compiling else self._record.dense)(why)
+            self._record.ran(why, compiling)
             return own(module, *args, **kwargs)
         query, _, _, mask = args
         starts = None
         if mask is not None and step.masked:
-            starts = step.of_mask(first_visible, mask)
+            starts = step.of_mask(masks.first_visible, mask)
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         if own is sdpa_attention_forward:
             # It knows neither, and so does a model that runs it: earlier releases ignore them.
@@ -83,20 +71,14 @@ class HashedAttention:
         if sinks is not None:
             sinks = sinks.detach()
         out = _attend(layer, query, starts, kwargs.get("scaling"), softcap, sinks)
-        if compiling:
-            self._record.compiled(HASHED)
-        else:
-            self._record.hashed(query)
+        captured = not compiling and query.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._record.ran(CAPTURED if captured else HASHED, compiling)
         return out.transpose(1, 2).contiguous(), None
 
-    def _why_dense(
-        self, step: ForwardPass, layer: Any, module: nn.Module, args: tuple[Any, ...]
-    ) -> str | None:
+    def _why_dense(self, step: ForwardPass, layer: Any, args: tuple[Any, ...]) -> str | None:
         """Why a step of one token runs dense, as far as its tensors tell; `None` for hashing."""
         plan = self._plan
         query, key, value, mask = args
-        if module.training:
-            return reasons.TRAINING
         if type(layer) is not HashStaticLayer and key.shape[2] <= plan.dense_below:
             return reasons.SHORT
         if layer is None:
@@ -107,8 +89,7 @@ class HashedAttention:
             return layer.why
         if layer.keys is not key or layer.values is not value:
             return reasons.NOT_CACHED
-        dtype = query.dtype
-        if key.dtype != dtype or value.dtype != dtype:
+        if not query.dtype == key.dtype == value.dtype:
             return reasons.DTYPES
         if torch.is_grad_enabled() and any(given.requires_grad for given in (query, key, value)):
             return reasons.GRADIENTS
@@ -116,13 +97,9 @@ class HashedAttention:
             return reasons.WEIGHTS
         return None if mask is None else _why_masked(step, layer, mask)
 
-    def _why_several(
-        self, step: ForwardPass, layer: Any, module: nn.Module, args: tuple[Any, ...]
-    ) -> str:
+    def _why_several(self, step: ForwardPass, layer: Any, args: tuple[Any, ...]) -> str:
         """Why a step of several tokens runs dense; looks at its mask, for the steps that follow."""
         _, key, _, mask = args
-        if module.training:
-            return reasons.TRAINING
         if layer is None:
             lost = step.why == reasons.NO_CACHE and key.shape[2] > self._plan.dense_below
             return reasons.NO_CACHE if lost else reasons.PREFILL
@@ -143,13 +120,12 @@ class HashedAttention:
         for name, given in kwargs.items():
             if name not in _KNOWN and given is not None and given is not False:
                 return f"an argument of its attention that is not known: {name}"
-        if own is self._known and not compiling:
-            return None
-        home = getattr(getattr(own, "func", own), "__module__", None) or ""
-        if not home.startswith("transformers.") and home != type(module).__module__:
-            return f"an attention function of its own: {getattr(own, '__qualname__', own)}"
-        if not compiling:
-            self._known = own
+        if compiling or own is not self._known:
+            home = getattr(getattr(own, "func", own), "__module__", None) or ""
+            if not home.startswith("transformers.") and home != type(module).__module__:
+                return f"an attention function of its own: {getattr(own, '__qualname__', own)}"
+            if not compiling:
+                self._known = own
         return None
 
 
@@ -160,49 +136,34 @@ def _attend(
     plan, hasher, keys, values = layer.plan, layer.hasher, layer.keys, layer.values
     codes, norms, fresh, lengths = layer.ready()
     q_codes, k = hasher.query_codes(query), plan.selection.k
-    if hasher.key_heads != plan.kv_heads:
-        # One key code per query head: no fused op knows those, the three steps do.
-        seen = {"lengths": lengths, "starts": starts, "key_norms": norms}
-        indices = hata.hamming_topk(q_codes, codes, k, **seen, **plan.budget)
-        out = hata.sparse_attend(
-            query, keys, values, indices, scale=scale, softcap=softcap, sink_logits=sinks
-        )
+    seen = {"lengths": lengths, "starts": starts, "key_norms": norms}
+    logits = {"scale": scale, "softcap": softcap, "sink_logits": sinks}
+    if hasher.key_heads == plan.kv_heads:
+        more = {"q_codes": q_codes, "fresh": fresh, **hasher.attend_options}
+        projection = hasher.attend_projection
+        out = hata.hash_attend(query, keys, values, codes, projection, k, **seen, **logits, **more)
     else:
-        out = hata.hash_attend(
-            query,
-            keys,
-            values,
-            codes,
-            hasher.attend_projection,
-            k,
-            q_codes=q_codes,
-            fresh=fresh,
-            lengths=lengths,
-            starts=starts,
-            key_norms=norms,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sinks,
-            **hasher.attend_options,
-        )
+        # One key code per query head: no fused op knows those, the three steps do.
+        indices = hata.hamming_topk(q_codes, codes, k, **seen, **plan.budget)
+        out = hata.sparse_attend(query, keys, values, indices, **logits)
     layer.attended()
     return out
 
 
 def _why_masked(step: ForwardPass, layer: Any, mask: Any) -> str | None:
     """Why a mask keeps a decode step dense, if it does; looks at it where it can be read."""
-    if not is_known(mask):
+    if not masks.is_known(mask):
         return reasons.MASK
     # On a CPU every step looks; elsewhere one that comes with several tokens, or the first.
-    look = can_look(mask)
+    look = masks.can_look(mask)
     always = look and mask.device.type == "cpu"
     if mask.dim() == 4 and mask.dtype != torch.bool:
         if always or (look and layer.only_hides is None):
-            layer.only_hides = step.of_mask(only_hides, mask)
+            layer.only_hides = step.of_mask(masks.only_hides, mask)
         if not layer.only_hides:
             return reasons.UNSEEN if layer.only_hides is None else reasons.BIAS
     if always or (look and layer.left_padded is None):
-        layer.left_padded = step.of_mask(is_left_padding, mask, layer.total())
+        layer.left_padded = step.of_mask(masks.is_left_padding, mask, layer.total())
     if layer.left_padded is None and step.masked:
         return reasons.UNSEEN
     return reasons.HOLES if layer.left_padded is False else None

@@ -40,8 +40,6 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
     coded = 0
     # Slots that there is room for codes of.
     _coded_room = 0
-    # Keys of the decode step under way.
-    _length = 0
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
 
     def __copy__(self) -> HashDynamicLayer:
@@ -96,18 +94,13 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
                     made[:, :, : self.coded] = was[:, :, : self.coded]
         if self.coded < length:
             new = slice(self.coded, length)
-            hata.encode(
-                self.hasher.key_features(self.keys[:, :, new].detach()),
-                self.hasher.projection,
-                self.hasher.bias,
-                out=self.codes[:, :, new],
-                norms=None if self.norms is None else self.norms[:, :, new],
-            )
+            norms = None if self.norms is None else self.norms[:, :, new]
+            self.hasher.encode_keys(self.keys[:, :, new], self.codes[:, :, new], norms)
             self.coded = length
 
     def ready(self) -> tuple[Any, Any, int, Any]:
         """Codes, norms, how many keys `hash_attend` is to hash, and lengths, for a decode step."""
-        length = self._length = self.keys.shape[SLOTS]
+        length = self.keys.shape[SLOTS]
         # The newest key is left to `hash_attend` where it can hash it.
         fresh = int(self.hasher.plain_keys)
         if self.coded != length - fresh or length > self._coded_room:
@@ -119,7 +112,7 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
 
     def attended(self) -> None:
         """The step ran: all keys have codes."""
-        self.coded = self._length
+        self.coded = self.keys.shape[SLOTS]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last keys, and forget their codes."""
@@ -201,12 +194,10 @@ class HashStaticLayer(CodedLayer, StaticLayer):
 
     def _encode(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         """Encode `keys` into `slots`."""
-        hasher, norms = self.hasher, None
-        keys = hasher.key_features(keys.detach())
+        norms = None
         if self.norms is not None:
-            norms = torch.empty(keys.shape[:3], dtype=torch.float16, device=keys.device)
-        codes = hata.encode(keys, hasher.projection, hasher.bias, norms=norms)
-        self.codes.index_copy_(SLOTS, slots, codes)
+            norms = self.norms.new_empty((*self.norms.shape[:SLOTS], keys.shape[SLOTS]))
+        self.codes.index_copy_(SLOTS, slots, self.hasher.encode_keys(keys, norms=norms))
         if self.norms is not None:
             self.norms.index_copy_(SLOTS, slots, norms)
 

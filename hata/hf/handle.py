@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from hata.encoder import Encoder
-from hata.errors import AttachError
 from hata.hf import forward_pass, models, reasons
 from hata.hf.attention import HashedAttention
 from hata.hf.cache import HashDynamicLayer, HashStaticLayer
@@ -31,7 +30,7 @@ _CODED: dict[type, Any] = {
 }
 
 
-class Handle:
+class Handle(AbstractContextManager["Handle"]):
     """An attachment; undo it with `detach()` or by leaving its `with` block.
 
     Attributes:
@@ -50,15 +49,14 @@ class Handle:
         source: str,
     ) -> None:
         """Attach; each of `layers` is how it is to hash, or why it is dense."""
+        self._record = ModelRecord(type(model).__name__, strict)
         self.selections = tuple(getattr(layer, "selection", None) for layer in layers)
         self.encoder, self.source = encoder, source
-        self._model, self._name = model, type(model).__name__
-        self._decoder = decoder = model.get_decoder()
+        self._model, self._decoder = model, model.get_decoder()
         self._layers = tuple(layers)
         self._plans = [(i, plan) for i, plan in enumerate(layers) if isinstance(plan, LayerPlan)]
-        self._record = ModelRecord(self._name, strict)
         self._records = {i: LayerRecord(self._record, i, plan.selection) for i, plan in self._plans}
-        self._arguments = list(inspect.signature(decoder.forward).parameters)
+        self._arguments = list(inspect.signature(self._decoder.forward).parameters)
         self._attached = True
         self._interception = Interception(
             {
@@ -67,12 +65,12 @@ class Handle:
                 for module in modules[i]
             }
         )
-        vars(decoder)["_hata_handle"] = self
+        vars(self._decoder)["_hata_handle"] = self
         self._hooks: list[Any] = []
         if self._plans:
             self._hooks = [
-                decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-                decoder.register_forward_hook(self._after, always_call=True),
+                self._decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+                self._decoder.register_forward_hook(self._after, always_call=True),
             ]
             if hasattr(model, _PREPARE):
                 vars(model)[_PREPARE] = _Prepare(self, model)
@@ -96,28 +94,11 @@ class Handle:
 
     def report(self) -> Report:
         """What every layer did since it was attached, counted where Python ran it."""
-        return Report(
-            self._name,
-            tuple(
-                LayerReport(i, None, why) if isinstance(why, str) else self._records[i].report()
-                for i, why in enumerate(self._layers)
-            ),
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        # Part of the copy of a model: all that belongs to the copy is copied with it.
-        twin = memo[id(self)] = object.__new__(Handle)
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
-
-    def __reduce__(self) -> Any:
-        raise AttachError(
-            f"model: this {self._name} is attached and cannot be pickled; detach it first, or save "
-            "it with save_pretrained"
-        )
-
-    def __enter__(self) -> Handle:
-        return self
+        layers = [
+            LayerReport(i, None, why) if isinstance(why, str) else self._records[i].report()
+            for i, why in enumerate(self._layers)
+        ]
+        return Report(self._record.model, tuple(layers))
 
     def __exit__(self, *error: object) -> None:
         self.detach()
@@ -128,8 +109,9 @@ class Handle:
         left = f" (dense: {', '.join(dense)})" if hashed and dense else ""
         state = "attached" if self._attached else "detached"
         return (
-            f"<hata.hf.Handle {state} {self._name}: {len(hashed)} of {len(self.selections)} layers "
-            f"planned to hash{left}, {self.encoder!r}, selections ({self.source})>"
+            f"<hata.hf.Handle {state} {self._record.model}: {len(hashed)} of "
+            f"{len(self.selections)} layers planned to hash{left}, {self.encoder!r}, selections "
+            f"({self.source})>"
         )
 
     def __str__(self) -> str:

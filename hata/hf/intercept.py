@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ Function = Callable[..., tuple[Any, Any]]
 # called, and with what: query, key, value and mask come first in `args`. A handler that wants
 # nothing else calls `function(module, *args, **kwargs)`.
 Handler = Callable[[Function, nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
+_TENSORS = ("query", "key", "value", "attention_mask")
 
 _lock = threading.Lock()
 # Who watches an interface object; those that are gone leave by themselves.
@@ -56,7 +58,7 @@ class Interception:
         with _lock:
             for interface in self._interfaces:
                 watchers = _watchers.setdefault(id(interface), WeakSet())
-                if _watched(interface) is None:
+                if not hasattr(interface, "watches"):
                     interface.__class__ = _watching(type(interface))
                 watchers.add(self)
 
@@ -82,9 +84,8 @@ class Interception:
             for interface in self._interfaces:
                 watchers = _watchers.get(id(interface), WeakSet())
                 watchers.discard(self)
-                before = _watched(interface)
-                if not watchers and before is not None:
-                    interface.__class__ = before
+                if not watchers and hasattr(interface, "watches"):
+                    interface.__class__ = interface.watches
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interception:
         # Part of the copy of a model: the modules are copied with it, interfaces are not.
@@ -103,7 +104,7 @@ def handler_of(module: nn.Module) -> Handler | None:
 
 def calls_interface(module: nn.Module) -> bool:
     """Whether the code of a module, or of a class that it derives from, asks an interface."""
-    return any("get_interface" in source for source in map(_source, type(module).__mro__))
+    return any(map(_asks_interface, type(module).__mro__))
 
 
 def _answer(function: Function, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -111,24 +112,12 @@ def _answer(function: Function, module: nn.Module, *args: Any, **kwargs: Any) ->
     handler = getattr(module, "_hata", None)
     if handler is None:
         return function(module, *args, **kwargs)
-    if len(args) < len(_TENSORS):
-        args, kwargs = _by_position(args, kwargs)
-    return handler(function, module, args, kwargs)
-
-
-_TENSORS = ("query", "key", "value", "attention_mask")
-
-
-def _by_position(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tensors that a module passes by name, where handlers look for them."""
-    given, rest = list(args), dict(kwargs)
+    # Handlers look for tensors by position; some modules pass them by name.
     for name in _TENSORS[len(args) :]:
-        if name not in rest:
+        if name not in kwargs:
             break
-        given.append(rest.pop(name))
-    return tuple(given), rest
+        args = (*args, kwargs.pop(name))
+    return handler(function, module, args, kwargs)
 
 
 @functools.cache
@@ -145,12 +134,7 @@ def _watching(cls: type[AttentionInterface]) -> type[AttentionInterface]:
     return Watching
 
 
-def _watched(interface: AttentionInterface) -> type[AttentionInterface] | None:
-    """The class that an interface object had before it was watched; `None` where it is not."""
-    return getattr(type(interface), "watches", None)
-
-
-def _interfaces(modules: Iterable[nn.Module]) -> list[AttentionInterface]:
+def _interfaces(modules: Iterable[nn.Module]) -> list[Any]:
     """The interface objects that the code of these modules can see."""
     found = {id(modeling_utils.ALL_ATTENTION_FUNCTIONS): modeling_utils.ALL_ATTENTION_FUNCTIONS}
     for cls in {cls for module in modules for cls in type(module).__mro__}:
@@ -161,12 +145,8 @@ def _interfaces(modules: Iterable[nn.Module]) -> list[AttentionInterface]:
 
 
 @functools.cache
-def _source(cls: type) -> str:
-    import inspect
-
-    if cls is nn.Module or cls is object:
-        return ""
+def _asks_interface(cls: type) -> bool:
     try:
-        return inspect.getsource(cls)
+        return cls is not nn.Module and "get_interface" in inspect.getsource(cls)
     except (OSError, TypeError):
-        return ""
+        return False

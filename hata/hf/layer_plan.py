@@ -25,19 +25,19 @@ class _Hash(NamedTuple):
         if heads > x.shape[1]:
             x = x.repeat_interleave(heads // x.shape[1], dim=1)
         for weight, bias in self.hidden:
-            repeats = x.shape[1] // heads
-            x = x @ weight.repeat_interleave(repeats, dim=0)
-            x = torch.nn.functional.silu(x + bias.repeat_interleave(repeats, dim=0)[:, None])
+            x = torch.nn.functional.silu(_affine(x, weight, bias))
         return x
 
     def signs(self, x: torch.Tensor) -> torch.Tensor:
-        """The bits of vectors as 1 and -1."""
-        x = self.features(x)
-        repeats = x.shape[1] // self.projection.shape[0]
-        projected = x @ self.projection.repeat_interleave(repeats, dim=0)
-        if self.bias is not None:
-            projected = projected + self.bias.repeat_interleave(repeats, dim=0)[:, None]
+        """The bits of vectors `[B, H', T, D]` as 1 and -1, `[B, max(H', C), T, r]`."""
+        projected = _affine(self.features(x), self.projection, self.bias)
         return torch.where(projected > 0, 1.0, -1.0)
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    repeats = x.shape[1] // weight.shape[0]
+    x = x @ weight.repeat_interleave(repeats, dim=0)
+    return x if bias is None else x + bias.repeat_interleave(repeats, dim=0)[:, None]
 
 
 class Hasher:
@@ -50,27 +50,30 @@ class Hasher:
         query_bias: Its bias.
         key_heads: Codes of a key: one per KV head, or one per query head.
         plain_keys: Whether `hata.encode` alone hashes a key, so that `hash_attend` can.
+        key_features: What `hata.encode` is given for keys.
+        key_signs: The bits of keys `[B, Hkv, n, D]` as 1 and -1, `[B, C, n, r]`, in plain torch.
+        query_signs: The same of queries `[B, H, T, D]`.
         attend_projection: What `hash_attend` is given as the projection, `[Hkv, D, r]`: where it
             hashes neither keys nor queries, numbers that it does not look at.
         attend_options: More of what it is given at every step.
     """
 
     def __init__(self, plan: LayerPlan, keys: _Hash, queries: _Hash | None) -> None:
-        kv_heads = plan.kv_heads
         self.projection, self.bias, hidden = keys
         self.key_heads, _, bits = self.projection.shape
-        self.plain_keys = not hidden and self.key_heads == kv_heads
+        self.plain_keys = not hidden and self.key_heads == plan.kv_heads
         self.attend_projection = self.projection
         if not self.plain_keys:
-            self.attend_projection = self.projection.new_zeros((kv_heads, plan.head_dim, bits))
-        self.query_projection = self.query_bias = None
-        # Where queries have a hash that is not `hash_attend`'s, their codes are made here.
-        self._encodes_queries = False
+            shape = (plan.kv_heads, plan.head_dim, bits)
+            self.attend_projection = self.projection.new_zeros(shape)
+        self.query_projection = self.query_bias = self._queries = None
         if queries is not None:
-            self._encodes_queries = bool(queries.hidden) or len(queries.projection) != kv_heads
-            if not self._encodes_queries:
+            if queries.hidden or len(queries.projection) != plan.kv_heads:
+                self._queries = queries
+            else:
                 self.query_projection, self.query_bias, _ = queries
-        self._keys, self._queries = keys, queries or keys
+        self.key_features, self.key_signs = keys.features, keys.signs
+        self.query_signs = (queries or keys).signs
         self.attend_options = {
             "bias": self.bias if self.plain_keys else None,
             "query_projection": self.query_projection,
@@ -79,24 +82,16 @@ class Hasher:
             **plan.budget,
         }
 
-    def key_features(self, keys: torch.Tensor) -> torch.Tensor:
-        """What `hata.encode` is given for keys `[B, Hkv, n, D]`."""
-        return self._keys.features(keys)
+    def encode_keys(self, keys: torch.Tensor, out: Any = None, norms: Any = None) -> torch.Tensor:
+        """Codes `[B, C, n, r/8]` of keys `[B, Hkv, n, D]`."""
+        features = self.key_features(keys.detach())
+        return hata.encode(features, self.projection, self.bias, out=out, norms=norms)
 
     def query_codes(self, q: torch.Tensor) -> torch.Tensor | None:
         """Codes `[B, Hq, T, r/8]` of queries that `hash_attend` cannot hash, else `None`."""
-        if not self._encodes_queries:
+        if self._queries is None:
             return None
-        projection, bias, _ = self._queries
-        return hata.encode(self._queries.features(q), projection, bias)
-
-    def key_signs(self, keys: torch.Tensor) -> torch.Tensor:
-        """The bits of keys `[B, Hkv, n, D]` as 1 and -1, `[B, C, n, r]`, in plain torch."""
-        return self._keys.signs(keys)
-
-    def query_signs(self, q: torch.Tensor) -> torch.Tensor:
-        """The bits of queries `[B, H, T, D]` as 1 and -1, `[B, Hq, T, r]`, in plain torch."""
-        return self._queries.signs(q)
+        return hata.encode(self._queries.features(q), *self._queries[:2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hasher:
         # Read only: copies of a cache share it.
@@ -108,7 +103,7 @@ class LayerPlan:
 
     Attributes:
         selection: What the layer attends to.
-        budget: Options of `hash_attend` and `hamming_topk` that a selection gives, beside k.
+        budget: Options that `hamming_topk` and `hash_attend` take from it, beside k.
         kv_heads: KV heads the projection is for.
         head_dim: Key size the projection is for.
         key_norms: Whether scores are weighted with key norms.
@@ -121,9 +116,8 @@ class LayerPlan:
         self, encoder: Encoder, layer: int, selection: Selection, forced: bool = False
     ) -> None:
         self.selection = selection
-        self.budget = {
-            name: getattr(selection, name) for name in ("ratio", "k_min", "sink", "recent")
-        }
+        names = ("ratio", "k_min", "sink", "recent")
+        self.budget = {name: getattr(selection, name) for name in names}
         bits = selection.bits
         queries = encoder.query(layer, bits)
         self._arrays = (

@@ -23,7 +23,9 @@ from hata.hf.reasons import AS_PLANNED
 from hata.selection import Selection
 from hata.words import ranges
 
-HASHED = "hashed"
+# What a step did, unless it ran dense for one of `hata.hf.reasons`.
+HASHED, CAPTURED = "hashed", "captured"
+_EXPECTED = frozenset((HASHED, CAPTURED, *AS_PLANNED))
 # Counts of several threads must not be lost.
 _counting = threading.Lock()
 
@@ -55,9 +57,8 @@ class LayerReport:
             return f"dense: {self.why}"
         told = [f"{self.hashed} steps hashed"]
         if self.dense:
-            told.append(
-                "dense: " + ", ".join(f"{count} {why}" for why, count in sorted(self.dense.items()))
-            )
+            dense = [f"{count} {why}" for why, count in sorted(self.dense.items())]
+            told.append(f"dense: {', '.join(dense)}")
         if self.captured:
             told.append(f"{self.captured} captured with hashing (replays are not counted)")
         if self.compiled:
@@ -98,17 +99,29 @@ class ModelRecord:
         self.model, self.strict, self.met = model, strict, False
         self._warned: set[str] = set()
 
+    def __reduce__(self) -> Any:
+        raise AttachError(
+            f"model: this {self.model} is attached and cannot be pickled; detach it first, or save "
+            "it with save_pretrained"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRecord:
         # A copy of a model speaks for itself, from the beginning.
         twin = memo[id(self)] = ModelRecord(self.model, self.strict)
         return twin
 
+    def ran(self, layer: int, what: str) -> None:
+        """Planned attention ran: hashed, or dense for a reason."""
+        self.met = True
+        if what not in _EXPECTED:
+            self.complain(layer, what)
+
     def complain(self, layer: int, why: str) -> None:
         """Say, or raise where the attachment is strict, that a planned layer cannot be hashed.
 
-        Once for each reason; not at all where it was planned.
+        Once for each reason.
         """
-        if why in AS_PLANNED or (why in self._warned and not self.strict):
+        if why in self._warned and not self.strict:
             return
         self._warned.add(why)
         told = f"{self.model}: layer {layer} was to be hashed, but attends densely: {why}"
@@ -122,8 +135,7 @@ class LayerRecord:
 
     def __init__(self, model: ModelRecord, layer: int, selection: Selection) -> None:
         self._model, self._layer, self._selection = model, layer, selection
-        self._hashed = self._captured = 0
-        self._dense: Counter[str] = Counter()
+        self._steps: Counter[str] = Counter()
         self._compiled: set[str] = set()
         # See `_note_compiled`.
         torch._dynamo.assume_constant_result(_note_compiled)
@@ -135,45 +147,27 @@ class LayerRecord:
         twin = memo[id(self)] = LayerRecord(model, self._layer, self._selection)
         return twin
 
-    def hashed(self, query: torch.Tensor) -> None:
-        """A step ran hash attention."""
-        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    def ran(self, what: str, compiling: bool) -> None:
+        """A step ran, or is compiled: `HASHED`, `CAPTURED`, or why it is dense."""
+        if compiling:
+            _note_compiled(self._number, what)
+            return
         with _counting:
-            if captured:
-                self._captured += 1
-            else:
-                self._hashed += 1
-        self._model.met = True
-
-    def dense(self, why: str) -> None:
-        """A step ran dense; says so the first time that it was not planned."""
-        with _counting:
-            self._dense[why] += 1
-        self._model.met = True
-        self._model.complain(self._layer, why)
-
-    def compiled(self, what: str) -> None:
-        """Note, while torch.compile follows the code, what it compiles: `HASHED`, or why not."""
-        _note_compiled(self._number, what)
+            self._steps[what] += 1
+        self._model.ran(self._layer, what)
 
     def note_compiled(self, what: str) -> None:
-        """The same, outside of what is compiled."""
+        """Note, outside of what is compiled, what it does."""
         self._compiled.add(what)
-        self._model.met = True
-        if what != HASHED:
-            self._model.complain(self._layer, what)
+        self._model.ran(self._layer, what)
 
     def report(self) -> LayerReport:
         """All of it."""
         with _counting:
-            return LayerReport(
-                self._layer,
-                self._selection,
-                hashed=self._hashed,
-                dense=dict(self._dense),
-                captured=self._captured,
-                compiled=tuple(sorted(self._compiled)),
-            )
+            dense = dict(self._steps)
+        hashed, captured = dense.pop(HASHED, 0), dense.pop(CAPTURED, 0)
+        compiled = tuple(sorted(self._compiled))
+        return LayerReport(self._layer, self._selection, "", hashed, dense, captured, compiled)
 
 
 # While torch.compile follows the code it runs a function for real only where it is marked and all

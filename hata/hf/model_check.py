@@ -43,12 +43,10 @@ class Checked(NamedTuple):
 def compare(
     model: PreTrainedModel, attached: Callable[[], AbstractContextManager[Any]]
 ) -> list[Checked]:
-    """Generate a few tokens every way, attached and not.
+    """Generate a few tokens every way, attached and not; see `hata.hf.check_model`.
 
-    Args:
-        model: What generates; not attached.
-        attached: Attaches it, hashing every layer however short the context is, with a budget that
-            covers it.
+    `attached` attaches the model, hashing every layer however short the context is, with a budget
+    that covers it.
 
     Raises:
         AttachError: An answer differs; names the way and the layer where it begins.
@@ -127,42 +125,36 @@ def _prompt(model: Any, padded: bool) -> dict[str, torch.Tensor]:
 
 def _watch(model: Any, where: str, compared: list[int]) -> Interception:
     """Compare every hashed step with what the model's own function makes of it."""
+
+    def both(
+        handler: Handler, own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        ran: list[bool] = []
+
+        def dense(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            ran.append(True)
+            return own(*args, **kwargs)
+
+        dense.__module__ = getattr(getattr(own, "func", own), "__module__", "")
+        got = handler(dense, module, args, kwargs)
+        if not ran:
+            compared.append(module.layer_idx)
+            expected = own(module, *args, **kwargs)[0]
+            error = _error(got[0], expected)
+            if not error <= _TOLERANCE[expected.dtype]:
+                raise AttachError(
+                    f"{where}: hash attention over all keys differs from the model's own attention "
+                    f"from layer {module.layer_idx} on, by {error:.1%} of its largest output; this "
+                    "model's attention does more than is known; leave the layer dense with "
+                    "selection="
+                )
+        return got
+
     return Interception(
         {
-            module: functools.partial(_both, handler, where, compared)
+            module: functools.partial(both, handler)
             for module in model.modules()
             if (handler := handler_of(module)) is not None
             and isinstance(getattr(handler, "__self__", None), HashedAttention)
         }
     )
-
-
-def _both(
-    handler: Handler,
-    where: str,
-    compared: list[int],
-    own: Function,
-    module: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Any, Any]:
-    """A handler that computes both answers, and compares those that were hashed."""
-    ran: list[bool] = []
-
-    def dense(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        ran.append(True)
-        return own(*args, **kwargs)
-
-    dense.__module__ = getattr(getattr(own, "func", own), "__module__", "")
-    got = handler(dense, module, args, kwargs)
-    if not ran:
-        compared.append(module.layer_idx)
-        expected = own(module, *args, **kwargs)[0]
-        error = _error(got[0], expected)
-        if not error <= _TOLERANCE[expected.dtype]:
-            raise AttachError(
-                f"{where}: hash attention over all keys differs from the model's own attention "
-                f"from layer {module.layer_idx} on, by {error:.1%} of its largest output; this "
-                "model's attention does more than is known; leave the layer dense with selection="
-            )
-    return got

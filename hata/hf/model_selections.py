@@ -23,13 +23,19 @@ from hata.selection import Selection
 # context, up to the 2048 keys that the paper attends to at 128K tokens (arXiv 2506.02572, RULER).
 DEFAULT_SELECTION = Selection(bits=256, k=2048, ratio=1 / 16, k_min=128, sink=4, recent=16)
 
+# As callers give them: an encoder's path or `"random"`, a profile's path or `None` for the one in
+# force, one selection for all layers or one a layer.
+EncoderLike = Encoder | str | os.PathLike[str]
+ProfileLike = Profile | str | os.PathLike[str] | None
+SelectionLike = Selection | Sequence[Selection | None]
+
 
 def resolve(
     config: Any,
     name: str,
-    encoder: Encoder | str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str] | None,
-    selection: Selection | Sequence[Selection | None] | None,
+    encoder: EncoderLike,
+    profile: ProfileLike,
+    selection: SelectionLike | None,
 ) -> tuple[Encoder, tuple[Selection | None, ...], str]:
     """The encoder, a selection per layer (`None`: dense), and where those come from, for people.
 
@@ -65,12 +71,8 @@ def resolve(
     return loaded, layers, source
 
 
-def load_encoder(encoder: Encoder | str | os.PathLike[str]) -> Encoder | None:
-    """The encoder that is given or named; `None` for the random one, which a model must size.
-
-    Raises:
-        EncoderError: It cannot be read.
-    """
+def load_encoder(encoder: EncoderLike) -> Encoder | None:
+    """The encoder that is given or named; `None` for the random one, which a model must size."""
     if isinstance(encoder, Encoder):
         return encoder
     if not isinstance(encoder, (str, os.PathLike)):
@@ -81,14 +83,13 @@ def load_encoder(encoder: Encoder | str | os.PathLike[str]) -> Encoder | None:
 
 
 def _warn_of_another_encoder(
-    found: SelectionSet, given: Encoder | str | os.PathLike[str], loaded: Encoder, source: str
+    found: SelectionSet, given: EncoderLike, loaded: Encoder, source: str
 ) -> None:
     """Selections keep what they promise with the codes that they were chosen with."""
     random = loaded.made.get("recipe") == "random"
     name = "random" if random else "" if isinstance(given, Encoder) else Path(given).name
     # An encoder that is no file has no name to go by.
-    other = found.encoder.name != name if name else found.encoder.name == "random"
-    if other:
+    if found.encoder.name != name if name else found.encoder.name == "random":
         warnings.warn(
             f"{source}: its selections were chosen with encoder {found.encoder.name}, not with "
             f"{name or 'this one'}; choose them anew with: python -m tune --model PATH --encoder "
@@ -98,7 +99,7 @@ def _warn_of_another_encoder(
 
 
 def _of_profile(
-    shape: ModelShape, name: str, profile: Profile | str | os.PathLike[str] | None
+    shape: ModelShape, name: str, profile: ProfileLike
 ) -> tuple[SelectionSet | None, str]:
     """What a profile holds for the model, and what people call that."""
     if profile is None:
@@ -113,27 +114,22 @@ def _of_profile(
     synthetic, layers = found.source == "synthetic", found.layers
     if synthetic and not isinstance(layers, Selection) and len(layers) != shape.num_layers:
         return None, "default"
-    source, called, why = f"profile {profile.label}", name or shape.model_type, ""
+    source, called = f"profile {profile.label}", name or shape.model_type
     if synthetic:
-        why = (
-            f"are synthetic, chosen without a model; quality on {called} is unknown; choose them "
-            "on real text"
-        )
+        why = f"are synthetic, chosen without a model; quality on {called} is unknown"
+        fix = "choose them on real text"
     elif found.model.name != name:
-        why = (
-            f"were chosen on {found.model.name}, a model of the same sizes as {called}; choose "
-            "them on this model"
-        )
-    if why:
-        warnings.warn(
-            f"{source}: its selections {why} with: python -m tune --model PATH --text FILE",
-            stacklevel=5,
-        )
+        why = f"were chosen on {found.model.name}, a model of the same sizes as {called}"
+        fix = "choose them on this model"
+    else:
+        return found, source
+    command = "python -m tune --model PATH --text FILE"
+    warnings.warn(f"{source}: its selections {why}; {fix} with: {command}", stacklevel=5)
     return found, source
 
 
 def _per_layer(
-    given: Selection | Sequence[Selection | None], shape: ModelShape, encoder: Encoder | None
+    given: SelectionLike, shape: ModelShape, encoder: Encoder | None
 ) -> tuple[Selection | None, ...]:
     """One selection per layer; one for all leaves its first layers and the encoder's dense."""
     if isinstance(given, Selection):

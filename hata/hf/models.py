@@ -37,13 +37,13 @@ def inside(model: Any) -> PreTrainedModel:
             within = any(name.startswith(f"{outer}.") for outer in found)
             if isinstance(module, PreTrainedModel) and not within:
                 found[name] = module
-    if len(found) == 1:
-        return next(iter(found.values()))
     kind = type(model).__name__
-    if found:
+    if len(found) > 1:
         names = ", ".join(f".{name} ({type(one).__name__})" for name, one in found.items())
         raise AttachError(f"model: got {kind}, which holds several models; pass one of {names}")
-    raise AttachError(f"model: got {kind}, {_SUPPORTED}")
+    if not found:
+        raise AttachError(f"model: got {kind}, {_SUPPORTED}")
+    return next(iter(found.values()))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -82,9 +82,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 def attention_modules(decoder: PreTrainedModel, name: str = "") -> dict[int, list[nn.Module]]:
     """The self-attention modules of each layer that goes through the attention interface.
 
-    Args:
-        decoder: The decoder.
-        name: What errors call the model; its class unless given.
+    `name` is what errors call the model; its class unless given.
 
     Raises:
         AttachError: There is none, or they are not causal.
@@ -105,23 +103,13 @@ def attention_modules(decoder: PreTrainedModel, name: str = "") -> dict[int, lis
 
 
 def why_dense(config: Any) -> list[str]:
-    """Why each layer can only attend densely; `""` where nothing speaks against hashing.
-
-    Args:
-        config: The configuration of a decoder.
-    """
+    """Why each layer can only attend densely; `""` where nothing speaks against hashing."""
     text = config.get_text_config()
     layers: list[Any] = list(DynamicCache(config=text).layers)
     # Layers that share the cache of others have none of their own in some releases.
     layers += [None] * (text.num_hidden_layers - len(layers))
-    of_all = DENSE.get(text.model_type, "")
-    if not of_all and getattr(text, "kv_lora_rank", None):
-        of_all = LATENT
-    found = []
-    for layer in layers[: text.num_hidden_layers]:
-        why = _why_not_cached(layer)
-        found.append(why if why and why != of_all else of_all)
-    return found
+    of_all = DENSE.get(text.model_type) or (LATENT if getattr(text, "kv_lora_rank", None) else "")
+    return [_why_not_cached(layer) or of_all for layer in layers[: text.num_hidden_layers]]
 
 
 def _why_not_cached(layer: Any) -> str:
@@ -174,10 +162,7 @@ TESTED = frozenset(_HASHED.split())
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the cache is called as an argument of a model's `forward` and `generate`.
-
-    It is `past_key_values` up to transformers 5.23, and `cache` afterwards.
-    """
+    """What a model calls its cache: `past_key_values` up to transformers 5.23, `cache` since."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
