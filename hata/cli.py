@@ -245,7 +245,7 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: device.package_version(name) for name in _PACKAGES},
-        "devices": [_device_facts(kind) for kind in ("cpu", "cuda")],
+        "devices": [_device_facts(kind) for kind in device.kinds()],
         "backends": [one._asdict() for one in registry.list_backends()],
         "backend": registry.get_backend(),
         "environment": {name: os.environ.get(name) for name in names},

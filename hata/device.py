@@ -2,10 +2,12 @@
 
 Requirements this module meets:
 
-- no framework is imported to find out; the CUDA driver is asked through ctypes;
+- no framework is imported to find out; the CUDA driver is asked through ctypes, and opened here
+  alone;
 - nothing is probed at import, each device once, and whether there is a GPU is asked of the
   management library, so that a process which may still fork does not initialise CUDA;
-- a probe that fails says why and leaves the rest to answer.
+- a probe that fails says why and leaves the rest to answer;
+- kinds of device beside CPU and CUDA are plug-ins, imported when they are asked for.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import ctypes
 import os
 import platform
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from hata.errors import HataDeviceError
 
@@ -27,6 +32,7 @@ _PACKAGES = {
     "cpu": ("hata-attention", "llvmlite", "numba", "numpy"),
     "cuda": ("cupy-cuda12x", "cupy-cuda13x", "hata-attention", "torch", "triton"),
 }
+ENTRY_POINTS = "hata.devices"
 # CUdevice_attribute numbers of the driver API.
 _SM_COUNT, _MAJOR, _MINOR, _SMEM_OPTIN = 16, 75, 76, 97
 
@@ -36,10 +42,11 @@ class Fingerprint:
     """A device and the software on it, as a profile records them.
 
     Attributes:
-        device: Kind of device, `"cpu"` or `"cuda"`.
+        device: Kind of device: `"cpu"`, `"cuda"`, or that of a plug-in.
         name: What the driver or the kernel calls it, such as `"NVIDIA H200"`.
         cores: Streaming multiprocessors of a GPU; CPU cores this process may use.
-        sm: Compute capability as one number (90 is 9.0); `None` for a CPU.
+        sm: Compute capability as one number (90 is 9.0), across which no configuration is used;
+            `None` for a CPU.
         smem_optin: Shared memory a block may opt in to, in bytes; `None` for a CPU.
         driver: Version of the GPU driver; `None` if there is none or it is unknown.
         cuda: Version of CUDA the driver speaks, such as `"13.0"`; `None` for a CPU.
@@ -72,28 +79,95 @@ class Fingerprint:
 
     def describe(self) -> str:
         """The device in a few words."""
-        if self.device == "cpu":
+        if self.sm is None or self.device != "cuda":
             return f"{self.name} ({self.cores} cores)"
         return f"{self.name} (sm_{self.sm}, {self.cores} SMs)"
+
+
+class Kind(ABC):
+    """A kind of device beside CPU and CUDA. Name the class by an entry point of `hata.devices`."""
+
+    @abstractmethod
+    def fingerprint(self, index: int | None) -> Fingerprint:
+        """Of a device of this kind, `None`: the current one. `sm` is an architecture as a number.
+
+        Raises:
+            HataDeviceError: if there is no such device; the message says why.
+        """
+
+    @abstractmethod
+    def clock(self) -> Any:
+        """A new `hata.measure.clock.Clock`, which times calls on the current device."""
+
+
+@lru_cache
+def _plugins() -> dict[str, EntryPoint]:
+    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return {name: found[name] for name in sorted(found) if name not in _PACKAGES}
+
+
+def kinds() -> list[str]:
+    """Every kind of device that is known, whether one is here or not."""
+    return [*_PACKAGES, *_plugins()]
+
+
+@lru_cache
+def plugin(kind: str) -> Kind:
+    """What a plug-in says of its kind of device, imported at first use.
+
+    Raises:
+        HataDeviceError: it does not load, or is no `Kind`; no other kind is harmed.
+    """
+    try:
+        found = _plugins()[kind].load()()
+        if not isinstance(found, Kind):
+            raise TypeError(f"got {found!r}, expected a subclass of hata.device.Kind")
+    # Somebody else's code: whatever it raises is a reason, not our failure.
+    except Exception as error:
+        raise HataDeviceError(
+            f"device: the plug-in of {kind!r} failed to load: {type(error).__name__}: {error}; "
+            "repair or uninstall it"
+        ) from error
+    return found
 
 
 def fingerprint(device: str = "cpu") -> Fingerprint:
     """The fingerprint of a device of this machine, without kernels. Probed once per device.
 
     Args:
-        device: `"cpu"`, `"cuda"` (the current GPU, else the first) or `"cuda:<index>"`.
+        device: `"cpu"`, `"cuda"` (the current GPU, else the first), `"cuda:<index>"`, or likewise
+            the kind of a plug-in.
 
     Raises:
         HataDeviceError: if there is no such device; the message says what the driver said.
     """
     kind, _, index = device.partition(":")
-    if kind not in _PACKAGES or (index and not index.isdecimal()):
+    if kind not in kinds() or (index and not index.isdecimal()):
         raise HataDeviceError(
-            f"device: got {device!r}, expected 'cpu', 'cuda' or 'cuda:<index>'; correct it"
+            f"device: got {device!r}, expected {', '.join(map(repr, kinds()))}, or with an index "
+            "as in 'cuda:<index>'; correct it"
         )
     if kind == "cpu":
         return _cpu()
-    return _cuda(int(index) if index else _current_gpu())
+    if kind == "cuda":
+        return _cuda(int(index) if index else _current_gpu())
+    return _plugged_in(kind, int(index) if index else None)
+
+
+@lru_cache
+def _plugged_in(kind: str, index: int | None) -> Fingerprint:
+    try:
+        found = plugin(kind).fingerprint(index)
+        if not isinstance(found, Fingerprint) or found.device != kind:
+            raise TypeError(f"got {found!r}, expected a hata.device.Fingerprint of this kind")
+    except HataDeviceError:
+        raise
+    except Exception as error:
+        raise HataDeviceError(
+            f"device: the plug-in of {kind!r} failed: {type(error).__name__}: {error}; repair or "
+            "uninstall it"
+        ) from error
+    return found
 
 
 def has_cuda() -> bool:
@@ -103,9 +177,19 @@ def has_cuda() -> bool:
     return _gpu_count() > 0
 
 
+def is_here(kind: str) -> bool:
+    """Whether a device of this kind is visible to this process."""
+    if kind == "cuda":
+        return has_cuda()
+    try:
+        return bool(fingerprint(kind))
+    except HataDeviceError:
+        return False
+
+
 def default_device() -> str:
-    """`"cuda"` where a GPU is visible, else `"cpu"`."""
-    return "cuda" if has_cuda() else "cpu"
+    """`"cuda"` where a GPU is visible, else the first plug-in's kind that is here, else `"cpu"`."""
+    return next(kind for kind in ("cuda", *_plugins(), "cpu") if is_here(kind))
 
 
 @lru_cache
@@ -145,8 +229,13 @@ def _cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _driver() -> ctypes.CDLL:
-    """The CUDA driver, initialised."""
+@lru_cache
+def cuda_driver() -> ctypes.CDLL:
+    """The CUDA driver, initialised.
+
+    Raises:
+        HataDeviceError: if there is none, or it refuses to start.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -157,27 +246,31 @@ def _driver() -> ctypes.CDLL:
     return driver
 
 
+def cuda_reason(driver: ctypes.CDLL, code: int) -> str:
+    """What the driver says of an error's code, code included."""
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(text))
+    return f"{code}: {(text.value or b'unknown error').decode(errors='replace')}"
+
+
 def _call(driver: ctypes.CDLL, function: str, *args: object) -> None:
     code = getattr(driver, function)(*args)
     if code:
-        text = ctypes.c_char_p()
-        driver.cuGetErrorString(code, ctypes.byref(text))
-        reason = (text.value or b"unknown error").decode(errors="replace")
         raise HataDeviceError(
-            f"device: the CUDA driver refused {function} ({code}: {reason}); check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES, or use 'cpu'"
+            f"device: the CUDA driver refused {function} ({cuda_reason(driver, code)}); check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES, or use 'cpu'"
         )
 
 
 def _current_gpu() -> int:
     ordinal = ctypes.c_int(0)
     # Without a context on this thread the driver refuses, and the first GPU is the default one.
-    return ordinal.value if _driver().cuCtxGetDevice(ctypes.byref(ordinal)) == 0 else 0
+    return ordinal.value if cuda_driver().cuCtxGetDevice(ctypes.byref(ordinal)) == 0 else 0
 
 
 @lru_cache
 def _cuda(index: int) -> Fingerprint:
-    driver = _driver()
+    driver = cuda_driver()
     device, version = ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
     _call(driver, "cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))

@@ -2,8 +2,9 @@
 
 A profile belongs to one device. It holds kernel configurations (*entries*), found by
 `Profile.lookup`, and policies of models (*selections*), found by `Profile.selection_for`. Only
-this package knows that it is YAML: `text` reads and writes strict YAML, `schema` knows the fields,
-`records` are the values, `match` the look-up rule, `store` the places and the locked writing.
+this package knows that it is YAML: `text` reads and writes strict YAML, `fields` types and ranges,
+`entries` and `selections` are the two halves, `schema` the file of both, `match` is the look-up
+rule of entries, `store` the places and the locked writing.
 
 The profile in force is the first of: `HATA_PROFILE` (a path, a name, or `none`), the user's cache
 folder, those shipped with hata; else the backends' defaults. A fault in a file the user named is
@@ -12,7 +13,10 @@ an error; a fault in one that was merely found is a warning, and the next place 
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,18 +25,11 @@ from hata import device as _device
 from hata.device import Fingerprint
 from hata.errors import HataDeviceError, ProfileError
 from hata.problem import Problem
-from hata.profile import match, schema, store
-from hata.profile.match import Match, ProfileWarning, soft_differences
-from hata.profile.records import (
-    SCHEMA,
-    EncoderKey,
-    Entry,
-    Measured,
-    ModelKey,
-    Quality,
-    SelectionSet,
-    Timing,
-)
+from hata.profile import match, schema, selections, store
+from hata.profile.entries import Entry, Measured, Timing
+from hata.profile.match import Match, soft_differences
+from hata.profile.schema import SCHEMA, Parts
+from hata.profile.selections import EncoderKey, ModelKey, Quality, SelectionSet
 from hata.profile.store import cache_root, named_path, resolve, safe_output, user_path
 
 __all__ = [
@@ -58,6 +55,13 @@ __all__ = [
     "soft_differences",
     "user_path",
 ]
+
+_logger = logging.getLogger("hata.profile")
+_said: set[tuple[str, str]] = set()
+
+
+class ProfileWarning(UserWarning):
+    """A profile, or an entry of one, is not used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Profile:
                 tags, aliases, duplicate or unknown keys, doubtful scalars, values out of range.
         """
         file = resolve(path)
-        return cls(**schema.read(store.read(file), str(file)), path=file.absolute())
+        return cls(*schema.read(store.read(file), str(file)), path=file.absolute())
 
     def save(self, path: str | os.PathLike[str]) -> Profile:
         """Write this profile, merged into what the file holds (see `merged_with`).
@@ -120,18 +124,20 @@ class Profile:
             merged = self
             if old is not None:
                 try:
-                    merged = self.merged_with(Profile(**schema.read(old, str(target))))
+                    merged = self.merged_with(Profile(*schema.read(old, str(target))))
                 except ProfileError as error:
                     raise ProfileError(f"{error}; {target} was left as it is") from None
-            text = schema.write(merged)
+            text = merged.text()
             # What would be refused tomorrow is refused today.
-            written.append(Profile(**schema.read(text, str(target)), path=target))
+            written.append(Profile(*schema.read(text, str(target)), path=target))
             return text
 
         store.replace(target, make)
         return written[-1]
 
-    merge_into = save
+    def text(self) -> str:
+        """What is written of it."""
+        return schema.write(Parts(self.fingerprint, self.measured, self.entries, self.selections))
 
     def merged_with(self, older: Profile) -> Profile:
         """This profile, with what `older` knows and this one does not.
@@ -154,9 +160,10 @@ class Profile:
             raise ProfileError(
                 "the profile there was measured, the new one is predicted; choose another file"
             )
-        kernels = {backend: dict(ops) for backend, ops in theirs.kernels.items()}
-        for backend, ops in mine.kernels.items():
-            kernels.setdefault(backend, {}).update(ops)
+        both = {**theirs.kernels, **mine.kernels}
+        kernels = {
+            name: {**theirs.kernels.get(name, {}), **mine.kernels.get(name, {})} for name in both
+        }
         known = {(entry.backend, entry.key) for entry in self.entries}
         kept = [
             entry
@@ -201,7 +208,24 @@ class Profile:
             The match. A refused entry or profile is warned of once (`ProfileWarning`), a soft
             difference logged once.
         """
-        return match.lookup(self, backend, kernel_hash, problem, tunables, refuse, here)
+        reason = self._foreign(problem.device, here)
+        if reason is not None:
+            return Match(None, None, reason)
+        entry = match.nearest(self.entries, backend, problem)
+        if entry is None:
+            return Match(None, None, f"no entry for {backend} {problem.op} with these sizes")
+        if entry.config and not tunables:
+            # It had knobs once: on a CPU `reference` was what `numba` is now.
+            return Match(None, None, f"{backend} has nothing to tune")
+        if self._kernel_hash(backend, problem.op) != kernel_hash:
+            reason = f"the {backend} kernels of {problem.op} have changed since it was tuned"
+        else:
+            reason = match.outside(entry.config, tunables) or (refuse and refuse(entry.config))
+        if reason:
+            reason = f"{reason}; the default is used; tune anew with: {self.retune(backend)}"
+            self._warn_once(f"entry {backend} {problem.op} refused: {reason}")
+            return Match(None, None, reason)
+        return match.served(entry, problem)
 
     def leader(
         self, op: str, kind: str, hashes: Mapping[str, str], here: Fingerprint | None = None
@@ -217,25 +241,69 @@ class Profile:
         Returns:
             Its name; `None` if the profile is of another device or kernels, or none leads.
         """
-        return match.leader(self, op, kind, hashes, here)
+        if self._foreign(kind, here) is not None:
+            return None
+        return match.leader(
+            entry
+            for entry in self.entries
+            if entry.op == op
+            and self._kernel_hash(entry.backend, op) == hashes.get(entry.backend, "")
+        )
 
     def retune(self, backend: str) -> str:
         """The command that renews its entries of a backend."""
-        return match.retune(self, backend)
+        gpu = "cpu" if self.fingerprint.device == "cpu" else "auto"
+        command = f"hata tune --gpu {gpu} --backend {backend}"
+        # What is found by itself needs no name, and a file of the package is not to be written.
+        if self.path is None or self.origin == "user cache" or store.is_shipped(self.path):
+            return command
+        return f"{command} --out {shlex.quote(str(self.path))}"
 
     def selection_for(self, model: ModelKey) -> SelectionSet | None:
         """The policy for a model: of that model, else of one with equal sizes, else synthetic.
 
         Callers warn of the second (compare `.model.name`) and the third (`.source`).
         """
-        shape = replace(model, name="")
-        for found in self.selections:
-            if found.model == model:
-                return found
-        for found in self.selections:
-            if found.source == "measured" and replace(found.model, name="") == shape:
-                return found
-        return next((found for found in self.selections if found.source == "synthetic"), None)
+        return selections.policy_of(model, self.selections)
+
+    def _kernel_hash(self, backend: str, op: str) -> str | None:
+        """Of the sources that its entries were measured with."""
+        return self.fingerprint.kernels.get(backend, {}).get(op)
+
+    def _foreign(self, kind: str, here: Fingerprint | None) -> str | None:
+        """Why it is of another device; `None` if it may serve."""
+        recorded = self.fingerprint
+        if recorded.device != kind:
+            reason = f"it is for {recorded.describe()}, not for {kind}"
+            if not _device.is_here(recorded.device):
+                what = "GPU" if recorded.device == "cuda" else f"{recorded.device} device"
+                self._warn_once(f"not used: {reason}; no {what} is visible here")
+            return reason
+        try:
+            here = here or _device.fingerprint(kind)
+        except HataDeviceError as error:
+            return str(error)
+        if recorded.sm != here.sm:
+            reason = f"it is for {recorded.describe()}, this is {here.describe()}"
+            self._warn_once(f"not used: {reason}; tune with: hata tune --gpu auto")
+            return reason
+        apart = soft_differences(recorded, here)
+        if apart and _is_news(self.label, "soft"):
+            _logger.info("profile %s is used although %s", self.label, "; ".join(apart))
+        return None
+
+    def _warn_once(self, message: str) -> None:
+        if _is_news(self.label, message):
+            warnings.warn(f"profile {self.label}: {message}", ProfileWarning, 3)
+
+
+def _is_news(label: str, message: str) -> bool:
+    """Whether it was not said in this process yet."""
+    said = (label, message)
+    if said in _said:
+        return False
+    _said.add(said)
+    return True
 
 
 def find(device: str | None = None) -> Profile | None:
@@ -259,19 +327,17 @@ def find(device: str | None = None) -> Profile | None:
         slug = _device.fingerprint(device or _device.default_device()).slug
     except HataDeviceError:
         return None
-    for origin, place in (("user cache", named_path), ("shipped", _shipped_path)):
+    for origin in ("user cache", "shipped"):
         try:
-            if place(slug).is_file():
-                return replace(Profile.load(place(slug)), origin=origin)
+            path = named_path(slug) if origin == "user cache" else store.SHIPPED / f"{slug}.yaml"
+            if path.is_file():
+                return replace(Profile.load(path), origin=origin)
         except ProfileError as error:
-            match.warn_once(None, f"profile ignored: {error}")
+            if _is_news("", str(error)):
+                warnings.warn(f"profile ignored: {error}", ProfileWarning, 2)
     return None
 
 
 def default_output(device: Fingerprint | None = None) -> Path:
     """Where a profile of this device is found without being named: the user's cache folder."""
     return named_path((device or _device.fingerprint(_device.default_device())).slug)
-
-
-def _shipped_path(slug: str) -> Path:
-    return store.SHIPPED / f"{slug}.yaml"

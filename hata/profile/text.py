@@ -38,6 +38,7 @@ class Node:
 
     Attributes:
         kind: `"scalar"`, `"list"` or `"table"`.
+        source: The file's name.
         line: Line in the file, from 1.
         text: A scalar's characters.
         plain: Whether a scalar stood without quotes.
@@ -46,6 +47,7 @@ class Node:
     """
 
     kind: str
+    source: str
     line: int
     text: str = ""
     plain: bool = False
@@ -61,9 +63,9 @@ class Node:
         return shown if self.plain else repr(shown)
 
 
-def fail(source: str, line: int, message: str) -> NoReturn:
+def fail(node: Node, message: str) -> NoReturn:
     """Raise a `ProfileError` that starts with file and line."""
-    raise ProfileError(f"{source}:{line}: {message}")
+    raise ProfileError(f"{node.source}:{node.line}: {message}")
 
 
 def parse(text: str, source: str) -> Node:
@@ -77,24 +79,24 @@ def parse(text: str, source: str) -> Node:
         ProfileError: for malformed YAML, tags, anchors, aliases, duplicate keys, nesting beyond
             `MAX_DEPTH` or more than one document, with the line.
     """
+    start = Node("table", source, 1)
+    root: Node | None = None
     try:
         events = iter(yaml.parse(text, Loader=_LOADER))
-        root: Node | None = None
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
-                    fail(
-                        source, _line(event), "got a second document, expected one; split the file"
-                    )
+                    start.line = _line(event)
+                    fail(start, "got a second document, expected one; split the file")
                 root = _node(next(events), events, source, 1)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "malformed"
-        fail(source, mark.line + 1 if mark else 1, f"this is not YAML: {problem}")
+        start.line = mark.line + 1 if mark else 1
+        fail(start, f"this is not YAML: {error.problem or error.context or 'malformed'}")
     except yaml.YAMLError as error:
-        fail(source, 1, f"this is not YAML: {' '.join(str(error).split())}")
+        fail(start, f"this is not YAML: {' '.join(str(error).split())}")
     if root is None:
-        fail(source, 1, "the file is empty, expected a profile; write one with: hata tune")
+        fail(start, "the file is empty, expected a profile; write one with: hata tune")
     return root
 
 
@@ -103,30 +105,31 @@ def _line(event: Any) -> int:
 
 
 def _node(event: Any, events: Iterator[Any], source: str, depth: int) -> Node:
-    line = _line(event)
+    node = Node("scalar", source, _line(event))
     if isinstance(event, yaml.AliasEvent):
-        fail(source, line, f"got the alias *{event.anchor}; aliases are refused, repeat the value")
+        fail(node, f"got the alias *{event.anchor}; aliases are refused, repeat the value")
     if event.anchor is not None:
-        fail(source, line, f"got the anchor &{event.anchor}; anchors are refused, remove it")
+        fail(node, f"got the anchor &{event.anchor}; anchors are refused, remove it")
     if event.tag is not None:
-        fail(source, line, f"got the tag {event.tag}; tags are refused, remove it")
+        fail(node, f"got the tag {event.tag}; tags are refused, remove it")
     if isinstance(event, yaml.ScalarEvent):
-        return Node("scalar", line, text=event.value, plain=not event.style)
+        node.text, node.plain = event.value, not event.style
+        return node
     if depth > MAX_DEPTH:
-        fail(source, line, f"nested deeper than {MAX_DEPTH} levels; a profile needs no more than 5")
+        fail(node, f"nested deeper than {MAX_DEPTH} levels; a profile needs no more than 5")
     if isinstance(event, yaml.SequenceStartEvent):
-        node = Node("list", line)
+        node.kind = "list"
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
             node.items.append(_node(event, events, source, depth + 1))
         return node
-    node = Node("table", line)
+    node.kind = "table"
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         key = _node(event, events, source, depth + 1)
         if key.kind != "scalar":
-            fail(source, key.line, f"got {key} as a key, expected a word")
+            fail(key, f"got {key} as a key, expected a word")
         if key.text in node.table:
             first = node.table[key.text][0].line
-            fail(source, key.line, f"duplicate key {key.text!r}, first on line {first}; keep one")
+            fail(key, f"duplicate key {key.text!r}, first on line {first}; keep one")
         node.table[key.text] = key, _node(next(events), events, source, depth + 1)
     return node
 

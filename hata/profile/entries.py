@@ -1,0 +1,210 @@
+"""Entries: the kernel configurations of a device, as records and as fields of a profile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+from typing import Any
+
+from hata.device import Fingerprint, kinds
+from hata.problem import OPS, Problem
+from hata.profile import text
+from hata.profile.fields import (
+    flag,
+    items,
+    name_of,
+    optional,
+    pow2,
+    real,
+    record,
+    refuse,
+    sparse,
+    table,
+    whole,
+    word,
+)
+from hata.profile.text import Node, fail
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How the entries were measured.
+
+    Attributes:
+        date: Day or moment, ISO 8601, such as `"2026-11-21"`.
+        method: The clock, such as `"perf_counter"` or `"cuda_graph"`.
+        repeats: Timed runs behind each median.
+        cold_cache: Whether caches were flushed before each run.
+        noise_pct: Spread of repeated medians, in per cent; smaller gains were not believed.
+        trials: Candidates tried, all entries together.
+        seed: Seed of the search.
+        predicted: Whether an analytic model stands in for the clock, as the device was not there.
+    """
+
+    date: str
+    method: str
+    repeats: int
+    cold_cache: bool
+    noise_pct: float
+    trials: int
+    seed: int
+    predicted: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median and the 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The best configuration found for one problem.
+
+    Attributes:
+        backend: Name of the backend.
+        key: The problem it was measured on.
+        config: Knob -> value, as the backend's `tunables` names them.
+        us: Time with `config`.
+        default_us: Median time with the default configuration, in microseconds.
+    """
+
+    backend: str
+    key: Problem
+    config: Mapping[str, int | str | bool]
+    us: Timing
+    default_us: float
+
+    @property
+    def op(self) -> str:
+        """Name of the op."""
+        return self.key.op
+
+
+_MAX_KNOB = 1 << 24
+_SIZED_KNOB = re.compile(r"block|tile|warp")
+_DTYPES = ("float32", "float16", "bfloat16", "uint8")
+_count, _size, _large, _us = whole(0, 1 << 31), whole(0, 1 << 20), whole(0, 1 << 40), real(0, 1e10)
+
+fingerprint = record(
+    Fingerprint,
+    device=word(kinds),
+    name=name_of,
+    cores=whole(1, 1 << 20),
+    sm=optional(whole(10, 999)),
+    smem_optin=optional(whole(0, 1 << 24)),
+    driver=optional(name_of),
+    cuda=optional(name_of),
+    versions=table(name_of),
+    kernels=table(table(name_of)),
+)
+measured = record(
+    Measured,
+    date=name_of,
+    method=name_of,
+    repeats=_count,
+    cold_cache=flag,
+    noise_pct=real(0, 1000),
+    trials=_count,
+    seed=whole(0, 1 << 53),
+    predicted=flag,
+)
+_key = record(
+    # Its op stands beside it.
+    partial(Problem, ""),
+    device=word(kinds),
+    dtype=word(_DTYPES),
+    projection_dtype=word(("", *_DTYPES)),
+    batch=pow2(0, 1 << 31),
+    heads=_size,
+    kv_heads=_size,
+    head_dim=_size,
+    value_dim=_size,
+    bits=whole(0, 1 << 16, 32),
+    k=_large,
+    tokens=_large,
+    slots=pow2(0, 1 << 40),
+    norms=flag,
+    per_head=flag,
+    aligned=flag,
+    wide=flag,
+)
+
+
+def _knob(node: Node, where: str) -> int | str | bool:
+    for value in (text.as_bool(node), text.as_int(node)):
+        if value is not None:
+            low = 1 if _SIZED_KNOB.search(where.rpartition(".")[2]) else -_MAX_KNOB
+            if not isinstance(value, bool) and not low <= value <= _MAX_KNOB:
+                refuse(node, where, f"an integer from {low} to {_MAX_KNOB}")
+            return value
+    if text.as_text(node) is None:
+        refuse(node, where, "an integer, true, false, or a string (quoted if in doubt)")
+    return name_of(node, where)
+
+
+def _entry(
+    op: str, backend: str, key: Problem, config: Any, us: Timing, default_us: float
+) -> Entry:
+    return Entry(backend, replace(key, op=op), config, us, default_us)
+
+
+entries = items(
+    record(
+        _entry,
+        op=word(OPS),
+        backend=name_of,
+        key=_key,
+        config=table(_knob),
+        us=record(Timing, median=_us, p10=_us, p90=_us),
+        default_us=_us,
+    )
+)
+
+
+def check(found: Sequence[Entry], nodes: Sequence[Node], device: Fingerprint) -> None:
+    """Hold entries against each other and against the device that they are for.
+
+    Raises:
+        ProfileError: with file and line, for what does not fit.
+    """
+    seen: dict[tuple[str, Problem], int] = {}
+    for entry, node in zip(found, nodes, strict=True):
+        first = seen.setdefault((entry.backend, entry.key), node.line)
+        if first != node.line:
+            fail(node, f"the same key as the entry on line {first}; remove one")
+        if entry.key.device != device.device:
+            fail(
+                node,
+                f"key.device: got {entry.key.device}, expected {device.device} as in the "
+                "fingerprint; a profile is for one device",
+            )
+        if entry.op not in device.kernels.get(entry.backend, {}):
+            where = f"fingerprint.kernels.{entry.backend}.{entry.op}"
+            fail(node, f"no kernel hash; expected {where}; tune anew")
+        if not entry.us.p10 <= entry.us.median <= entry.us.p90:
+            fail(node, "us: expected p10 <= median <= p90; tune anew")
+
+
+def tree(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """What is written of entries: sorted, without what is default, times in nanosecond steps."""
+
+    def place(entry: Entry) -> tuple:
+        return entry.backend, OPS.index(entry.op), *astuple(entry.key)
+
+    return [
+        {
+            "op": entry.op,
+            "backend": entry.backend,
+            "key": sparse(entry.key, skip="op"),
+            "config": dict(sorted(entry.config.items())),
+            "us": {name: round(value, 3) for name, value in asdict(entry.us).items()},
+            "default_us": round(entry.default_us, 3),
+        }
+        for entry in sorted(found, key=place)
+    ]
