@@ -105,8 +105,8 @@ def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float
     gather = todo.gather / problem.kv_heads * heads / machine.bandwidth
     streamed = max(todo.read / machine.bandwidth - gather, todo.flops / machine.flops)
 
-    def stretched(us: float, *names: str) -> float:
-        pieces = next((config[name] for name in names if name in config), None)
+    def stretched(us: float, name: str) -> float:
+        pieces = config.get(name)
         # 0: as many as fit.
         if not isinstance(pieces, int) or pieces < 1:
             return us
@@ -116,9 +116,7 @@ def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float
         return us * waves + pieces * _SHARE_US
 
     return (
-        machine.launch_us
-        + stretched(streamed, "num_splits", "parts")
-        + stretched(gather, "attend_splits", "splits")
+        machine.launch_us + stretched(streamed, "num_splits") + stretched(gather, "attend_splits")
     )
 
 

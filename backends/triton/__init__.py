@@ -1,7 +1,7 @@
 """The Triton backend: portable kernels for NVIDIA GPUs from sm_80 up.
 
-One file per op. `pieces` holds jitted pieces that several kernels share, `launch` how kernels are
-compiled, kept and launched. Start reading at `hamming_topk`.
+One file per op. `pieces` holds jitted functions that several kernels share, `launch` how kernels
+are compiled, kept and launched. Start reading at `hamming_topk`.
 """
 
 from __future__ import annotations

@@ -9,18 +9,18 @@ output depend on its own row alone.
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from hata.backend import Config
-from hata.launches import NONE, Address, LaunchList
-from hata.problem import pow2
+from hata.launches import NONE, LaunchList
+from hata.problem import Problem, pow2
 
-from .launch import bind, launch
+from .launch import Pointer, group, launch
 from .layout import POINTERS, in_fp32, optional
-from .pieces import defer, wait_for_previous
+from .pieces import defer, griddepcontrol_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -57,285 +57,283 @@ def _add_logits(logits, query, key, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _attend_tile(
-    acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin, slots, scale,
-    softcap, members, keys_s, values_s, column,
-    D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    CHECKED: tl.constexpr, WAITS: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, over `positions[at:at + N]`; `WAITS`: for them, first.
+def _attend_tile(state, query, rows, at, span, members, column, sizes, strides, C: tl.constexpr):
+    """One step of the online softmax: N positions from rank `at` on.
+
+    Arguments are those of `attend_positions`; `state` is `(acc, m_i, l_i)`.
 
     Returns:
-        `acc`, `most` and `total` as `attend_positions` does, and which positions are slots [N].
+        `acc`, `m_i` and `l_i` as `attend_positions` does, and which positions are slots [N].
     """
-    member = tl.arange(0, M)
-    lanes = tl.arange(0, BLOCK_V) + column
-    depth = tl.arange(0, BLOCK_D)
-    rank = at + tl.arange(0, N)
+    acc, m_i, l_i = state
+    q, keys, values, positions = rows
+    _, end, contiguous, origin = span
+    member = tl.arange(0, C.M)
+    lanes = tl.arange(0, C.BLOCK_V) + column
+    depth = tl.arange(0, C.BLOCK_D)
+    rank = at + tl.arange(0, C.N)
     inside = rank < end
-    wait_for_previous(WAITS)
+    # Where tiles are pipelined, nothing may stand between their loads.
+    griddepcontrol_wait(C.WAITS and C.STAGES < 2)
     position = tl.load(positions + rank, mask=inside & (contiguous == 0), other=-1)
     position = tl.where(inside & (contiguous != 0), origin + rank, position)
-    if CHECKED:
-        inside = (position >= 0) & (position < slots)
-    logits = tl.zeros([M, N], tl.float32)
-    # Products are as wide as steps are.
-    key_rows = keys + (position * keys_s).to(tl.int64)[:, None] * VECTOR + depth[None, :]
-    value_rows = values + (position * values_s).to(tl.int64)[:, None] * VECTOR + lanes[None, :]
+    if C.CHECKED:
+        inside = (position >= 0) & (position < sizes.slots)
+    logits = tl.zeros([C.M, C.N], tl.float32)
+    # Products are as wide as strides are.
+    key_rows = (
+        keys + (position * strides.key_cache.s).to(tl.int64)[:, None] * C.VECTOR + depth[None, :]
+    )
+    value_rows = (
+        values
+        + (position * strides.value_cache.s).to(tl.int64)[:, None] * C.VECTOR
+        + lanes[None, :]
+    )
     value_mask = inside[:, None]
-    if DV % BLOCK_V != 0:
-        value_mask = value_mask & (lanes < DV)[None, :]
-    if BLOCK_D >= D:
+    if C.DV % C.BLOCK_V != 0:
+        value_mask = value_mask & (lanes < C.DV)[None, :]
+    if C.BLOCK_D >= C.D:
         # Both rows of a position are on their way before either is used.
         key_mask = inside[:, None]
-        if BLOCK_D > D:
-            key_mask = key_mask & (depth < D)[None, :]
+        if C.BLOCK_D > C.D:
+            key_mask = key_mask & (depth < C.D)[None, :]
         key = tl.load(key_rows, mask=key_mask, other=0.0)
         value = tl.load(value_rows, mask=value_mask, other=0.0)
-        if STAGES < 2:
+        if C.STAGES < 2:
             key = defer(key)
-        logits = _add_logits(logits, query, key, IEEE)
+        logits = _add_logits(logits, query, key, C.IEEE)
     else:
-        for i in tl.static_range(0, D, BLOCK_D):
-            mask = (i + depth < D)[None, :]
+        for i in tl.static_range(0, C.D, C.BLOCK_D):
+            mask = (i + depth < C.D)[None, :]
             query = tl.load(q + i, mask=(member < members)[:, None] & mask, other=0.0)
             key = tl.load(key_rows + i, mask=inside[:, None] & mask, other=0.0)
-            logits = _add_logits(logits, query, key, IEEE)
+            logits = _add_logits(logits, query, key, C.IEEE)
         value = tl.load(value_rows, mask=value_mask, other=0.0)
-    logits = tl.where(inside[None, :], _capped(logits, scale, softcap), float("-inf"))
-    grown = tl.max(logits, axis=1)
-    if STAGES > 0:
-        grown = tl.maximum(most, grown)
+    logits = _capped(logits, sizes.scale, sizes.softcap)
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    m_ij = tl.max(logits, axis=1)
+    if C.STAGES > 0:
+        m_ij = tl.maximum(m_i, m_ij)
     # All logits -inf so far: any finite reference gives weights of zero, not NaN.
-    reference = tl.where(grown == float("-inf"), 0.0, grown)
-    weights = tl.exp2(logits - reference[:, None])
-    if STAGES == 0:
+    reference = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+    p = tl.exp2(logits - reference[:, None])
+    if C.STAGES == 0:
         # Nothing came before.
-        total = tl.sum(weights, axis=1)
+        l_i = tl.sum(p, axis=1)
     else:
-        shrink = tl.exp2(most - reference)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc *= shrink[:, None]
-    if STAGES < 2:
+        alpha = tl.exp2(m_i - reference)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc *= alpha[:, None]
+    if C.STAGES < 2:
         value = defer(value)
-    if IEEE:
-        acc = tl.dot(weights, value.to(tl.float32), acc, input_precision="ieee")
+    if C.IEEE:
+        acc = tl.dot(p, value.to(tl.float32), acc, input_precision="ieee")
     else:
-        acc = tl.dot(weights.to(value.dtype), value, acc)
-    return acc, grown, total, inside
+        acc = tl.dot(p.to(value.dtype), value, acc)
+    return acc, m_ij, l_i, inside
 
 
 @triton.jit
-def attend_positions(
-    q, keys, values, positions, first, end, contiguous, origin, slots, scale, softcap, members,
-    q_h, keys_s, values_s, column,
-    D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    CHECKED: tl.constexpr, OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax of up to M heads at `q` over `positions[first:end]`, or origin + rank.
+def attend_positions(rows, span, members, column, sizes, strides, C: tl.constexpr):
+    """Online softmax of up to M heads over the positions of a split.
 
-    Where launches overlap, it waits for the positions, with the queries on their way: as late as it
-    can, since what stands behind a wait is computed behind it. `CHECKED`:
-    positions may be negative, or otherwise no slots, and are then skipped. `STAGES` 0: there are no
-    more than `N` of them, and no loop.
+    `rows`: pointers to the first head's query, to the head's keys and values, and to positions.
+    `span`: first and last rank (exclusive); whether positions are `origin + rank`; `origin`.
+    With `WAITS` it waits for the launch before, as late as it can: what stands behind a wait is
+    computed behind it. `CHECKED`: positions may be negative, or otherwise no slots, and are then
+    skipped. `STAGES` 0: there are no more than `N` of them, and no loop.
 
     Returns:
-        `acc` [M, BLOCK_V] unnormalised, `most` [M] (largest logit in units of log 2), `total` [M],
-        and whether there was any key.
+        `acc` [M, BLOCK_V] unnormalised, `m_i` [M] (largest logit in units of log 2), `l_i` [M], and
+        whether there was any key.
     """
-    member = tl.arange(0, M)
-    depth = tl.arange(0, BLOCK_D)
-    most = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, BLOCK_V], tl.float32)
-    found = tl.zeros([N], tl.int32)
-    q += member[:, None] * (q_h * VECTOR) + depth[None, :]
+    q, keys, values, positions = rows
+    first, end, _, _ = span
+    member = tl.arange(0, C.M)
+    depth = tl.arange(0, C.BLOCK_D)
+    m_i = tl.full([C.M], float("-inf"), tl.float32)
+    l_i = tl.zeros([C.M], tl.float32)
+    acc = tl.zeros([C.M, C.BLOCK_V], tl.float32)
+    found = tl.zeros([C.N], tl.int32)
+    q += member[:, None] * (strides.q.h * C.VECTOR) + depth[None, :]
     query = 0.0
-    if BLOCK_D >= D:
-        query = tl.load(q, mask=(member < members)[:, None] & (depth < D)[None, :], other=0.0)
-    # Where tiles are pipelined, nothing may stand between their loads.
-    WAITS: tl.constexpr = OVERLAPPED and STAGES < 2
-    wait_for_previous(OVERLAPPED and STAGES > 1)
-    if STAGES == 0:
-        acc, most, total, inside = _attend_tile(
-            acc, most, total, query, q, keys, values, positions, first, end, contiguous, origin,
-            slots, scale, softcap, members, keys_s, values_s, column,
-            D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, WAITS,
+    if C.BLOCK_D >= C.D:
+        query = tl.load(q, mask=(member < members)[:, None] & (depth < C.D)[None, :], other=0.0)
+    griddepcontrol_wait(C.WAITS and C.STAGES > 1)
+    if C.STAGES == 0:
+        acc, m_i, l_i, inside = _attend_tile(
+            (acc, m_i, l_i), query, (q, keys, values, positions), first, span, members, column,
+            sizes, strides, C,
         )  # fmt: skip
         found = inside.to(tl.int32)
     else:
-        for at in tl.range(first, end, N, num_stages=STAGES):
-            acc, most, total, inside = _attend_tile(
-                acc, most, total, query, q, keys, values, positions, at, end, contiguous, origin,
-                slots, scale, softcap, members, keys_s, values_s, column,
-                D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, CHECKED, WAITS,
+        for at in tl.range(first, end, C.N, num_stages=C.STAGES):
+            acc, m_i, l_i, inside = _attend_tile(
+                (acc, m_i, l_i), query, (q, keys, values, positions), at, span, members, column,
+                sizes, strides, C,
             )  # fmt: skip
-            if CHECKED:
+            if C.CHECKED:
                 found |= inside.to(tl.int32)
-        # Launches wait for one another in a chain, which an empty share must not leave.
-        wait_for_previous(WAITS)
+        # Launches wait for one another in a chain, which an empty split must not leave.
+        griddepcontrol_wait(C.WAITS and C.STAGES < 2)
     any_key = (first < end).to(tl.int32)
-    if CHECKED:
+    if C.CHECKED:
         any_key = tl.max(found)
-    return acc, most, total, any_key
+    return acc, m_i, l_i, any_key
 
 
 @triton.jit
-def _load_sinks(sinks_x, sinks_f, head, mask, has_sinks):
+def _load_sinks(arrays, sizes, head, mask):
     """Sink logits in units of log 2: in the dtype of q (1), in float32 (2), or -inf for none."""
     nothing = float("-inf")
-    narrow = tl.load(sinks_x + head, mask=mask & (has_sinks == 1), other=nothing).to(tl.float32)
-    wide = tl.load(sinks_f + head, mask=mask & (has_sinks == 2), other=nothing)
-    return tl.where(has_sinks == 1, narrow, wide) * LOG2E
+    narrow = tl.load(arrays.sinks_x + head, mask=mask & (sizes.has_sinks == 1), other=nothing)
+    wide = tl.load(arrays.sinks_f + head, mask=mask & (sizes.has_sinks == 2), other=nothing)
+    return tl.where(sizes.has_sinks == 1, narrow.to(tl.float32), wide) * LOG2E
 
 
 @triton.jit
-def _join_sinks(most, total, sink):
+def _join_sinks(m_i, l_i, sink):
     """Factor to scale outputs by, and natural log of the sum of weights, with sinks in it."""
-    grown = tl.maximum(most, sink)
-    reference = tl.where(grown == float("-inf"), 0.0, grown)
-    shrink = tl.exp2(most - reference)
-    total = total * shrink + tl.exp2(sink - reference)
-    return shrink / total, (reference + tl.log2(total)) * LN2
+    joined = tl.maximum(m_i, sink)
+    reference = tl.where(joined == float("-inf"), 0.0, joined)
+    alpha = tl.exp2(m_i - reference)
+    l_i = l_i * alpha + tl.exp2(sink - reference)
+    return alpha / l_i, (reference + tl.log2(l_i)) * LN2
 
 
 @triton.jit
-def finish_split(
-    out, lse, sinks_x, sinks_f, partial, peaks, sums, row, head, members, step,
-    acc, most, total, found, split, splits, column, has_sinks, has_lse,
-    DV: tl.constexpr, M: tl.constexpr, BLOCK_V: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
-    """Store a split's share of a group whose first head is `head`, at `row`, others `step` on.
+def finish_split(state, place, arrays, sizes, C: tl.constexpr):
+    """Store a split's share of a group of heads.
 
-    Of several splits, each leaves its output, its maximum and its sum, which is -1 where it has no
-    key. A split that is `ALONE` leaves the result: zeros and -inf without a key, whatever the sinks
-    are.
+    `state` is what `attend_positions` returns; `place`: the first head's row of the output (others
+    follow `tokens` rows apart), that head, how many there are, the split, the number of splits, and
+    the first column. Of several splits, each leaves its output, its maximum and its sum, which is
+    -1 where it has no key. A split that is `ALONE` leaves the result: zeros and -inf without a key,
+    whatever the sinks are.
     """
-    member = tl.arange(0, M)
+    acc, m_i, l_i, found = state
+    row, head, members, split, splits, column = place
+    member = tl.arange(0, C.M)
     mask = member < members
-    rows = (row + member * step).to(tl.int64)
-    lanes = column + tl.arange(0, BLOCK_V)
-    wide_mask = mask[:, None] & (lanes < DV)[None, :]
-    if ALONE:
-        sink = _load_sinks(sinks_x, sinks_f, head + member, mask, has_sinks)
-        factor, log = _join_sinks(most, total, sink)
+    rows = (row + member * sizes.tokens).to(tl.int64)
+    lanes = column + tl.arange(0, C.BLOCK_V)
+    wide_mask = mask[:, None] & (lanes < C.DV)[None, :]
+    if C.ALONE:
+        sink = _load_sinks(arrays, sizes, head + member, mask)
+        factor, log = _join_sinks(m_i, l_i, sink)
         scaled = tl.where(found != 0, acc * factor[:, None], 0.0)
-        at = out + rows[:, None] * DV + lanes[None, :]
-        tl.store(at, scaled.to(out.dtype.element_ty), mask=wide_mask)
-        tl.store(lse + rows, tl.where(found != 0, log, float("-inf")), mask=mask & (has_lse != 0))
+        at = arrays.out + rows[:, None] * C.DV + lanes[None, :]
+        tl.store(at, scaled.to(arrays.out.dtype.element_ty), mask=wide_mask)
+        log = tl.where(found != 0, log, float("-inf"))
+        tl.store(arrays.lse + rows, log, mask=mask & (sizes.has_lse != 0))
     else:
         line = rows * splits + split
-        tl.store(partial + line[:, None] * DV + lanes[None, :], acc, mask=wide_mask & (found != 0))
-        tl.store(peaks + line, most, mask=mask)
-        tl.store(sums + line, tl.where(found != 0, total, -1.0), mask=mask)
+        at = arrays.acc_splits + line[:, None] * C.DV + lanes[None, :]
+        tl.store(at, acc, mask=wide_mask & (found != 0))
+        tl.store(arrays.m_splits + line, m_i, mask=mask)
+        tl.store(arrays.l_splits + line, tl.where(found != 0, l_i, -1.0), mask=mask)
 
 
 @triton.jit
-def _merge_kernel(
-    out, lse, sinks_x, sinks_f, partial, peaks, sums, heads, tokens, has_sinks, has_lse,
-    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    """Merge the splits of one head of one query, in their order."""
-    row = tl.program_id(0) // COLUMNS
-    lanes = tl.program_id(0) % COLUMNS * BLOCK_V + tl.arange(0, BLOCK_V)
-    sink = _load_sinks(sinks_x, sinks_f, row // tokens % heads, True, has_sinks)
-    split = tl.arange(0, SPLITS)
-    first = row.to(tl.int64) * SPLITS
-    pieces = partial + first * DV + (split * DV)[:, None] + lanes[None, :]
-    wait_for_previous(OVERLAPPED)
-    if DV % BLOCK_V == 0:
-        pieces = tl.load(pieces)
+def _merge_kernel(arrays, sizes, C: tl.constexpr):
+    """Merge the splits of one head of one query, in their order.
+
+    `arrays`: results (`results_of`). `sizes`: heads, tokens, has_sinks, has_lse.
+    """
+    row = tl.program_id(0) // C.COLUMNS
+    lanes = tl.program_id(0) % C.COLUMNS * C.BLOCK_V + tl.arange(0, C.BLOCK_V)
+    sink = _load_sinks(arrays, sizes, row // sizes.tokens % sizes.heads, True)
+    split = tl.arange(0, C.SPLITS)
+    first = row.to(tl.int64) * C.SPLITS
+    acc = arrays.acc_splits + first * C.DV + (split * C.DV)[:, None] + lanes[None, :]
+    griddepcontrol_wait(C.PDL)
+    if C.DV % C.BLOCK_V == 0:
+        acc = tl.load(acc)
     else:
-        pieces = tl.load(pieces, mask=(lanes < DV)[None, :], other=0.0)
-    peak, total = tl.load(peaks + first + split), tl.load(sums + first + split)
-    # What a share without keys left is undefined.
-    empty = total < 0
-    most = tl.max(peak)
+        acc = tl.load(acc, mask=(lanes < C.DV)[None, :], other=0.0)
+    m_i, l_i = tl.load(arrays.m_splits + first + split), tl.load(arrays.l_splits + first + split)
+    # What a split without keys left is undefined.
+    empty = l_i < 0
+    m_all = tl.max(m_i)
     # All logits -inf: any finite reference gives weights of zero, not NaN.
-    reference = tl.where(most == float("-inf"), 0.0, most)
-    weights = tl.where(empty, 0.0, tl.exp2(peak - reference))
-    acc = tl.sum(weights[:, None] * tl.where(empty[:, None], 0.0, pieces), axis=0)
+    reference = tl.where(m_all == float("-inf"), 0.0, m_all)
+    alpha = tl.where(empty, 0.0, tl.exp2(m_i - reference))
+    acc = tl.sum(alpha[:, None] * tl.where(empty[:, None], 0.0, acc), axis=0)
     found = tl.max((empty == 0).to(tl.int32))
-    factor, log = _join_sinks(most, tl.sum(tl.where(empty, 0.0, weights * total)), sink)
+    factor, log = _join_sinks(m_all, tl.sum(tl.where(empty, 0.0, alpha * l_i)), sink)
     scaled = tl.where(found != 0, acc * factor, 0.0)
-    tl.store(out + row.to(tl.int64) * DV + lanes, scaled.to(out.dtype.element_ty), mask=lanes < DV)
-    first_column = tl.program_id(0) % COLUMNS == 0
+    at = arrays.out + row.to(tl.int64) * C.DV + lanes
+    tl.store(at, scaled.to(arrays.out.dtype.element_ty), mask=lanes < C.DV)
+    first_column = tl.program_id(0) % C.COLUMNS == 0
     log = tl.where(found != 0, log, float("-inf"))
-    tl.store(lse + row, log, mask=(has_lse != 0) & first_column)
+    tl.store(arrays.lse + row, log, mask=(sizes.has_lse != 0) & first_column)
 
 
-def tiling(
-    dtype: str, head_dim: int, value_dim: int, members: int, keys: int
-) -> dict[str, int | bool]:
-    """Tile sizes of the attention of `members` heads that share a selection."""
-    ieee = in_fp32(dtype)
-    depth, lanes = pow2(head_dim), pow2(value_dim)
+def tiling(problem: Problem, members: int, config: Config, keys: int) -> dict[str, int | bool]:
+    """Constants of the attention of `members` heads that share a selection of up to `keys` keys."""
+    ieee = in_fp32(problem.dtype)
+    depth, lanes = pow2(problem.head_dim), pow2(problem.value_dim)
     block_v = min(lanes, 128 if ieee else 512)
+    rows = min(max(pow2(members), 16), 64)
+    splits, stages = splits_of(config, keys)
     return {
-        "D": head_dim,
-        "DV": value_dim,
-        "M": min(max(pow2(members), 16), 64),
-        "N": keys,
+        "D": problem.head_dim,
+        "DV": problem.value_dim,
+        "M": rows,
+        "N": config["keys"],
         "BLOCK_D": min(depth, 32) if ieee else depth if depth <= 256 else 128,
         "BLOCK_V": block_v,
+        "COLUMNS": -(-problem.value_dim // block_v),
+        "BLOCKS": -(-members // rows),
+        "STAGES": stages,
+        "ALONE": splits == 1,
         "IEEE": ieee,
+        "SINGLE": problem.tokens == 1,
     }
 
 
-def shares_of(config: Config, keys: int) -> tuple[int, int]:
-    """Shares of up to so many selected keys, and the stages of the loop over one (0: no loop)."""
-    shares = min(config["splits"], pow2(max(-(-keys // config["keys"]), 1)))
+def splits_of(config: Config, keys: int) -> tuple[int, int]:
+    """Splits of up to so many selected keys, and the stages of the loop over one (0: no loop)."""
+    splits = min(config["attend_splits"], pow2(max(-(-keys // config["keys"]), 1)))
     stages = config["stages"]
-    return shares, max(stages, 1) if keys > shares * config["keys"] else stages
+    return splits, max(stages, 1) if keys > splits * config["keys"] else stages
 
 
-def result_types(dtype: str) -> tuple[str, ...]:
-    """Types of `out`, `lse`, sinks (twice), and what splits leave: outputs, maxima and sums."""
-    return POINTERS[dtype] + ":16", "*fp32", POINTERS[dtype], "*fp32", *["*fp32:16"] * 3
-
-
-class Results(NamedTuple):
-    """Where the attention of a call leaves what it finds: arguments of kernels, and flags."""
-
-    addresses: tuple[Address, ...]
-    has_sinks: int
-    has_lse: int
-
-
-def results_of(launches: LaunchList, call: Any, splits: int) -> Results:
-    """Outputs, lse, sinks (twice), and what splits leave: outputs, maxima and sums."""
-    batch, heads, tokens, _ = call.q.shape
-    out = launches.output("out")
-    lse = launches.output("lse") if call.return_lse else NONE
-    narrow, wide, has_sinks = optional(launches, "sink_logits", call.problem.dtype)
+def results_of(
+    launches: LaunchList, call: Any, splits: int
+) -> tuple[dict[str, Pointer], dict[str, int]]:
+    """What the attention writes and the sinks, as arrays, and flags of what there is."""
+    dtype, (batch, heads, tokens, _) = call.problem.dtype, call.q.shape
+    sinks_x, sinks_f, has_sinks = optional(launches, "sink_logits", dtype)
     lines = batch * heads * tokens * splits if splits > 1 else 0
-    left = (launches.piece(lines * size) for size in (call.problem.value_dim, 1, 1))
-    return Results((out, lse, narrow, wide, *left), has_sinks, int(call.return_lse))
+    arrays = {
+        "out": Pointer(launches.output("out"), POINTERS[dtype] + ":16"),
+        "lse": Pointer(launches.output("lse") if call.return_lse else NONE, "*fp32"),
+        "sinks_x": sinks_x,
+        "sinks_f": sinks_f,
+        "acc_splits": Pointer(launches.piece(lines * call.problem.value_dim), "*fp32:16"),
+        "m_splits": Pointer(launches.piece(lines), "*fp32:16"),
+        "l_splits": Pointer(launches.piece(lines), "*fp32:16"),
+    }
+    return arrays, {"has_sinks": has_sinks, "has_lse": int(call.return_lse)}
 
 
 def launch_merge(
-    launches: LaunchList, call: Any, results: Results, splits: int, overlapped: bool
+    launches: LaunchList,
+    call: Any,
+    results: tuple[dict[str, Pointer], dict[str, int]],
+    splits: int,
+    pdl: bool,
 ) -> None:
     """Write the launch that merges splits, where there are several."""
     if splits == 1:
         return
     batch, heads, tokens, _ = call.q.shape
-    lanes = call.problem.value_dim
+    lanes, (arrays, flags) = call.problem.value_dim, results
     # As much as one warp holds well.
     block_v = min(max(1024 // splits, 16), pow2(lanes))
     columns = -(-lanes // block_v)
-    kernel = bind(
-        _merge_kernel,
-        (*result_types(call.problem.dtype), *["i32"] * 4),
-        {"DV": lanes, "SPLITS": splits, "BLOCK_V": block_v, "COLUMNS": columns,
-         "OVERLAPPED": overlapped},
-        1,
-        overlapped=overlapped,
-    )  # fmt: skip
-    launch(
-        launches, kernel, batch * heads * tokens * columns, results.addresses, heads, tokens,
-        results.has_sinks, results.has_lse,
-    )  # fmt: skip
+    constants = group(DV=lanes, SPLITS=splits, BLOCK_V=block_v, COLUMNS=columns, PDL=pdl)
+    groups = group(**arrays), group(heads=heads, tokens=tokens, **flags)
+    grid = batch * heads * tokens * columns
+    launch(launches, _merge_kernel, grid, groups, constants, 1, pdl=pdl)

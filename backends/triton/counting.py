@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from hata.backend import Config
-from hata.call import Budget
 from hata.launches import Address, LaunchList
 from hata.problem import pow2
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, Long, Pointer, group
 
 # Counters of one histogram at most; more values than this are counted digit by digit.
 MOST_BINS = 4096
@@ -91,13 +90,23 @@ class Rows(NamedTuple):
     scores_row: int
     counters_row: int
 
+    def pointers(self) -> dict[str, Pointer]:
+        """What the search for positions reads; stored keys come in 32-bit words."""
+        return {
+            "scores": Pointer(self.scores, "*i32:16"),
+            "counters": Pointer(self.counters, "*i32:16"),
+            "cumulated": Pointer(self.cumulated, "*i32:16"),
+            "state": Pointer(self.state, "*i32"),
+            "below": Pointer(self.below, "*i32"),
+        }
 
-def parts_of(config: Config, slots: int) -> int:
-    """Parts of a row: no more than a cache of `slots` keys has tiles."""
-    return max(min(config["parts"], pow2(-(-slots // config["tile"]))), 1)
+
+def num_splits_of(config: Config, slots: int) -> int:
+    """Splits of a row: no more than a cache of `slots` keys has tiles."""
+    return max(min(config["num_splits"], pow2(-(-slots // config["tile"]))), 1)
 
 
-def lay_out(launches: LaunchList, how: Counting, rows: int, call: Any, parts: int) -> Rows:
+def lay_out(launches: LaunchList, how: Counting, rows: int, call: Any, num_splits: int) -> Rows:
     """Reserve the workspace of the selection of `rows` rows."""
     scores_row = -(-call[1].shape[2] // 128)
     counters_row = how.rounds * how.bins
@@ -105,14 +114,18 @@ def lay_out(launches: LaunchList, how: Counting, rows: int, call: Any, parts: in
         planes=launches.piece(rows * how.planes * call.problem.bits // 32),
         counters=launches.piece(rows * counters_row),
         scores=launches.piece(rows * scores_row * 128 + MOST_TILE, how.itemsize),
-        cumulated=launches.piece(rows * parts * how.bins),
+        cumulated=launches.piece(rows * num_splits * how.bins),
         state=launches.piece(rows * 6),
-        below=launches.piece(rows * parts),
+        below=launches.piece(rows * num_splits),
         scores_row=scores_row,
         counters_row=counters_row,
     )
 
 
-def budget_scalars(budget: Budget) -> tuple[int, ...]:
-    """k, ratio, least, sink and recent as the kernels take them."""
-    return budget.k, budget.ratio, budget.least, budget.sink, budget.recent
+def budget_group(call: Any) -> Any:
+    """The budget of a call as kernels take it."""
+    budget = call.budget
+    return group(
+        k=budget.k, ratio=Long(budget.ratio), least=budget.least, sink=budget.sink,
+        recent=budget.recent, dense_below=getattr(call, "dense_below", 0),
+    )  # fmt: skip

@@ -14,6 +14,8 @@ same bits (2^24 values of each dtype and of three head sizes, and the conformanc
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,15 +23,13 @@ from hata.call import Encode
 from hata.launches import LaunchList
 from hata.problem import pow2
 
-from .launch import bind, launch
+from .launch import Long, Pointer, group, launch
 from .layout import (
-    POINTERS,
     code_pointer,
     data_pointer,
     in_fp32,
-    norm_steps,
     optional,
-    steps,
+    strides,
     vector,
     words,
     words_of,
@@ -41,28 +41,28 @@ IEEE_ROWS = 16
 
 
 @triton.jit
-def _load_vectors(x, rows, mask, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_vectors(x, rows, mask, first, A: tl.constexpr):
     """`BLOCK_D` elements, from `first` on, of the vectors at `x + rows`."""
-    depth = first + tl.arange(0, BLOCK_D)
-    inside = mask[:, None] & (depth < D)[None, :]
+    depth = first + tl.arange(0, A.BLOCK_D)
+    inside = mask[:, None] & (depth < A.D)[None, :]
     return tl.load(x + rows[:, None] + depth[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _load_weights(projection, projection_d, columns, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_weights(projection, step, columns, first, A: tl.constexpr):
     """The rows of a projection for these elements, and some of its columns."""
-    depth = first + tl.arange(0, BLOCK_D)
-    at = projection + depth[:, None] * projection_d + columns[None, :]
-    return tl.load(at, mask=(depth < D)[:, None], other=0.0)
+    depth = first + tl.arange(0, A.BLOCK_D)
+    at = projection + depth[:, None] * step + columns[None, :]
+    return tl.load(at, mask=(depth < A.D)[:, None], other=0.0)
 
 
 @triton.jit
-def _add_products(values, squares, vectors, weights, IEEE: tl.constexpr, NORMS: tl.constexpr):
+def _add_products(values, squares, vectors, weights, A: tl.constexpr):
     """Add what some elements of each vector give to its values and its sum of squares."""
-    if NORMS:
+    if A.NORMS:
         wide = vectors.to(tl.float32)
         squares += tl.sum(wide * wide, axis=1)
-    if IEEE:
+    if A.IEEE:
         wide = vectors.to(tl.float32)
         values = tl.dot(wide, weights.to(tl.float32), values, input_precision="ieee")
     else:
@@ -79,29 +79,27 @@ def _load_bias(bias_x, bias_f, columns, has_bias):
 
 
 @triton.jit
-def project(
-    x, rows, mask, projection, projection_d, bias_x, bias_f, has_bias, column,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
-    NORMS: tl.constexpr,
-):  # fmt: skip
+def project(x, rows, mask, weights, column, A: tl.constexpr, C: tl.constexpr):
     """Values before the sign [M, N] of the vectors at `x + rows`, and sums of their squares [M].
 
-    The sums are zeros without `NORMS`.
+    `weights`: a head's projection and the step between its rows, its bias as `_load_bias` takes it.
+    `A`: `arithmetic`, and whether there are sums of squares, which else are zeros.
     """
-    columns = column + tl.arange(0, N)
-    values = tl.zeros([M, N], tl.float32)
-    squares = tl.zeros([M], tl.float32)
-    if IEEE:
-        for first in range(0, D, BLOCK_D):
-            vectors = _load_vectors(x, rows, mask, first, D, BLOCK_D)
-            weights = _load_weights(projection, projection_d, columns, first, D, BLOCK_D)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
+    projection, step, bias_x, bias_f, has_bias = weights
+    columns = column + tl.arange(0, C.N)
+    values = tl.zeros([C.M, C.N], tl.float32)
+    squares = tl.zeros([C.M], tl.float32)
+    if A.IEEE:
+        for first in range(0, A.D, A.BLOCK_D):
+            vectors = _load_vectors(x, rows, mask, first, A)
+            products = _load_weights(projection, step, columns, first, A)
+            values, squares = _add_products(values, squares, vectors, products, A)
     else:
         # Unrolled: few steps, and Triton 3.6 and 3.7 fail on two such loops in one kernel.
-        for first in tl.static_range(0, D, BLOCK_D):
-            vectors = _load_vectors(x, rows, mask, first, D, BLOCK_D)
-            weights = _load_weights(projection, projection_d, columns, first, D, BLOCK_D)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
+        for first in tl.static_range(0, A.D, A.BLOCK_D):
+            vectors = _load_vectors(x, rows, mask, first, A)
+            products = _load_weights(projection, step, columns, first, A)
+            values, squares = _add_products(values, squares, vectors, products, A)
     return values + _load_bias(bias_x, bias_f, columns, has_bias), squares
 
 
@@ -113,56 +111,54 @@ def norm_of(squares):
 
 
 @triton.jit
-def _encode_kernel(
-    x, projection, bias_x, bias_f, out, norms,
-    tokens, heads, group, shares, has_bias,
-    x_b, x_h, x_t, projection_h, projection_d, bias_h,
-    out_b, out_h, out_t, norms_b, norms_h, norms_t,
-    D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LOOPS: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr,
-    NORMS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """`N` bits of `LOOPS` tiles of `M` vectors of one head."""
+def _encode_kernel(arrays, sizes, strides, C: tl.constexpr):
+    """`N` bits of `LOOPS` tiles of `M` vectors of one head.
+
+    `arrays`: x, projection, bias_x, bias_f, codes, norms. `sizes`: tokens, heads, group (heads a
+    projection), shares (programs a head and block), has_bias. `strides`: of x, projection, bias,
+    codes, norms.
+    """
+    BLOCKS: tl.constexpr = C.R // C.N
     program = tl.program_id(0)
-    block = program % (R // N)
-    share = program // (R // N) % shares
-    row = program // (R // N) // shares
-    batch = (row // heads).to(tl.int64)
-    head = row % heads
-    word = block * (N // 32) + tl.arange(0, N // 32)
-    columns = block * N + tl.arange(0, N)
-    x += (batch * x_b + head * x_h) * VECTOR
-    projection += (head // group) * projection_h * VECTOR
-    bias_x += (head // group) * bias_h
-    bias_f += (head // group) * bias_h
-    out += batch * out_b + head * out_h
-    norms += batch * norms_b + head * norms_h
-    if LOOPS > 1:
-        weights = _load_weights(projection, projection_d * VECTOR, columns, 0, D, BLOCK_D)
-        bias = _load_bias(bias_x, bias_f, columns, has_bias)
-    for i in tl.range(0, LOOPS, num_stages=STAGES):
-        token = (share * LOOPS + i) * M + tl.arange(0, M)
-        mask = token < tokens
-        rows = token * (x_t * VECTOR)
-        if LOOPS > 1:
-            vectors = _load_vectors(x, rows, mask, 0, D, BLOCK_D)
-            values = tl.zeros([M, N], tl.float32)
-            squares = tl.zeros([M], tl.float32)
-            values, squares = _add_products(values, squares, vectors, weights, IEEE, NORMS)
+    block = program % BLOCKS
+    share = program // BLOCKS % sizes.shares
+    row = program // BLOCKS // sizes.shares
+    batch = (row // sizes.heads).to(tl.int64)
+    head = row % sizes.heads
+    weights_of = head // sizes.group
+    word = block * (C.N // 32) + tl.arange(0, C.N // 32)
+    columns = block * C.N + tl.arange(0, C.N)
+    x = arrays.x + (batch * strides.x.b + head * strides.x.h) * C.VECTOR
+    projection = arrays.projection + weights_of * strides.projection.h * C.VECTOR
+    step = strides.projection.d * C.VECTOR
+    bias_x = arrays.bias_x + weights_of * strides.bias.h
+    bias_f = arrays.bias_f + weights_of * strides.bias.h
+    codes = arrays.codes + batch * strides.codes.b + head * strides.codes.h
+    norms = arrays.norms + batch * strides.norms.b + head * strides.norms.h
+    if C.LOOPS > 1:
+        weights = _load_weights(projection, step, columns, 0, C.A)
+        bias = _load_bias(bias_x, bias_f, columns, sizes.has_bias)
+    for i in tl.range(0, C.LOOPS, num_stages=C.STAGES):
+        token = (share * C.LOOPS + i) * C.M + tl.arange(0, C.M)
+        mask = token < sizes.tokens
+        rows = token * (strides.x.t * C.VECTOR)
+        if C.LOOPS > 1:
+            vectors = _load_vectors(x, rows, mask, 0, C.A)
+            values = tl.zeros([C.M, C.N], tl.float32)
+            squares = tl.zeros([C.M], tl.float32)
+            values, squares = _add_products(values, squares, vectors, weights, C.A)
             values += bias
         else:
-            values, squares = project(
-                x, rows, mask, projection, projection_d * VECTOR, bias_x, bias_f, has_bias,
-                block * N, D, M, N, BLOCK_D, IEEE, NORMS,
-            )  # fmt: skip
+            head_weights = (projection, step, bias_x, bias_f, sizes.has_bias)
+            values, squares = project(x, rows, mask, head_weights, block * C.N, C.A, C)
         store_words(
-            out + token[:, None] * out_t + word[None, :] * (4 // UNIT),
-            pack(values > 0, M, N),
+            codes + token[:, None] * strides.codes.t + word[None, :] * (4 // C.UNIT),
+            pack(values > 0, C.M, C.N),
             mask[:, None] & (word >= 0)[None, :],
-            UNIT,
+            C.UNIT,
         )
-        if NORMS:
-            tl.store(norms + token * norms_t, norm_of(squares), mask=mask & (block == 0))
+        if C.A.NORMS:
+            tl.store(norms + token * strides.norms.t, norm_of(squares), mask=mask & (block == 0))
 
 
 def columns(bits: int, most: int) -> int:
@@ -170,10 +166,19 @@ def columns(bits: int, most: int) -> int:
     return next(n for n in (128, 64, 32) if n <= most and bits % n == 0)
 
 
-def arithmetic(dtype: str, projection_dtype: str, head_dim: int) -> dict[str, int | bool]:
-    """Constants that fix the arithmetic of a code, for every kernel that makes codes."""
+class Arithmetic(NamedTuple):
+    """What fixes the arithmetic of a code, for every kernel that makes codes; constants of them."""
+
+    D: int
+    BLOCK_D: int
+    IEEE: bool
+    NORMS: bool
+
+
+def arithmetic(dtype: str, projection_dtype: str, head_dim: int, norms: bool) -> Arithmetic:
+    """The arithmetic of codes of vectors and a projection of these dtypes."""
     ieee = in_fp32(dtype) or projection_dtype == "float32"
-    return {"D": head_dim, "BLOCK_D": 16 if ieee else min(pow2(head_dim), 128), "IEEE": ieee}
+    return Arithmetic(head_dim, 16 if ieee else min(pow2(head_dim), 128), ieee, norms)
 
 
 def write(launches: LaunchList, call: Encode) -> None:
@@ -181,40 +186,47 @@ def write(launches: LaunchList, call: Encode) -> None:
     views, problem, config = launches.views, call.problem, call.config
     x, projection, out = views["x"], views["projection"], views["out"]
     batch, heads, tokens, _ = call.x.shape
-    kv_heads, bits, dtype = problem.kv_heads, problem.bits, problem.dtype
+    bits, dtype = problem.bits, problem.dtype
     wide = vector(x, projection)
     if out is None:
         codes, (unit, together) = launches.output("codes"), words_of(bits)
-        code_strides = (heads * tokens * bits // 32, tokens * bits // 32, bits // 32)
+        words_row = bits // 32
+        code_strides = group(
+            b=Long(heads * tokens * words_row), h=Long(tokens * words_row), t=Long(words_row)
+        )
     else:
         codes, (unit, together) = launches.address("out"), words(out)
-        code_strides = steps(out, unit)
-    constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
-    rows = IEEE_ROWS if constants["IEEE"] else config["rows"]
-    block = columns(bits, 32 if constants["IEEE"] else 128)
+        code_strides = strides(out, "bht", unit)
+    fixed = arithmetic(dtype, problem.projection_dtype, problem.head_dim, problem.norms)
     # Where a projection fits one block, a program keeps it for several tiles of vectors.
-    loops = config["loops"] if constants["BLOCK_D"] >= problem.head_dim else 1
-    data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
-    kernel = bind(
-        _encode_kernel,
-        (
-            data, weights, POINTERS[dtype], "*fp32", code_pointer(unit, together), "*fp16",
-            *["i32"] * 5, *["i64"] * 12,
+    constants = group(
+        R=bits, M=IEEE_ROWS if fixed.IEEE else config["rows"],
+        N=columns(bits, 32 if fixed.IEEE else 128),
+        LOOPS=config["loops"] if problem.head_dim <= fixed.BLOCK_D else 1,
+        STAGES=config["stages"], VECTOR=wide, UNIT=unit, A=fixed,
+    )  # fmt: skip
+    shares = -(-tokens // (constants.M * constants.LOOPS))
+    bias_x, bias_f, has_bias = optional(launches, "bias", dtype)
+    weights = data_pointer(problem.projection_dtype, wide)
+    groups = (
+        group(
+            x=Pointer(launches.address("x"), data_pointer(dtype, wide)),
+            projection=Pointer(launches.address("projection"), weights),
+            bias_x=bias_x,
+            bias_f=bias_f,
+            codes=Pointer(codes, code_pointer(unit, together)),
+            norms=Pointer(launches.address("norms"), "*fp16"),
         ),
-        {"R": bits, "M": rows, "N": block, "LOOPS": loops, "STAGES": config["stages"],
-         "NORMS": problem.norms, "VECTOR": wide, "UNIT": unit, **constants},
-        config["encode_warps"],
-        config["stages"],
+        group(
+            tokens=tokens, heads=heads, group=heads // problem.kv_heads, shares=shares,
+            has_bias=has_bias,
+        ),
+        group(
+            x=strides(x, "bht", wide), projection=strides(projection, "hd", wide),
+            bias=strides(views["bias"], "h"), codes=code_strides,
+            norms=strides(views["norms"], "bht"),
+        ),
     )  # fmt: skip
-    shares = -(-tokens // (rows * loops))
-    narrow_bias, wide_bias, has_bias = optional(launches, "bias", dtype)
-    arrays = (
-        launches.address("x"), launches.address("projection"), narrow_bias, wide_bias, codes,
-        launches.address("norms"),
-    )  # fmt: skip
-    launch(
-        launches, kernel, batch * heads * shares * (bits // block), arrays,
-        tokens, heads, heads // kv_heads, shares, has_bias,
-        *steps(x, wide), *steps(projection, wide), *(steps(views["bias"]) or (0,)),
-        *code_strides, *norm_steps(views["norms"]),
-    )  # fmt: skip
+    grid = batch * heads * shares * (bits // constants.N)
+    stages = config["stages"]
+    launch(launches, _encode_kernel, grid, groups, constants, config["encode_warps"], stages)

@@ -12,193 +12,199 @@ import triton
 import triton.language as tl
 
 from hata.call import HashAttend
-from hata.launches import LaunchList, row_step
+from hata.launches import LaunchList
 from hata.problem import pow2
 
 from .counting import Rows
 from .encode import arithmetic, columns, norm_of, project
-from .launch import bind, launch
-from .layout import POINTERS, code_pointer, data_pointer, norm_steps, optional, steps, vector, words
-from .pieces import columns_of, let_next_start, pack, store_planes, store_words, visible
+from .launch import Pointer, group, launch
+from .layout import code_pointer, data_pointer, optional, spans, strides, vector, words
+from .pieces import (
+    columns_of,
+    griddepcontrol_launch_dependents,
+    pack,
+    store_planes,
+    store_words,
+    visible,
+)
 
 
 @triton.jit
-def _step_kernel(
-    lengths, starts, projection, keys, query_projection, q,
-    codes, planes, counters, norms, query_bias_x, query_bias_f, bias_x, bias_f,
-    length_step, start_step, rows, tokens, slots, fresh, query_tiles, jobs, shares,
-    query_has_bias, has_bias, counters_row,
-    projection_h, projection_d, keys_b, keys_h, keys_s,
-    query_projection_h, query_projection_d, q_b, q_h, q_t,
-    codes_b, codes_h, codes_s, norms_b, norms_h, norms_s, query_bias_h, bias_h,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
-    BLOCK_D: tl.constexpr, QUERY_BLOCK_D: tl.constexpr, QUERY_IEEE: tl.constexpr,
-    IEEE: tl.constexpr, NORMS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
-    SINGLE: tl.constexpr, OVERLAPPED: tl.constexpr,
-):  # fmt: skip
+def _step_kernel(arrays, sizes, strides, C: tl.constexpr):
     """`N` bits of one head: of the queries of some groups, or of some fresh keys.
 
     Vectors of many batch rows share a tile, so a projection is read once for all of them. Arguments
     come by lines of 64 bytes, so those stand together that are asked for together.
+
+    `arrays`: lengths, starts, projection, key_cache, query_projection, q, codes, planes, counters,
+    norms, and the biases of queries and keys. `sizes`: steps of lengths and starts, rows, tokens,
+    slots, fresh, query_tiles, jobs (tiles of either kind), shares (tiles a batch row), flags,
+    counters_row. `strides`: of all but counters and planes.
     """
-    let_next_start(OVERLAPPED)
-    block = tl.program_id(0) % (R // N)
-    rest = tl.program_id(0) // (R // N)
-    job = rest // KV_HEADS
-    head = rest - job * KV_HEADS
-    word = block * (N // 32) + tl.arange(0, N // 32)
+    griddepcontrol_launch_dependents(C.PDL)
+    BLOCKS: tl.constexpr = C.R // C.N
+    block = tl.program_id(0) % BLOCKS
+    rest = tl.program_id(0) // BLOCKS
+    job = rest // C.KV_HEADS
+    head = rest - job * C.KV_HEADS
+    word = block * (C.N // 32) + tl.arange(0, C.N // 32)
     # First what takes longest: lengths come before the keys that they say the place of.
-    if (job >= query_tiles) & (job < jobs):
+    if (job >= sizes.query_tiles) & (job < sizes.jobs):
         # A tile holds the one fresh key of many batch rows, or many fresh keys of one batch row.
-        tile = job - query_tiles
-        if fresh == 1:
-            batch = tile * M + tl.arange(0, M)
-            index = tl.zeros([M], tl.int32)
+        tile = job - sizes.query_tiles
+        if sizes.fresh == 1:
+            batch = tile * C.M + tl.arange(0, C.M)
+            index = tl.zeros([C.M], tl.int32)
         else:
-            batch = tile // shares + tl.zeros([M], tl.int32)
-            index = tile % shares * M + tl.arange(0, M)
-        mask = (batch * tokens < rows) & (index < fresh)
+            batch = tile // sizes.shares + tl.zeros([C.M], tl.int32)
+            index = tile % sizes.shares * C.M + tl.arange(0, C.M)
+        mask = (batch * sizes.tokens < sizes.rows) & (index < sizes.fresh)
         batch = tl.where(mask, batch, 0)
-        start, stop = visible(
-            lengths, starts, length_step, start_step, batch, tokens - 1, tokens, slots
-        )
-        position = stop - fresh + index
+        start, stop = visible(arrays, sizes, batch, sizes.tokens - 1)
+        position = stop - sizes.fresh + index
         mask &= (position >= start) & (position < stop)
         position = position.to(tl.int64)
         values, squares = project(
-            keys + head * keys_h * VECTOR,
-            (batch * keys_b + position * keys_s) * VECTOR,
+            arrays.key_cache + head * strides.key_cache.h * C.VECTOR,
+            (batch * strides.key_cache.b + position * strides.key_cache.s) * C.VECTOR,
             mask,
-            projection + head * projection_h * VECTOR,
-            projection_d * VECTOR,
-            bias_x + head * bias_h,
-            bias_f + head * bias_h,
-            has_bias,
-            block * N,
-            D, M, N, BLOCK_D, IEEE, NORMS,
+            (
+                arrays.projection + head * strides.projection.h * C.VECTOR,
+                strides.projection.d * C.VECTOR,
+                arrays.bias_x + head * strides.bias.h,
+                arrays.bias_f + head * strides.bias.h,
+                sizes.has_bias,
+            ),
+            block * C.N, C.OF_KEYS, C,
         )  # fmt: skip
-        code = batch * codes_b + head * codes_h + position * codes_s
+        code = batch * strides.codes.b + head * strides.codes.h + position * strides.codes.s
         store_words(
-            codes + code[:, None] + word[None, :] * (4 // UNIT),
-            pack(values > 0, M, N),
+            arrays.codes + code[:, None] + word[None, :] * (4 // C.UNIT),
+            pack(values > 0, C.M, C.N),
             mask[:, None] & (word >= 0)[None, :],
-            UNIT,
+            C.UNIT,
         )
-        if NORMS:
-            norm = norms + batch * norms_b + head * norms_h + position * norms_s
-            tl.store(norm, norm_of(squares), mask=mask & (block == 0))
-    elif job == jobs:
+        if C.OF_KEYS.NORMS:
+            norm = batch * strides.norms.b + head * strides.norms.h + position * strides.norms.s
+            tl.store(arrays.norms + norm, norm_of(squares), mask=mask & (block == 0))
+    elif job == sizes.jobs:
         # One program a head and block beyond the tiles zeroes a share of all counters.
-        size = (tl.zeros([], tl.int64) + counters_row) * rows * KV_HEADS
-        share = (head * (R // N) + block).to(tl.int64)
-        for first in range(share * COUNTERS, size, KV_HEADS * (R // N) * COUNTERS):
-            at = first + tl.arange(0, COUNTERS)
-            tl.store(counters + at, tl.zeros([COUNTERS], tl.int32), mask=at < size)
+        size = (tl.zeros([], tl.int64) + sizes.counters_row) * sizes.rows * C.KV_HEADS
+        share = (head * BLOCKS + block).to(tl.int64)
+        for first in range(share * C.COUNTERS, size, C.KV_HEADS * BLOCKS * C.COUNTERS):
+            at = first + tl.arange(0, C.COUNTERS)
+            tl.store(arrays.counters + at, tl.zeros([C.COUNTERS], tl.int32), mask=at < size)
     else:
-        GROUPS: tl.constexpr = M // MEMBERS
+        MEMBERS: tl.constexpr = C.MEMBERS
+        GROUPS: tl.constexpr = C.M // MEMBERS
+        WORDS: tl.constexpr = GROUPS * (C.N // 32)
         # A group is a batch row and a token; its members are the heads that share `head`.
-        of_row = job * GROUPS + tl.arange(0, M) // MEMBERS
-        member = tl.arange(0, M) % MEMBERS
-        mask = (of_row < rows) & (member < GROUP)
-        offset = member * q_h
-        if SINGLE:
-            offset += of_row * q_b
+        of_row = job * GROUPS + tl.arange(0, C.M) // MEMBERS
+        member = tl.arange(0, C.M) % MEMBERS
+        mask = (of_row < sizes.rows) & (member < C.GROUP)
+        offset = member * strides.q.h
+        if C.SINGLE:
+            offset += of_row * strides.q.b
         else:
-            offset += (of_row // tokens) * q_b + (of_row % tokens) * q_t
+            offset += (of_row // sizes.tokens) * strides.q.b
+            offset += (of_row % sizes.tokens) * strides.q.t
         values, _ = project(
-            q + head * GROUP * q_h * VECTOR,
-            offset * VECTOR,
+            arrays.q + head * C.GROUP * strides.q.h * C.VECTOR,
+            offset * C.VECTOR,
             mask,
-            query_projection + head * query_projection_h * VECTOR,
-            query_projection_d * VECTOR,
-            query_bias_x + head * query_bias_h,
-            query_bias_f + head * query_bias_h,
-            query_has_bias,
-            block * N,
-            D, M, N, QUERY_BLOCK_D, QUERY_IEEE, False,
+            (
+                arrays.query_projection + head * strides.query_projection.h * C.VECTOR,
+                strides.query_projection.d * C.VECTOR,
+                arrays.query_bias_x + head * strides.query_bias.h,
+                arrays.query_bias_f + head * strides.query_bias.h,
+                sizes.query_has_bias,
+            ),
+            block * C.N, C.OF_QUERIES, C,
         )  # fmt: skip
-        words = tl.reshape(pack(values > 0, M, N), [GROUPS, MEMBERS, N // 32])
-        words = tl.reshape(tl.permute(words, (0, 2, 1)), [GROUPS * (N // 32), MEMBERS])
-        words = columns_of(words, GROUPS * (N // 32), MEMBERS)
+        words = tl.reshape(pack(values > 0, C.M, C.N), [GROUPS, MEMBERS, C.N // 32])
+        words = tl.reshape(tl.permute(words, (0, 2, 1)), [WORDS, MEMBERS])
+        words = columns_of(words, WORDS, MEMBERS)
         of_group = job * GROUPS + tl.arange(0, GROUPS)
-        inside = of_group < rows
-        if SINGLE:
-            target = of_group * KV_HEADS + head
+        inside = of_group < sizes.rows
+        if C.SINGLE:
+            target = of_group * C.KV_HEADS + head
         else:
-            target = ((of_group // tokens) * KV_HEADS + head) * tokens + of_group % tokens
-        at = planes + (target.to(tl.int64) * (PLANES * R // 32))[:, None] + word[None, :]
+            target = (of_group // sizes.tokens) * C.KV_HEADS + head
+            target = target * sizes.tokens + of_group % sizes.tokens
+        at = target.to(tl.int64) * (C.PLANES * C.R // 32)
+        at = arrays.planes + at[:, None] + word[None, :]
         store_planes(
-            tl.reshape(at, [GROUPS * (N // 32)]),
-            words[:GROUP],
-            tl.reshape(inside[:, None] & (word >= 0)[None, :], [GROUPS * (N // 32)]),
-            R // 32,
+            tl.reshape(at, [WORDS]),
+            words[: C.GROUP],
+            tl.reshape(inside[:, None] & (word >= 0)[None, :], [WORDS]),
+            C.R // 32,
         )
 
 
 def write_step(
-    launches: LaunchList, call: HashAttend, at: Rows, plane_count: int, overlapped: bool
+    launches: LaunchList, call: HashAttend, at: Rows, plane_count: int, pdl: bool
 ) -> None:
     """Write the first launch of a decode step: queries, unless their codes are given, and keys."""
     views, problem = launches.views, call.problem
     batch, heads, tokens, _ = call.q.shape
-    kv_heads, bits, dtype = problem.kv_heads, problem.bits, problem.dtype
-    encode_queries, fresh = views["q_codes"] is None, call.fresh
+    kv_heads, bits, dtype, fresh = problem.kv_heads, problem.bits, problem.dtype, call.fresh
+    encode_queries = views["q_codes"] is None
     q, keys, codes, norms = (views[name] for name in ("q", "keys", "key_codes", "key_norms"))
     projection, query_projection = views["projection"], views["query_projection"]
     assert codes is not None
     assert query_projection is not None
-    query_dtype = query_projection.dtype
     wide = vector(q, keys, projection, query_projection)
     unit, together = words(codes)
-    constants = arithmetic(dtype, problem.projection_dtype, problem.head_dim)
-    of_queries = arithmetic(dtype, query_dtype, problem.head_dim)
+    of_keys = arithmetic(dtype, problem.projection_dtype, problem.head_dim, problem.norms)
+    of_queries = arithmetic(dtype, query_projection.dtype, problem.head_dim, False)
     members = pow2(heads // kv_heads)
     # 16 rows make the codes that 64 make where both come from the same kind of matrix unit; sm_100
     # to sm_110 have one of its own for 64 rows. Ordinary arithmetic does not care.
-    apart = launches.gpu.sm // 10 in (10, 11)
-    apart = apart and not (constants["IEEE"] and of_queries["IEEE"])
+    apart = launches.gpu.sm // 10 in (10, 11) and not (of_keys.IEEE and of_queries.IEEE)
     rows = max(64 if apart else 16, members)
     block = columns(bits, call.config["columns"])
-    data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
-    query_weights = data_pointer(query_dtype, wide)
-    kernel = bind(
-        _step_kernel,
-        (
-            "*i32", "*i32", weights, data, query_weights, data,
-            code_pointer(unit, together), "*i32", "*i32", "*fp16", *[POINTERS[dtype], "*fp32"] * 2,
-            *["i32"] * 12, *["i64"] * 18,
-        ),
-        {"KV_HEADS": kv_heads, "R": bits, "M": rows, "N": block, "GROUP": heads // kv_heads,
-         "MEMBERS": members, "PLANES": plane_count, "COUNTERS": 1024,
-         "QUERY_BLOCK_D": of_queries["BLOCK_D"], "QUERY_IEEE": of_queries["IEEE"],
-         "NORMS": problem.norms, "VECTOR": wide, "UNIT": unit, "SINGLE": tokens == 1,
-         "OVERLAPPED": overlapped, **constants},
-        call.config["encode_warps"],
+    constants = group(
+        KV_HEADS=kv_heads, R=bits, M=rows, N=block, GROUP=heads // kv_heads, MEMBERS=members,
+        PLANES=plane_count, COUNTERS=1024, OF_KEYS=of_keys, OF_QUERIES=of_queries,
+        VECTOR=wide, UNIT=unit, SINGLE=tokens == 1, PDL=pdl,
     )  # fmt: skip
-    groups = batch * tokens
-    query_tiles = -(-groups * members // rows) if encode_queries else 0
+    query_tiles = -(-batch * tokens * members // rows) if encode_queries else 0
     # Tiles of fresh keys: of many batch rows where each brings one, else so many a batch row.
     shares = -(-fresh // rows)
     key_tiles = -(-batch // rows) if fresh == 1 else batch * shares
-    narrow_query, wide_query, query_has_bias = optional(launches, "query_bias", dtype)
-    narrow_bias, wide_bias, has_bias = optional(launches, "bias", dtype)
-    arrays = [
-        launches.address(name)
-        for name in ("lengths", "starts", "projection", "keys", "query_projection", "q")
-    ]
-    arrays += [
-        launches.address("key_codes"), at.planes, at.counters, launches.address("key_norms"),
-        narrow_query, wide_query, narrow_bias, wide_bias,
-    ]  # fmt: skip
-    launch(
-        launches, kernel,
-        # Whoever makes the planes zeroes the counters.
-        kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block), arrays,
-        row_step(views["lengths"]), row_step(views["starts"]), groups, tokens, call.keys.shape[2],
-        fresh, query_tiles, query_tiles + key_tiles, max(shares, 1), query_has_bias, has_bias,
-        at.counters_row,
-        *steps(projection, wide), *steps(keys, wide), *steps(query_projection, wide),
-        *steps(q, wide), *steps(codes, unit), *norm_steps(norms),
-        *(steps(views["query_bias"]) or (0,)), *(steps(views["bias"]) or (0,)),
+    query_bias_x, query_bias_f, query_has_bias = optional(launches, "query_bias", dtype)
+    bias_x, bias_f, has_bias = optional(launches, "bias", dtype)
+    pointers, steps = spans(launches)
+    data, weights = data_pointer(dtype, wide), data_pointer(problem.projection_dtype, wide)
+    query_weights = data_pointer(query_projection.dtype, wide)
+    groups = (
+        group(
+            **pointers,
+            projection=Pointer(launches.address("projection"), weights),
+            key_cache=Pointer(launches.address("keys"), data),
+            query_projection=Pointer(launches.address("query_projection"), query_weights),
+            q=Pointer(launches.address("q"), data),
+            codes=Pointer(launches.address("key_codes"), code_pointer(unit, together)),
+            planes=Pointer(at.planes, "*i32"),
+            counters=Pointer(at.counters, "*i32"),
+            norms=Pointer(launches.address("key_norms"), "*fp16"),
+            query_bias_x=query_bias_x,
+            query_bias_f=query_bias_f,
+            bias_x=bias_x,
+            bias_f=bias_f,
+        ),
+        group(
+            **steps, rows=batch * tokens, tokens=tokens, slots=call.keys.shape[2], fresh=fresh,
+            query_tiles=query_tiles, jobs=query_tiles + key_tiles, shares=max(shares, 1),
+            query_has_bias=query_has_bias, has_bias=has_bias, counters_row=at.counters_row,
+        ),
+        group(
+            projection=strides(projection, "hd", wide), key_cache=strides(keys, "bhs", wide),
+            query_projection=strides(query_projection, "hd", wide), q=strides(q, "bht", wide),
+            codes=strides(codes, "bhs", unit), norms=strides(norms, "bhs"),
+            query_bias=strides(views["query_bias"], "h"), bias=strides(views["bias"], "h"),
+        ),
     )  # fmt: skip
+    # Whoever makes the planes zeroes the counters.
+    grid = kv_heads * (query_tiles + key_tiles + int(encode_queries)) * (bits // block)
+    launch(launches, _step_kernel, grid, groups, constants, call.config["encode_warps"])

@@ -11,10 +11,10 @@ tensor cores, stands in `distance`.
 
 Counting select. Distances are small integers (and of one parity if G is even, so half of them
 serve), so a histogram gives the exact threshold. `_scan_kernel` streams the codes once: each row
-(of a query, or of a group of queries) is cut in `parts` by its own length, whatever S is; a part
+(of a query, or of a group of queries) is cut in splits by its own length, whatever S is; a split
 writes its keys to select by, adds to the row's histogram and leaves its own, cumulated. Then
-`_select_kernel` needs no further pass: it reads the threshold off the histogram, sums the parts'
-counts below and at it, and so knows where in the output each part's keys go.
+`_select_kernel` needs no further pass: it reads the threshold off the histogram, sums the splits'
+counts below and at it, and so knows where in the output each split's keys go.
 
 With key norms the key to select by is the reversed bits of the float score: 32 bits, found digit by
 digit; `_refine_kernel` counts the second and the third digit among keys that match so far.
@@ -32,33 +32,36 @@ import triton.language as tl
 from hata.call import HammingTopK
 from hata.launches import LaunchList
 
-from .counting import Counting, Rows, counting, lay_out, parts_of
-from .launch import bind, launch
-from .layout import code_pointer, steps, words
+from .counting import Counting, Rows, counting, lay_out, num_splits_of
+from .launch import Pointer, group, launch
+from .layout import code_pointer, strides, words
 from .pieces import load_words, store_planes, zero_counters
 from .scan import launch_scan
 from .select import launch_select
 
 
 @triton.jit
-def _planes_kernel(
-    q_codes, planes, counters, heads, tokens, counters_row, q_b, q_h, q_t,
-    R: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, COUNTERS: tl.constexpr,
-    UNIT: tl.constexpr,
-):  # fmt: skip
-    """Planes of given query codes; zeroes the counters. One program a row and word."""
+def _planes_kernel(arrays, sizes, strides, C: tl.constexpr):
+    """Planes of given query codes; zeroes the counters. One program a row and word.
+
+    `arrays`: q_codes, planes, counters. `sizes`: heads, tokens, counters_row. `strides`: of
+    q_codes.
+    """
+    WORDS: tl.constexpr = C.R // 32
     program = tl.program_id(0)
-    word = program % (R // 32)
-    row = program // (R // 32)
-    batch = (row // tokens // heads).to(tl.int64)
-    head = row // tokens % heads
-    token = row % tokens
-    base = q_codes + batch * q_b + token * q_t + word * (4 // UNIT)
+    word = program % WORDS
+    row = program // WORDS
+    batch = (row // sizes.tokens // sizes.heads).to(tl.int64)
+    head = row // sizes.tokens % sizes.heads
+    token = row % sizes.tokens
+    base = arrays.q_codes + batch * strides.b + token * strides.t + word * (4 // C.UNIT)
     words = ()
-    for member in tl.static_range(GROUP):
-        words = words + (load_words(base + (head * GROUP + member) * q_h, True, UNIT),)
-    store_planes(planes + row.to(tl.int64) * (PLANES * R // 32) + word, words, True, R // 32)
-    zero_counters(counters, row, counters_row, word, R // 32, COUNTERS)
+    for member in tl.static_range(C.GROUP):
+        at = base + (head * C.GROUP + member) * strides.h
+        words = words + (load_words(at, True, C.UNIT),)
+    planes = arrays.planes + row.to(tl.int64) * (C.PLANES * WORDS) + word
+    store_planes(planes, words, True, WORDS)
+    zero_counters(arrays.counters, row, sizes.counters_row, word, WORDS, C.COUNTERS)
 
 
 def launch_planes(launches: LaunchList, call: Any, at: Rows, how: Counting, heads: int) -> None:
@@ -67,28 +70,30 @@ def launch_planes(launches: LaunchList, call: Any, at: Rows, how: Counting, head
     assert q_codes is not None
     batch, q_heads, tokens, width = q_codes.shape
     unit, together = words(q_codes)
-    kernel = bind(
-        _planes_kernel,
-        (code_pointer(unit, together), "*i32", "*i32", *["i32"] * 3, *["i64"] * 3),
-        {"R": 8 * width, "GROUP": q_heads // heads, "PLANES": how.planes, "COUNTERS": 256,
-         "UNIT": unit},
-        1,
-    )  # fmt: skip
-    arrays = launches.address("q_codes"), at.planes, at.counters
-    launch(
-        launches, kernel, batch * heads * tokens * (width // 4), arrays,
-        heads, tokens, at.counters_row, *steps(q_codes, unit),
-    )  # fmt: skip
+    constants = group(
+        R=8 * width, GROUP=q_heads // heads, PLANES=how.planes, COUNTERS=256, UNIT=unit
+    )
+    groups = (
+        group(
+            q_codes=Pointer(launches.address("q_codes"), code_pointer(unit, together)),
+            planes=Pointer(at.planes, "*i32"),
+            counters=Pointer(at.counters, "*i32"),
+        ),
+        group(heads=heads, tokens=tokens, counters_row=at.counters_row),
+        strides(q_codes, "bht", unit),
+    )
+    grid = batch * heads * tokens * (width // 4)
+    launch(launches, _planes_kernel, grid, groups, constants, warps=1)
 
 
 def write(launches: LaunchList, call: HammingTopK) -> None:
     """Write planes, scan, (refinement) and select."""
     heads = call.q_codes.shape[1] if call.per_head else call.problem.kv_heads
     how = counting(call.q_codes.shape[1] // heads, call.problem.bits, call.problem.norms)
-    parts = parts_of(call.config, call.k_codes.shape[2])
+    num_splits = num_splits_of(call.config, call.k_codes.shape[2])
     indices = launches.output("indices")
     rows = call.q_codes.shape[0] * heads * call.q_codes.shape[2]
-    at = lay_out(launches, how, rows, call, parts)
+    at = lay_out(launches, how, rows, call, num_splits)
     launch_planes(launches, call, at, how, heads)
-    launch_scan(launches, call, at, how, (rows, heads, parts), "k_codes")
-    launch_select(launches, call, at, how, (rows, heads, parts), indices)
+    launch_scan(launches, call, at, how, (rows, heads, num_splits), "k_codes")
+    launch_select(launches, call, at, how, (rows, heads, num_splits), indices)

@@ -6,7 +6,7 @@
    key norms two short launches refine the threshold.)
 3. `select._select_kernel`: the positions of a row's selected keys, in ascending order.
 4. `_hash_attend_kernel`: each program takes an equal share of a row's *selected* keys, whichever
-   parts they lie in, and attends to them.
+   splits they lie in, and attends to them.
 5. `attend._merge_kernel`: the shares of a row, in their order.
 
 From sm_90 on, every launch after the first starts while the one before it drains, reads what does
@@ -25,124 +25,112 @@ import triton
 import triton.language as tl
 
 from hata.call import HashAttend
-from hata.launches import LaunchList, row_step
+from hata.launches import LaunchList
 
-from .attend import (
-    attend_positions,
-    finish_split,
-    launch_merge,
-    result_types,
-    results_of,
-    shares_of,
-    tiling,
-)
-from .counting import budget_scalars, counting, lay_out, parts_of
+from .attend import attend_positions, finish_split, launch_merge, results_of, splits_of, tiling
+from .counting import budget_group, counting, lay_out, num_splits_of
 from .encode_step import write_step
 from .hamming_topk import launch_planes
-from .launch import bind, launch
-from .layout import data_pointer, row_step_type, steps, vector
-from .pieces import budget_of, let_next_start, place_of, visible
+from .launch import Pointer, group, launch
+from .layout import cache_strides, data_pointer, spans, strides, vector
+from .pieces import at_head, budget_of, griddepcontrol_launch_dependents, place_of, visible
 from .scan import launch_scan
 from .select import launch_select
 
 
 @triton.jit
-def _hash_attend_kernel(
-    q, keys, values, out, lse, sinks_x, sinks_f, partial, peaks, sums, positions, lengths, starts,
-    kv_heads, members, tokens, slots, log_splits, length_step, start_step,
-    k, ratio, least, dense_below, scale, softcap, has_sinks, has_lse,
-    q_b, q_h, q_t, keys_b, keys_h, keys_s, values_b, values_h, values_s,
-    D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, IEEE: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, SINGLE: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    let_next_start(OVERLAPPED & EARLY)
-    splits = 1 << log_splits
+def _hash_attend_kernel(arrays, sizes, budget, strides, C: tl.constexpr):
+    """A split of the keys of one row: of the selected ones, or of all, for up to M of its heads.
+
+    `arrays`: q, key_cache, value_cache, results (`results_of`), positions, lengths, starts.
+    `sizes`: kv_heads, members (heads a KV head), tokens, slots, log_splits, steps of lengths and
+    starts, scale, softcap and flags. `strides`: of the first three.
+    """
+    griddepcontrol_launch_dependents(C.PDL & C.EARLY)
+    splits = 1 << sizes.log_splits
     split = tl.program_id(0) & (splits - 1)
-    rest = tl.program_id(0) >> log_splits
-    column = rest % COLUMNS * BLOCK_V
-    block = rest // COLUMNS % BLOCKS
-    row = rest // COLUMNS // BLOCKS
-    batch, kv_head, token = place_of(row, kv_heads, tokens, SINGLE)
-    head = kv_head * members + block * M
-    start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
+    rest = tl.program_id(0) >> sizes.log_splits
+    column = rest % C.COLUMNS * C.BLOCK_V
+    block = rest // C.COLUMNS % C.BLOCKS
+    row = rest // C.COLUMNS // C.BLOCKS
+    batch, kv_head, token = place_of(row, sizes.kv_heads, sizes.tokens, C.SINGLE)
+    head = kv_head * sizes.members + block * C.M
+    start, stop = visible(arrays, sizes, batch, token)
     seen = stop - start
-    budget = budget_of(seen, k, ratio, least)
-    everything = seen <= tl.maximum(budget, dense_below)
-    taken = seen if everything else budget
-    size = tl.maximum(tl.cdiv((taken + splits - 1) >> log_splits, N) * N, N)
+    selected = budget_of(seen, budget)
+    everything = seen <= tl.maximum(selected, budget.dense_below)
+    taken = seen if everything else selected
+    size = tl.maximum(tl.cdiv((taken + splits - 1) >> sizes.log_splits, C.N) * C.N, C.N)
     first = split * size
-    acc, most, total, found = attend_positions(
-        q + (batch * q_b + head * q_h + token * q_t) * VECTOR,
-        keys + (batch * keys_b + kv_head * keys_h) * VECTOR,
-        values + (batch * values_b + kv_head * values_h) * VECTOR,
-        positions + row.to(tl.int64) * k, first, tl.minimum(first + size, taken),
-        everything.to(tl.int32), start, slots, scale, softcap,
-        members - block * M, q_h, keys_s, values_s, column,
-        D, DV, M, N, BLOCK_D, BLOCK_V, IEEE, VECTOR, STAGES, False, OVERLAPPED,
+    state = attend_positions(
+        (
+            arrays.q + (at_head(strides.q, batch, head) + token * strides.q.t) * C.VECTOR,
+            arrays.key_cache + at_head(strides.key_cache, batch, kv_head) * C.VECTOR,
+            arrays.value_cache + at_head(strides.value_cache, batch, kv_head) * C.VECTOR,
+            arrays.positions + row.to(tl.int64) * budget.k,
+        ),
+        (first, tl.minimum(first + size, taken), everything.to(tl.int32), start),
+        sizes.members - block * C.M, column, sizes, strides, C,
     )  # fmt: skip
-    let_next_start(OVERLAPPED & (not EARLY))
-    finish_split(
-        out, lse, sinks_x, sinks_f, partial, peaks, sums,
-        (batch * kv_heads * members + head) * tokens + token, head,
-        tl.minimum(members - block * M, M), tokens, acc, most, total, found,
-        split, splits, column, has_sinks, has_lse, DV, M, BLOCK_V, ALONE,
-    )  # fmt: skip
+    griddepcontrol_launch_dependents(C.PDL & (not C.EARLY))
+    line = (batch * sizes.kv_heads * sizes.members + head) * sizes.tokens + token
+    here = tl.minimum(sizes.members - block * C.M, C.M)
+    finish_split(state, (line, head, here, split, splits, column), arrays, sizes, C)
 
 
 def write(launches: LaunchList, call: HashAttend) -> None:
     """Write the launches of a decode step."""
     views, problem, config = launches.views, call.problem, call.config
-    batch, heads, tokens, depth = call.q.shape
-    kv_heads, slots, lanes = problem.kv_heads, call.keys.shape[2], problem.value_dim
+    batch, heads, tokens, _ = call.q.shape
+    kv_heads = problem.kv_heads
     rows, members = batch * kv_heads * tokens, heads // kv_heads
-    given, early = views["q_codes"], config["early"]
-    overlapped = bool(config["overlap"]) and launches.gpu.overlaps
-    group = members if given is None else given.shape[1] // kv_heads
-    how = counting(group, problem.bits, problem.norms)
-    parts = parts_of(config, slots)
-    splits, stages = shares_of(config, max(call.k, call.dense_below))
-    at = lay_out(launches, how, rows, call, parts)
+    given, q, keys, values = (views[name] for name in ("q_codes", "q", "keys", "values"))
+    pdl = bool(config["pdl"]) and launches.gpu.has_pdl
+    how = counting(
+        members if given is None else given.shape[1] // kv_heads, problem.bits, problem.norms
+    )
+    most = max(call.k, call.dense_below)
+    splits, stages = splits_of(config, most)
+    row_sizes = rows, kv_heads, num_splits_of(config, call.keys.shape[2])
+    at = lay_out(launches, how, rows, call, row_sizes[2])
     positions = launches.piece(rows * call.k)
     results = results_of(launches, call, splits)
 
     if given is not None:
         launch_planes(launches, call, at, how, kv_heads)
     if given is None or call.fresh:
-        write_step(launches, call, at, how.planes, overlapped)
-    row_sizes = rows, kv_heads, parts
-    launch_scan(launches, call, at, how, row_sizes, "key_codes", overlapped)
-    launch_select(launches, call, at, how, row_sizes, positions, overlapped)
+        write_step(launches, call, at, how.planes, pdl)
+    launch_scan(launches, call, at, how, row_sizes, "key_codes", pdl)
+    launch_select(launches, call, at, how, row_sizes, positions, pdl)
 
-    wide = vector(views["q"], views["keys"], views["values"])
-    sizes = tiling(problem.dtype, depth, lanes, members, config["keys"])
-    columns, blocks = -(-lanes // sizes["BLOCK_V"]), -(-members // sizes["M"])
-    data = data_pointer(problem.dtype, wide)
-    key_strides, value_strides = steps(views["keys"], wide), steps(views["values"], wide)
-    attend = bind(
-        _hash_attend_kernel,
-        (
-            data, data, data, *result_types(problem.dtype), "*i32", "*i32", "*i32",
-            *["i32"] * 8, "i64", "i32", "i32", "fp32", "fp32", "i32", "i32", *["i64"] * 5,
-            row_step_type(key_strides[2], slots), "i64", "i64",
-            row_step_type(value_strides[2], slots),
+    wide = vector(q, keys, values)
+    constants = group(
+        **tiling(problem, members, config, most), VECTOR=wide, CHECKED=False, WAITS=pdl,
+        EARLY=config["early"] != "none", PDL=pdl,
+    )  # fmt: skip
+    data, (pointers, steps) = data_pointer(problem.dtype, wide), spans(launches)
+    groups = (
+        group(
+            q=Pointer(launches.address("q"), data),
+            key_cache=Pointer(launches.address("keys"), data),
+            value_cache=Pointer(launches.address("values"), data),
+            **results[0],
+            positions=Pointer(positions, "*i32"),
+            **pointers,
         ),
-        {**sizes, "VECTOR": wide, "COLUMNS": columns, "BLOCKS": blocks,
-         "STAGES": stages, "ALONE": splits == 1, "SINGLE": tokens == 1, "EARLY": early != "none",
-         "OVERLAPPED": overlapped},
-        config["warps"],
-        max(stages, 1),
-        overlapped,
+        group(
+            kv_heads=kv_heads, members=members, tokens=tokens, slots=call.keys.shape[2],
+            log_splits=splits.bit_length() - 1, **steps, scale=float(call.scale),
+            softcap=float(call.softcap or 0), **results[1],
+        ),
+        budget_group(call),
+        group(
+            q=strides(q, "bht", wide), key_cache=cache_strides(keys, wide),
+            value_cache=cache_strides(values, wide),
+        ),
     )  # fmt: skip
-    arrays = [launches.address(name) for name in ("q", "keys", "values")]
-    arrays += [*results.addresses, positions]
-    arrays += [launches.address(name) for name in ("lengths", "starts")]
+    grid = rows * constants.BLOCKS * constants.COLUMNS * splits
     launch(
-        launches, attend, rows * blocks * columns * splits, arrays,
-        kv_heads, members, tokens, slots, splits.bit_length() - 1,
-        row_step(views["lengths"]), row_step(views["starts"]), *budget_scalars(call.budget)[:3],
-        call.dense_below, call.scale, call.softcap or 0.0, *results[1:],
-        *steps(views["q"], wide), *key_strides, *value_strides,
-    )  # fmt: skip
-    launch_merge(launches, call, results, splits, overlapped)
+        launches, _hash_attend_kernel, grid, groups, constants, config["warps"], max(stages, 1), pdl
+    )
+    launch_merge(launches, call, results, splits, pdl)

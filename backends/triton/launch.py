@@ -2,8 +2,11 @@
 
 A kernel is compiled for the types and constants that follow from the problem and the alignment of
 its arrays alone, never for the values of sizes or strides: a cache that grows by a token never
-compiles again, and a prepared call can be captured. `bind` names such a variant; `launch` writes
-its launch into the list of a call.
+compiles again, and a prepared call can be captured. `launch` writes the launch of such a variant
+into the list of a call.
+
+A kernel has few parameters, each a named tuple made by `group`: `arrays`, then what its docstring
+names of `sizes`, `budget` and `strides`, and the constants `C`. The compiler sees their fields.
 
 A damaged or unwritable cache folder of Triton's costs one more compilation, in a folder of this
 process, and a warning. Under `TRITON_INTERPRET=1` the same calls run on CPU tensors in Triton's
@@ -20,8 +23,10 @@ import struct
 import tempfile
 import threading
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,21 +42,65 @@ from hata.launches import Address, LaunchList
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def source(fn: Any, types: tuple[str, ...], constants: dict[str, Any]) -> Any:
-    """What Triton compiles: `fn` with the types of its first parameters and constants after them.
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """A field of `arrays`: where it points, and its Triton type; `"*bf16:16"` is aligned so."""
 
-    A pointer type that ends in ":16" promises data aligned to 16 bytes. Nothing else is specialised
-    on a value: strides come in units of whole vectors, so that their alignment follows.
+    address: Address
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """A 64-bit number for a kernel; an `int` is one of 32 bits, a `float` one of fp32."""
+
+    value: int
+
+
+@functools.cache
+def _named(names: tuple[str, ...]) -> Any:
+    return namedtuple("Group", names)
+
+
+def group(**fields: Any) -> Any:
+    """Arguments of a kernel that it takes as one, `fields` in order, as `group(a=1).a`.
+
+    The compiler's own tuples have attributes `values` and `type`, which no field may be called.
     """
-    names = fn.arg_names
-    signature, aligned = {}, {}
-    for i, (name, kind) in enumerate(zip(names, types, strict=False)):
-        signature[name], _, promise = kind.partition(":")
-        if promise:
-            aligned[(i,)] = [["tt.divisibility", int(promise)]]
-    signature |= dict.fromkeys(names[len(types) :], "constexpr")
+    return _named(tuple(fields))(*fields.values())
+
+
+def _each(function: Callable[[Any], Any], x: Any) -> Any:
+    """`x`, of groups in groups, with `function` of every field."""
+    return type(x)(*(_each(function, y) for y in x)) if isinstance(x, tuple) else function(x)
+
+
+def _leaves(x: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The fields of a group, of those in it too, by their paths."""
+    for i, y in enumerate(x):
+        yield from _leaves(y, (*path, i)) if isinstance(y, tuple) else [((*path, i), y)]
+
+
+def _type(x: Any) -> str:
+    if isinstance(x, Pointer):
+        return x.type
+    return "i64" if isinstance(x, Long) else "fp32" if isinstance(x, float) else "i32"
+
+
+def source(fn: Any, types: tuple[Any, ...], constants: Any) -> Any:
+    """What Triton compiles: `fn` with groups of types, and a last one of constants.
+
+    Nothing but the alignment of pointers is specialised on a value: strides come in units of whole
+    vectors, so that their alignment follows.
+    """
+    promises = [kind.partition(":")[2] for kind in types[0]]
+    plain = (_each(lambda kind: kind.partition(":")[0], x) for x in types)
+    last = _each(lambda _: "constexpr", constants)
     return triton.compiler.ASTSource(
-        fn, signature, {name: constants[name] for name in names[len(types) :]}, aligned
+        fn,
+        dict(zip(fn.arg_names, (*plain, last), strict=True)),
+        dict(_leaves(constants, (len(types),))),
+        {(0, i): [["tt.divisibility", int(n)]] for i, n in enumerate(promises) if n},
     )
 
 
@@ -78,7 +127,7 @@ class Bound:
     """A kernel with its types and constants: callable, compiled at the first call per device."""
 
     def __init__(
-        self, fn: Any, types: tuple[str, ...], constants: dict[str, Any], options: dict[str, Any]
+        self, fn: Any, types: tuple[Any, ...], constants: Any, options: dict[str, Any]
     ) -> None:
         self.fn, self.types, self.constants, self.options = fn, types, constants, options
         self.loaded: dict[int, tuple[Callable[..., None], int, Any]] = {}
@@ -136,12 +185,12 @@ class Bound:
         self, ordinal: int, grid: int, numbers: tuple[Any, ...]
     ) -> Callable[[tuple[int, ...], int], None]:
         """What launches it on `grid` programs, given addresses and a stream."""
-        loaded, tail = self.loaded, (*numbers, *(None,) * len(self.constants))
+        loaded, tail = self.loaded, (*numbers, self.constants)
 
         def start(addresses: tuple[int, ...], stream: int) -> None:
             # Without Triton's own inspection of arguments.
             run, function, metadata = loaded.get(ordinal) or self.load_on(ordinal)
-            run(grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *tail)
+            run(grid, 1, 1, stream, function, metadata, None, None, None, addresses, *tail)
 
         return start
 
@@ -154,7 +203,7 @@ class Bound:
             # What the compiler or the device says of the kernel itself: not the cache's fault.
             raise KernelError(
                 f"backend 'triton': {name} cannot be compiled or loaded with "
-                f"{self.constants | self.options}: {error}; choose another configuration"
+                f"{self.constants._asdict() | self.options}: {error}; choose another configuration"
             ) from error
         # Whatever a damaged or unwritable cache folder makes Triton raise.
         except Exception as error:
@@ -239,35 +288,6 @@ def _cache_of_this_process() -> Iterator[None]:
 _bound: dict[tuple, Bound] = {}
 
 
-def bind(
-    fn: Any,
-    types: tuple[str, ...],
-    constants: dict[str, Any],
-    warps: int,
-    stages: int = 2,
-    overlapped: bool = False,
-) -> Bound:
-    """The variant of kernel `fn` for these types (of its first parameters) and constants.
-
-    Args:
-        fn: A jitted function; all parameters after the typed ones are constants.
-        types: Triton types, such as `"*bf16"` and `"i32"`.
-        constants: Value of every constant parameter.
-        warps: Warps a program.
-        stages: Default depth of software pipelines.
-        overlapped: Whether it may start while the launch before it drains (it then waits inside).
-    """
-    constants = {name: constants[name] for name in fn.arg_names[len(types) :]}
-    key = (fn.__name__, types, tuple(constants.values()), warps, stages, overlapped)
-    found = _bound.get(key)
-    if found is None:
-        options = {"num_warps": warps, "num_stages": stages}
-        if overlapped:
-            options["launch_pdl"] = True
-        found = _bound[key] = Bound(fn, types, constants, options)
-    return found
-
-
 class GPU(NamedTuple):
     """What kernels depend on of a GPU: its capability as one number (90 is 9.0), and its number."""
 
@@ -275,12 +295,12 @@ class GPU(NamedTuple):
     ordinal: int = 0
 
     @property
-    def overlaps(self) -> bool:
-        """Whether launches may overlap."""
+    def has_pdl(self) -> bool:
+        """Whether it has programmatic dependent launch."""
         return not INTERPRETED and self.sm >= 90
 
     @property
-    def multiplies_bits(self) -> bool:
+    def has_binary_mma(self) -> bool:
         """Whether it has binary tensor cores.
 
         Those are sm_80 to sm_90. For sm_100 and sm_120 the compiler makes of each product a call of
@@ -297,15 +317,43 @@ def gpu(ordinal: int) -> GPU:
 
 
 def launch(
-    launches: LaunchList, kernel: Bound, grid: int, addresses: Sequence[Address], *numbers: Any
+    launches: LaunchList,
+    fn: Any,
+    grid: int,
+    groups: Sequence[Any],
+    constants: Any,
+    warps: int,
+    stages: int = 2,
+    pdl: bool = False,
 ) -> None:
-    """Write the launch of a kernel on `grid` programs into a list; addresses come first."""
+    """Write the launch of a kernel into a list.
+
+    Args:
+        launches: The list.
+        fn: A jitted function.
+        grid: Programs.
+        groups: Its arguments: a group of `Pointer`, then groups of numbers.
+        constants: The group of its constants.
+        warps: Warps a program.
+        stages: Default depth of software pipelines.
+        pdl: Whether it may start while the launch before it drains (it then waits inside).
+    """
+    types = tuple(_each(_type, x) for x in groups)
+    key = (fn.__name__, types, constants, warps, stages, pdl)
+    kernel = _bound.get(key)
+    if kernel is None:
+        options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if pdl else {})
+        kernel = _bound[key] = Bound(fn, types, constants, options)
+    addresses = tuple(pointer.address for pointer in groups[0])
+    numbers = tuple(
+        _each(lambda x: x.value if isinstance(x, Long) else x, one) for one in groups[1:]
+    )
     if INTERPRETED:
         assert isinstance(launches, InterpretedList)
-        launches.interpreted.append((kernel, grid, tuple(addresses), numbers))
-        return
-    start = kernel.starter(launches.gpu.ordinal, grid, numbers)
-    launches.launch(kernel, addresses, start)
+        launches.interpreted.append((kernel, grid, addresses, numbers))
+    else:
+        start = kernel.starter(launches.gpu.ordinal, grid, numbers)
+        launches.launch(kernel, addresses, start)
 
 
 class InterpretedList(LaunchList):
@@ -320,11 +368,10 @@ class InterpretedList(LaunchList):
         made = self.allocate(call)
         tensors = dict(zip(self.names, (*call[: call.ARRAYS], *made, None), strict=True))
         for kernel, grid, addresses, numbers in self.interpreted:
-            views = (
-                _view(tensors[name], kind, offset)
-                for (name, offset), kind in zip(addresses, kernel.types, strict=False)
-            )
-            kernel.fn[(grid,)](*views, *numbers, **kernel.constants)
+            kinds = kernel.types[0]
+            pairs = zip(addresses, kinds, strict=True)
+            views = (_view(tensors[name], kind, offset) for (name, offset), kind in pairs)
+            kernel.fn[(grid,)](type(kinds)(*views), *numbers, kernel.constants)
         return made
 
 

@@ -1,14 +1,16 @@
 """How arrays of a call are handed to kernels: types of pointers, and strides.
 
-Strides are passed in units of whole vectors, so that the compiler sees their alignment; what is not
+Strides come in units of whole vectors, so that the compiler sees their alignment; what is not
 there (a bias, lengths, norms) is an empty argument and a flag or a step beside it.
 """
 
 from __future__ import annotations
 
-from hata.launches import NONE, Address, LaunchList, View
+from typing import Any
 
-from .launch import INTERPRETED
+from hata.launches import NONE, LaunchList, View, row_step
+
+from .launch import INTERPRETED, Long, Pointer, group
 
 # Pointer types of data by dtype name.
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -19,9 +21,21 @@ def in_fp32(dtype: str) -> bool:
     return dtype == "float32" or (INTERPRETED and dtype == "bfloat16")
 
 
-def steps(x: View | None, unit: int = 1) -> tuple[int, ...]:
-    """Strides of `x` but the last, in units of `unit` elements."""
-    return () if x is None else tuple(stride // unit for stride in x.strides[:-1])
+def strides(x: View | None, names: str, unit: int = 1) -> Any:
+    """Strides of `x` but the last, in units of `unit` elements, by one-letter names; 0 for none."""
+    found = (0,) * len(names) if x is None else x.strides
+    return group(**{name: Long(step // unit) for name, step in zip(names, found, strict=False)})
+
+
+def cache_strides(x: View, unit: int) -> Any:
+    """`strides` of a cache [B, Hkv, S, D]: `b`, `h` and `s`, that of 32 bits where they suffice."""
+    found = strides(x, "bhs", unit)
+    return found._replace(s=narrow(found.s.value, x.shape[2]))
+
+
+def narrow(step: int, rows: int = 1 << 14) -> int | Long:
+    """The step between `rows` of a head: 32 bits save work wherever they are enough."""
+    return step if abs(step) * rows < 1 << 31 else Long(step)
 
 
 def vector(*arrays: View | None) -> int:
@@ -65,16 +79,6 @@ def code_steps(unit: int, vector: int) -> int:
     return 1 if unit == 1 else 4 * vector
 
 
-def row_step_type(step: int, rows: int = 1 << 14) -> str:
-    """Type of the step between `rows` of a head: 32 bits save work wherever they are enough."""
-    return "i32" if abs(step) * rows < 1 << 31 else "i64"
-
-
-def norm_steps(norms: View | None) -> tuple[int, ...]:
-    """All strides of norms [B, heads, T or S]; zeros where there are none."""
-    return (0, 0, 0) if norms is None else norms.strides
-
-
 def code_pointer(unit: int, vector: int) -> str:
     """Type of a pointer to codes."""
     return "*u8" if unit == 1 else f"*i32:{4 * vector}" if vector > 1 else "*i32"
@@ -85,13 +89,26 @@ def data_pointer(dtype: str, vector: int) -> str:
     return POINTERS[dtype] + (":16" if vector > 1 else "")
 
 
-def optional(launches: LaunchList, name: str, dtype: str) -> tuple[Address, Address, int]:
-    """A bias or sink logits as two arguments and a flag.
+def spans(launches: LaunchList) -> tuple[dict[str, Pointer], dict[str, int]]:
+    """What `visible` reads: pointers to lengths and starts, and their steps from row to row."""
+    names = "lengths", "starts"
+    return (
+        {name: Pointer(launches.address(name), "*i32") for name in names},
+        {f"{name[:-1]}_step": row_step(launches.views[name]) for name in names},
+    )
+
+
+def optional(launches: LaunchList, name: str, dtype: str) -> tuple[Pointer, Pointer, int]:
+    """A bias or sink logits as two pointers and a flag.
 
     The array comes in `dtype` (flag 1) or, beside data of another dtype, in float32 (flag 2);
-    0: there is none. The argument that is not used is empty.
+    0: there is none. The pointer that is not used is empty.
     """
     view = launches.views[name]
     flag = 0 if view is None else 1 if view.dtype == dtype else 2
     at = launches.address(name)
-    return at if flag == 1 else NONE, at if flag == 2 else NONE, flag
+    return (
+        Pointer(at if flag == 1 else NONE, POINTERS[dtype]),
+        Pointer(at if flag == 2 else NONE, "*fp32"),
+        flag,
+    )

@@ -1,4 +1,4 @@
-"""Jitted pieces that several kernels share: words of codes, visible keys, budgets, counting.
+"""Jitted functions that several kernels share: words of codes, visible keys, budgets, counting.
 
 Codes are read and written as 32-bit words, least significant bit first (`unit` 4), or byte by byte
 where an array is not aligned to words (`unit` 1). Keys to select by are unsigned integers of which
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .launch import INTERPRETED
 
-# First positions of parts are multiples of this, so that rows of scores are read in whole vectors.
+# First positions of splits are multiples of this, so that rows of scores are read in whole vectors.
 ALIGN = tl.constexpr(128)
 # Weights of planes are powers of two below 2^LEVELS.
 LEVELS = tl.constexpr(11)
@@ -63,8 +63,8 @@ def keep_order():
 
 
 @triton.jit
-def fetch_rows(rows, chosen, BYTES: tl.constexpr):
-    """Have the `chosen` ones of `rows`, of `BYTES` bytes each, come to the second-level cache."""
+def prefetch_rows(rows, chosen, BYTES: tl.constexpr):
+    """Prefetch the `chosen` ones of `rows`, of `BYTES` bytes each, to the second-level cache."""
     if NATIVE:
         address = rows.to(tl.int64, bitcast=True)
         for line in tl.static_range((BYTES + 127) // 128):
@@ -109,14 +109,14 @@ def columns_of(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def interleave(parts, M: tl.constexpr, N: tl.constexpr):
+def interleave(columns, M: tl.constexpr, N: tl.constexpr):
     """The way back from `columns_of`, to one dimension: [M * N], for N of 1, 2 or 4."""
     if N == 1:
-        return parts[0]
+        return columns[0]
     elif N == 2:
-        return tl.reshape(tl.join(parts[0], parts[1]), [M * N])
+        return tl.reshape(tl.join(columns[0], columns[1]), [M * N])
     else:
-        even, odd = tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])
+        even, odd = tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3])
         return tl.reshape(tl.join(even, odd), [M * N])
 
 
@@ -190,33 +190,36 @@ def store_words(pointers, words, mask, UNIT: tl.constexpr):
 
 
 @triton.jit
-def visible(lengths, starts, length_step, start_step, batch, token, tokens, slots):
+def visible(arrays, sizes, batch, token):
     """First visible position of a query and the one after its last.
 
-    Lengths are read as int32 (the low half of an int64); a step of -1 means that there are none.
+    `arrays` has `lengths` and `starts`, read as int32 (the low half of an int64); `sizes` their
+    steps from row to row, -1 where there are none, and `tokens` and `slots`.
     """
-    length = tl.load(lengths + batch * length_step, mask=length_step >= 0, other=slots)
-    start = tl.load(starts + batch * start_step, mask=start_step >= 0, other=0)
+    length = tl.load(
+        arrays.lengths + batch * sizes.length_step, mask=sizes.length_step >= 0, other=sizes.slots
+    )
+    start = tl.load(arrays.starts + batch * sizes.start_step, mask=sizes.start_step >= 0, other=0)
     start = tl.maximum(start, 0)
     # Below zero is none; from far below, what is subtracted would lead past the other end.
-    stop = tl.minimum(tl.maximum(length, 0), slots) - (tokens - 1 - token)
+    stop = tl.minimum(tl.maximum(length, 0), sizes.slots) - (sizes.tokens - 1 - token)
     return start, tl.maximum(stop, start)
 
 
 @triton.jit
-def budget_of(seen, k, ratio, least):
+def budget_of(seen, budget):
     """Keys to select for a query that sees `seen` keys (it may exceed `seen`)."""
-    share = (seen.to(tl.int64) * ratio) >> 32
-    share = tl.minimum(tl.maximum(share, least), k).to(tl.int32)
-    return tl.where(ratio < 0, k, share)
+    share = (seen.to(tl.int64) * budget.ratio) >> 32
+    share = tl.minimum(tl.maximum(share, budget.least), budget.k).to(tl.int32)
+    return tl.where(budget.ratio < 0, budget.k, share)
 
 
 @triton.jit
-def part_of(start, stop, part, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Where part `part` of the visible keys begins and ends; parts are whole tiles."""
+def split_range(start, stop, split, NUM_SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Where a split of the visible keys begins and ends; splits are whole tiles."""
     origin = start // ALIGN * ALIGN
-    size = tl.cdiv(tl.cdiv(stop - origin, PARTS), TILE) * TILE
-    low = tl.minimum(origin + part * size, stop)
+    size = tl.cdiv(tl.cdiv(stop - origin, NUM_SPLITS), TILE) * TILE
+    low = tl.minimum(origin + split * size, stop)
     return low, tl.minimum(low + size, stop)
 
 
@@ -229,6 +232,12 @@ def place_of(row, heads, tokens, SINGLE: tl.constexpr):
         row = row // tokens
     batch = row // heads
     return batch.to(tl.int64), row - batch * heads, token
+
+
+@triton.jit
+def at_head(strides, batch, head):
+    """Where a head of a batch row begins."""
+    return batch * strides.b + head * strides.h
 
 
 @triton.jit
@@ -246,12 +255,8 @@ def shared_bins(SHARED: tl.constexpr, BINS: tl.constexpr):
     address = tl.inline_asm_elementwise(SHARED, "=r,r", [BINS], tl.int32, False, 1)
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; st.shared.u32 [$1], $0;",
-        "=r,r",
-        [address + 4 * tl.arange(0, BINS)],
-        tl.int32,
-        False,
-        1,
-    )
+        "=r,r", [address + 4 * tl.arange(0, BINS)], tl.int32, False, 1,
+    )  # fmt: skip
     tl.debug_barrier()
     return address
 
@@ -263,12 +268,8 @@ def count_shared(address, digits, mask, BINS: tl.constexpr):
     digits = tl.where(mask, tl.minimum(digits.to(tl.int32), BINS), BINS)
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; red.shared.add.u32 [$1], 1;",
-        "=r,r",
-        [address + 4 * digits],
-        tl.int32,
-        False,
-        1,
-    )
+        "=r,r", [address + 4 * digits], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -277,12 +278,8 @@ def read_shared(address, BINS: tl.constexpr):
     tl.debug_barrier()
     return tl.inline_asm_elementwise(
         "ld.shared.u32 $0, [$1];",
-        "=r,r",
-        [address + 4 * tl.arange(0, BINS)],
-        tl.int32,
-        False,
-        1,
-    )
+        "=r,r", [address + 4 * tl.arange(0, BINS)], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -298,14 +295,14 @@ def find_bin(histogram, need):
 
 
 @triton.jit
-def wait_for_previous(OVERLAPPED: tl.constexpr):
-    """Where launches overlap: wait until the launch before has finished and its writes are seen."""
-    if OVERLAPPED:
+def griddepcontrol_wait(PDL: tl.constexpr):
+    """With programmatic dependent launch: wait until the launch before has finished."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def let_next_start(OVERLAPPED: tl.constexpr):
-    """Where launches overlap: the next one may take what this program leaves free."""
-    if OVERLAPPED:
+def griddepcontrol_launch_dependents(PDL: tl.constexpr):
+    """With programmatic dependent launch: the next launch may start where there is room."""
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,8 +1,8 @@
-"""From counts to positions: the threshold of a row, and where each part's keys go.
+"""From counts to positions: the threshold of a row, and where each split's keys go.
 
 No further pass is needed to know where a selected key belongs: the row's histogram gives the
-threshold and how many keys at it win, and the parts' cumulated histograms give the counts below
-and at the threshold before each part. Ranks count selected keys in ascending order of position.
+threshold and how many keys at it win, and the splits' cumulated histograms give the counts below
+and at the threshold before each split. Ranks count selected keys in ascending order of position.
 
 Stored keys are compared two to a 32-bit word: with the top bit of either half set, a difference
 that leaves the bit set says that the half was not smaller. A thread makes one mask of the 8 keys of
@@ -19,23 +19,24 @@ import triton
 import triton.language as tl
 
 from hata.arrays import ITEMSIZE
-from hata.launches import NONE, Address, LaunchList, row_step
+from hata.launches import NONE, Address, LaunchList
 
-from .counting import DIGIT, Counting, Rows, budget_scalars, starts_early
-from .launch import bind, launch
-from .layout import data_pointer, row_step_type, steps, vector
+from .counting import DIGIT, Counting, Rows, budget_group, starts_early
+from .launch import Pointer, group, launch
+from .layout import cache_strides, data_pointer, spans, strides, vector
 from .pieces import (
     ALIGN,
+    at_head,
     budget_of,
-    fetch_rows,
     find_bin,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
     keep_order,
-    let_next_start,
-    part_of,
     place_of,
     popcount,
+    prefetch_rows,
+    split_range,
     visible,
-    wait_for_previous,
 )
 
 # The upper bit of each key's two.
@@ -45,38 +46,38 @@ _TOPS = tl.constexpr(0x80008000)
 
 
 @triton.jit
-def _locate(
-    histogram, cumulated, state, below, start, stop, budget, sink, recent, part,
-    ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, PARTS: tl.constexpr,
-    PART_TILE: tl.constexpr,
-):  # fmt: skip
-    """Threshold of a row and what lies before a part; all are the row's own.
+def _locate(histogram, arrays, row, split, span, need, budget, C: tl.constexpr):
+    """Threshold of a row and what lies before a split.
+
+    `span`: first visible position of the row and the one after the last. `need`: how many scored
+    keys it selects.
 
     Returns:
-        `threshold`, `ties` (how many keys at the threshold win), and how many keys before the part
+        `threshold`, `ties` (how many keys at the threshold win), and how many keys before the split
         win for sure, and are at the threshold.
     """
+    start, stop = span
     prefix = tl.zeros([], tl.int32)
-    need = budget - sink - recent
-    if ROUNDS > 1:
-        prefix = tl.load(state + (ROUNDS - 1) * 2)
-        need = tl.load(state + (ROUNDS - 1) * 2 + 1)
+    if C.ROUNDS > 1:
+        state = arrays.state + row * 6
+        prefix = tl.load(state + (C.ROUNDS - 1) * 2)
+        need = tl.load(state + (C.ROUNDS - 1) * 2 + 1)
     digit, ties = find_bin(histogram, need)
-    threshold = ((prefix << DIGIT) | digit).to(tl.uint32, bitcast=True)
-    other = tl.arange(0, PARTS)
-    low, high = part_of(start, stop, other, PARTS, PART_TILE)
-    earlier = (other < part) & (low < high)
+    threshold = ((prefix << C.DIGIT) | digit).to(tl.uint32, bitcast=True)
+    other = tl.arange(0, C.NUM_SPLITS)
+    low, high = split_range(start, stop, other, C.NUM_SPLITS, C.SPLIT_TILE)
+    earlier = (other < split) & (low < high)
     low = tl.maximum(low, start)
-    forced = tl.maximum(tl.minimum(high, start + sink) - low, 0)
-    forced += tl.maximum(high - tl.maximum(low, stop - recent), 0)
-    line = cumulated + other * BINS + digit
+    forced = tl.maximum(tl.minimum(high, start + budget.sink) - low, 0)
+    forced += tl.maximum(high - tl.maximum(low, stop - budget.recent), 0)
+    line = arrays.cumulated + row * C.NUM_SPLITS * C.BINS + other * C.BINS + digit
     smaller = tl.load(line - 1, mask=earlier & (digit > 0), other=0)
-    upto = tl.load(line, mask=earlier & (digit < BINS), other=0)
+    upto = tl.load(line, mask=earlier & (digit < C.BINS), other=0)
     # Above the counted bins there is one value more.
-    upto = tl.where(digit == BINS, high - low - forced, upto)
+    upto = tl.where(digit == C.BINS, high - low - forced, upto)
     equal = tl.sum(tl.where(earlier, upto - smaller, 0))
-    if ROUNDS > 1:
-        smaller += tl.load(below + other, mask=earlier, other=0)
+    if C.ROUNDS > 1:
+        smaller += tl.load(arrays.below + row * C.NUM_SPLITS + other, mask=earlier, other=0)
     return threshold, ties, tl.sum(tl.where(earlier, smaller + forced, 0)), equal
 
 
@@ -123,72 +124,71 @@ def _compare(words, threshold, TILE: tl.constexpr, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def _select_kernel(
-    out, scores, counters, cumulated, state, below, lengths, starts, keys,
-    tokens, slots, length_step, start_step, k, scores_row, ratio, least, sink, recent, dense_below,
-    keys_b, keys_h, keys_s,
-    HEADS: tl.constexpr, ROUNDS: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
-    PARTS: tl.constexpr, PART_TILE: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
-    VECTOR: tl.constexpr, KEY_BYTES: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    """Positions of one row, ascending, and with `PAD` then -1; one program a part.
+def _select_kernel(arrays, sizes, budget, strides, C: tl.constexpr):
+    """Positions of one row, ascending, and with `PAD` then -1; one program a split.
 
     Without `PAD` nothing is written for a row whose visible keys are all taken. With `KEY_BYTES`,
-    selected rows of `keys`, of so many bytes, are asked for on the way, so that the attention finds
+    selected rows of keys, of so many bytes, are prefetched on the way, so that the attention finds
     them in the second-level cache.
+
+    `arrays`: positions, `Rows.pointers`, lengths, starts, key_cache. `sizes`: tokens, slots,
+    steps of lengths and starts, scores_row. `strides`: of keys.
     """
-    let_next_start(OVERLAPPED & EARLY)
-    part = tl.program_id(0) % PARTS
-    row = tl.program_id(0) // PARTS
-    batch, head, token = place_of(row, HEADS, tokens, SINGLE)
+    griddepcontrol_launch_dependents(C.PDL & C.EARLY)
+    TILE: tl.constexpr = C.TILE
+    split = tl.program_id(0) % C.NUM_SPLITS
+    row = tl.program_id(0) // C.NUM_SPLITS
+    batch, head, token = place_of(row, C.HEADS, sizes.tokens, C.SINGLE)
     row = row.to(tl.int64)
-    start, stop = visible(lengths, starts, length_step, start_step, batch, token, tokens, slots)
+    start, stop = visible(arrays, sizes, batch, token)
     seen = stop - start
-    budget = budget_of(seen, k, ratio, least)
-    everything = seen <= tl.maximum(budget, dense_below)
-    if KEY_BYTES > 0:
-        keys += (batch * keys_b + head * keys_h) * VECTOR
-    low, high = part_of(start, stop, part, PARTS, PART_TILE)
-    out += row * k
-    if PAD:
+    selected = budget_of(seen, budget)
+    everything = seen <= tl.maximum(selected, budget.dense_below)
+    keys = arrays.key_cache
+    if C.KEY_BYTES > 0:
+        keys += at_head(strides, batch, head) * C.VECTOR
+    low, high = split_range(start, stop, split, C.NUM_SPLITS, C.SPLIT_TILE)
+    out = arrays.positions + row * budget.k
+    if C.PAD:
         # Ranks that hold no key, and all ranks where every visible key is selected.
-        taken = tl.minimum(seen, budget)
+        taken = tl.minimum(seen, selected)
         first = 0 if everything else taken
-        share = tl.cdiv(k - first, PARTS)
-        for at in range(first + part * share, tl.minimum(first + part * share + share, k), TILE):
+        share = tl.cdiv(budget.k - first, C.NUM_SPLITS)
+        end = tl.minimum(first + split * share + share, budget.k)
+        for at in range(first + split * share, end, TILE):
             rank = at + tl.arange(0, TILE)
-            mask = rank < tl.minimum(first + part * share + share, k)
-            tl.store(out + rank, tl.where(rank < taken, start + rank, -1), mask=mask)
+            tl.store(out + rank, tl.where(rank < taken, start + rank, -1), mask=rank < end)
     if (low < high) & (everything == 0):
-        PACKED: tl.constexpr = 2 if ROUNDS == 1 else 1
-        scores += row * scores_row * (ALIGN // PACKED)
+        PACKED: tl.constexpr = 2 if C.ROUNDS == 1 else 1
+        scores = arrays.scores + row * sizes.scores_row * (ALIGN // PACKED)
         # In units of aligned positions, so that keys are loaded in whole vectors.
         unit = low // ALIGN
-        bins = counters + (row * ROUNDS + ROUNDS - 1) * BINS + tl.arange(0, BINS)
+        bins = arrays.counters + (row * C.ROUNDS + C.ROUNDS - 1) * C.BINS + tl.arange(0, C.BINS)
         # As late as it can: what stands behind a wait is computed behind it.
-        wait_for_previous(OVERLAPPED)
+        griddepcontrol_wait(C.PDL)
         histogram = tl.load(bins)
         # The first tile is on its way while the threshold is found.
-        words = _load_keys(scores, unit, high, TILE, ROUNDS)
+        words = _load_keys(scores, unit, high, TILE, C.ROUNDS)
         keep_order()
+        need = selected - budget.sink - budget.recent
         threshold, ties, smaller_before, equal_before = _locate(
-            histogram, cumulated + row * PARTS * BINS, state + row * 6,
-            below + row * PARTS, start, stop, budget, sink, recent, part,
-            ROUNDS, DIGIT, BINS, PARTS, PART_TILE,
-        )  # fmt: skip
-        let_next_start(OVERLAPPED & (not EARLY))
+            histogram, arrays, row, split, (start, stop), need, budget, C
+        )
+        griddepcontrol_launch_dependents(C.PDL & (not C.EARLY))
         vector = tl.arange(0, TILE // 8)
         for unit in range(low // ALIGN, tl.cdiv(high, ALIGN), TILE // ALIGN):
-            winners, equals = _compare(words, threshold, TILE, ROUNDS)
-            words = _load_keys(scores, unit + TILE // ALIGN, high, TILE, ROUNDS)
+            winners, equals = _compare(words, threshold, TILE, C.ROUNDS)
+            words = _load_keys(scores, unit + TILE // ALIGN, high, TILE, C.ROUNDS)
             origin = unit * ALIGN + vector * 8
             first = unit * ALIGN
-            if (first < start + sink) | (first + TILE > tl.minimum(stop - recent, high)):
+            if (first < start + budget.sink) | (
+                first + TILE > tl.minimum(stop - budget.recent, high)
+            ):
                 # Only tiles at the ends hold keys that are not seen or win unscored.
                 unseen = _bits_below(start - origin)
                 seen_here = _bits_below(high - origin) & ~unseen & _UPPER
-                forced = _bits_below(start + sink - origin) | ~_bits_below(stop - recent - origin)
+                forced = _bits_below(start + budget.sink - origin)
+                forced |= ~_bits_below(stop - budget.recent - origin)
                 winners = (winners | forced) & seen_here
                 equals = equals & seen_here & ~forced
             # Both counts in one scan: they stay below 2^15 within a tile.
@@ -205,9 +205,9 @@ def _select_kernel(
                 place = popcount((lowest - 1).to(tl.uint32)) >> 1
                 position = origin + place
                 tl.store(out + rank, position, mask=chosen)
-                if KEY_BYTES > 0:
-                    key_row = keys + (position * keys_s).to(tl.int64) * VECTOR
-                    fetch_rows(key_row, chosen.to(tl.int32), KEY_BYTES)
+                if C.KEY_BYTES > 0:
+                    key_row = keys + (position * strides.s).to(tl.int64) * C.VECTOR
+                    prefetch_rows(key_row, chosen.to(tl.int32), C.KEY_BYTES)
                 rank += chosen.to(tl.int32)
                 equal_rank += is_equal
                 left = left & (left - 1)
@@ -215,7 +215,7 @@ def _select_kernel(
             smaller_before += total & 0xFFFF
             equal_before += total >> 16
     else:
-        wait_for_previous(OVERLAPPED)
+        griddepcontrol_wait(C.PDL)
 
 
 def launch_select(
@@ -223,44 +223,37 @@ def launch_select(
     call: Any,
     at: Rows,
     how: Counting,
-    sizes: tuple[int, int, int],
+    row_sizes: tuple[int, int, int],
     positions: Address,
-    overlapped: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Write the launch that writes positions.
 
-    `sizes`: rows, heads that select, and parts of a row. A decode step pads nothing, and may ask
-    for selected keys, so that the attention finds them in the second-level cache.
+    `row_sizes`: rows, heads that select, and splits of a row. A decode step pads nothing, and may
+    prefetch selected keys, so that the attention finds them in the second-level cache.
     """
-    (rows, heads, parts), config, problem = sizes, call.config, call.problem
-    keys = launches.views.get("keys")
-    pointer, step, wide, size = "*i32", "i32", 1, 0
-    key_strides: tuple[int, ...] = (0, 0, 0)
+    (rows, heads, num_splits), config, problem = row_sizes, call.config, call.problem
+    keys, key_bytes, wide = launches.views.get("keys"), 0, 1
+    key_pointer, key_strides = Pointer(NONE, "*i32"), strides(None, "bhs")
     if keys is not None:
         wide = vector(*(launches.views[name] for name in ("q", "keys", "values")))
-        key_strides = steps(keys, wide)
-        pointer = data_pointer(problem.dtype, wide)
-        step = row_step_type(key_strides[2], keys.shape[2])
-        size = problem.head_dim * ITEMSIZE[problem.dtype] * bool(config["fetch"])
-    kernel = bind(
-        _select_kernel,
-        ("*i32", *["*i32:16"] * 3, *["*i32"] * 4, pointer, *["i32"] * 6, "i64", *["i32"] * 4,
-         "i64", "i64", step),
-        {"HEADS": heads, "ROUNDS": how.rounds, "DIGIT": DIGIT, "BINS": how.bins, "PARTS": parts,
-         "PART_TILE": config["tile"], "TILE": config["select_tile"], "PAD": keys is None,
-         "VECTOR": wide, "KEY_BYTES": size, "EARLY": starts_early(config),
-         "SINGLE": problem.tokens == 1, "OVERLAPPED": overlapped},
-        config["select_warps"],
-        overlapped=overlapped,
+        key_strides = cache_strides(keys, wide)
+        key_pointer = Pointer(launches.address("keys"), data_pointer(problem.dtype, wide))
+        if config["prefetch_keys"]:
+            key_bytes = problem.head_dim * ITEMSIZE[problem.dtype]
+    constants = group(
+        HEADS=heads, ROUNDS=how.rounds, DIGIT=DIGIT, BINS=how.bins, NUM_SPLITS=num_splits,
+        SPLIT_TILE=config["tile"], TILE=config["select_tile"], PAD=keys is None, VECTOR=wide,
+        KEY_BYTES=key_bytes, EARLY=starts_early(config), SINGLE=problem.tokens == 1, PDL=pdl,
     )  # fmt: skip
-    arrays = (
-        positions, at.scores, at.counters, at.cumulated, at.state, at.below,
-        launches.address("lengths"), launches.address("starts"),
-        NONE if keys is None else launches.address("keys"),
-    )  # fmt: skip
-    k, *limits = budget_scalars(call.budget)
-    launch(
-        launches, kernel, rows * parts, arrays, problem.tokens, call[1].shape[2],
-        row_step(launches.views["lengths"]), row_step(launches.views["starts"]), k, at.scores_row,
-        *limits, getattr(call, "dense_below", 0), *key_strides,
-    )  # fmt: skip
+    pointers, steps = spans(launches)
+    groups = (
+        group(
+            positions=Pointer(positions, "*i32"), **at.pointers(), **pointers, key_cache=key_pointer
+        ),
+        group(tokens=problem.tokens, slots=call[1].shape[2], **steps, scores_row=at.scores_row),
+        budget_group(call),
+        key_strides,
+    )
+    grid = rows * num_splits
+    launch(launches, _select_kernel, grid, groups, constants, config["select_warps"], pdl=pdl)

@@ -71,7 +71,7 @@ def choices(backend: Backend, suite: BackendSuite, kit: TorchKit, op: str) -> li
     variants = {
         name: values
         for name, values in knobs.items()
-        if name in ("prefetch", "ahead") or not all(type(v) is int for v in values)
+        if name == "prefetch" or not all(type(v) is int for v in values)
     }
     return [default] + [
         {**default, name: value}

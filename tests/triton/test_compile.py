@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="the Triton backend needs it")
 pytest.importorskip("torch", reason="the Triton backend needs it")
 
 TritonBackend = importlib.import_module("hata.backends.triton").TritonBackend
-shares_of = importlib.import_module("hata.backends.triton.attend").shares_of
+splits_of = importlib.import_module("hata.backends.triton.attend").splits_of
 
 LLAMA = {
     "device": "cuda", "heads": 32, "kv_heads": 8, "head_dim": 128, "bits": 128, "k": 2048,
@@ -53,11 +53,11 @@ CASES = {
     "decode-sm90": (DECODE, 90, {}),
     "decode-sm100": (DECODE, 100, {}),
     "decode-sm120": (DECODE, 120, {}),
-    "popcount-sm90": (DECODE, 90, {"binary": False}),
+    "popcount-sm90": (DECODE, 90, {"binary_mma": False}),
     "ballot-sm90": (
         DECODE,
         90,
-        {"adders": False, "binary": False, "ahead": 0, "histogram": "ballot"},
+        {"adders": False, "binary_mma": False, "prefetch": 0, "histogram": "ballot"},
     ),
     "encode-sm80": (ENCODE, 80, {}),
     "encode-sm90": (ENCODE, 90, {}),
@@ -108,12 +108,12 @@ def test_kernels_compile(case, record_property, tmp_path):
         # A block has 227 KB on the architectures with most, 99 KB on those with least.
         assert compiled.metadata.shared <= {80: 163, 120: 99}.get(architecture, 227) * 1024
     scans = texts.get("_scan_kernel", [])
-    assert bool(scans) == ("binary" in config)
+    assert bool(scans) == ("binary_mma" in config)
     for ptx in scans:
         # Newer ones take the instruction too, but have no unit for it.
-        assert ("b1.b1" in ptx) == (config["binary"] and architecture <= 90)
+        assert ("b1.b1" in ptx) == (config["binary_mma"] and architecture <= 90)
     waiting = [name for name, found in texts.items() if any("griddepcontrol" in x for x in found)]
-    assert bool(waiting) == (config.get("overlap", False) and architecture >= 90)
+    assert bool(waiting) == (config.get("pdl", False) and architecture >= 90)
 
 
 # Of a share that is one tile, and of a loop over tiles.
@@ -123,7 +123,7 @@ def test_keys_and_values_are_asked_for_together(stages):
     backend = TritonBackend()
     kernels = backend.ahead(DECODE, {**backend.default(DECODE), "stages": stages}, 90)
     (attend,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_hash_attend_kernel"}
-    assert attend.constants["STAGES"] == stages
+    assert attend.constants.STAGES == stages
     ptx = attend.compile(90).asm["ptx"]
     before, _, after = ptx.partition("griddepcontrol.wait")[2].partition("mma.sync")
     assert "ld.global.v4" not in after
@@ -134,12 +134,12 @@ def test_keys_and_values_are_asked_for_together(stages):
 
 
 def test_a_share_of_several_tiles_has_a_loop():
-    config = {"splits": 4, "keys": 64, "stages": 0}
-    assert shares_of(config, 1) == (1, 0)
-    assert shares_of(config, 129) == shares_of(config, 256) == (4, 0)
+    config = {"attend_splits": 4, "keys": 64, "stages": 0}
+    assert splits_of(config, 1) == (1, 0)
+    assert splits_of(config, 129) == splits_of(config, 256) == (4, 0)
     # `dense_below` beyond the budget: all keys of a row, in as many shares.
-    assert shares_of(config, 257) == shares_of(config, 4096) == (4, 1)
-    assert shares_of({**config, "stages": 2}, 256) == (4, 2)
+    assert splits_of(config, 257) == splits_of(config, 4096) == (4, 1)
+    assert splits_of({**config, "stages": 2}, 256) == (4, 2)
 
 
 def kernels_of(problem, sm):

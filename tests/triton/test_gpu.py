@@ -115,7 +115,7 @@ def test_binary_products_count_what_popcounts_do(unprepared, group, bits, norms)
         slots=3000, norms=norms,
     )  # fmt: skip
     for binary in (False, True):
-        config = {**backend.default(problem), "binary": binary}
+        config = {**backend.default(problem), "binary_mma": binary}
         if bits == 32:
             # With more warps none would have keys enough for a product.
             config["scan_warps"] = 2
@@ -123,5 +123,5 @@ def test_binary_products_count_what_popcounts_do(unprepared, group, bits, norms)
         with use_config("triton", "hamming_topk", config):
             indices = hata.hamming_topk(*placed, 200, **given)
         (scan,) = (x for x in launch._bound.values() if x.fn.__name__ == "_scan_kernel")
-        assert scan.constants["BINARY"] == (binary and launch.gpu(0).multiplies_bits)
+        assert scan.constants.BINARY_MMA == (binary and launch.gpu(0).has_binary_mma)
         np.testing.assert_array_equal(indices.cpu().numpy(), expected)
