@@ -10,13 +10,15 @@ not fit: they are written for a call, or for one without data, and their kernels
 
 from __future__ import annotations
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from hata.arrays import ITEMSIZE, Framework
-from hata.backend import Kernel, PlanningBackend
+from hata.backend import Config, Kernel, PlanningBackend
+from hata.problem import Problem
 
 # Of pieces of the workspace, in bytes.
 _ALIGNMENT = 256
@@ -158,15 +160,33 @@ class LaunchList:
 
 
 class LaunchingBackend(PlanningBackend):
-    """A backend for GPUs whose ops are launch lists."""
+    """A backend for GPUs whose ops are launch lists.
+
+    Attributes:
+        package: Its package: a module for each op, whose `write(launches, call)` writes a call, and
+            `defaults`: `KNOBS`, the tunables by op, and `of(problem)`, the default configuration.
+    """
+
+    package: ClassVar[str]
 
     @abstractmethod
     def gpu(self, device: str, sm: int | None) -> Any:
         """What is known of a device that is here, or of one of this capability (90 is 9.0)."""
 
-    @abstractmethod
+    def _module(self, name: str) -> Any:
+        return importlib.import_module(f"{self.package}.{name}")
+
+    def default(self, problem: Problem) -> Config:
+        """The configuration of an untuned problem."""
+        return self._module("defaults").of(problem)
+
+    def tunables(self, op: str, problem: Problem) -> dict[str, tuple]:
+        """The knobs of an op; `defaults` says what each is."""
+        return self._module("defaults").KNOBS[op]
+
     def write(self, launches: LaunchList, call: Any) -> None:
         """Write the launches of a call into a list."""
+        self._module(call.OP).write(launches, call)
 
     def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
         """Every kernel that a call launches."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar
 
-from hata.backend import Config
-from hata.launches import LaunchingBackend, LaunchList
-from hata.problem import Problem
+from hata.launches import LaunchingBackend
 
 OLDEST = 80
 
@@ -21,6 +19,7 @@ class CuPyBackend(LaunchingBackend):
     """Raw CUDA compiled by NVRTC, for NVIDIA GPUs from sm_80 up."""
 
     name: ClassVar[str] = "cupy"
+    package: ClassVar[str] = __name__
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     frameworks: ClassVar[frozenset[str]] = frozenset({"torch", "cupy"})
 
@@ -53,32 +52,8 @@ class CuPyBackend(LaunchingBackend):
             )
         return None
 
-    def default(self, problem: Problem) -> Config:
-        """The configuration of an untuned problem."""
-        from . import defaults
-
-        return defaults.of(problem)
-
-    def tunables(self, op: str, problem: Problem) -> dict[str, tuple]:
-        """The knobs of an op; `defaults` says what each is."""
-        from . import defaults
-
-        return defaults.KNOBS[op]
-
     def gpu(self, device: str, sm: int | None) -> Any:
         """The GPU that is here, or what is known of one of this capability."""
         from . import device as devices
 
         return devices.device_of(device) if sm is None else devices.Described(sm)
-
-    def write(self, launches: LaunchList, call: Any) -> None:
-        """Write the launches of a call."""
-        from . import encode, hamming_topk, hash_attend, sparse_attend
-
-        ops = {
-            "encode": encode,
-            "hamming_topk": hamming_topk,
-            "sparse_attend": sparse_attend,
-            "hash_attend": hash_attend,
-        }
-        ops[call.OP].write(launches, call)

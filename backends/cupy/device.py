@@ -27,14 +27,14 @@ class Kernel(NamedTuple):
         constants: Its compile-time constants.
         threads: Threads a block.
         cluster: Blocks a cluster; 1: no cluster.
-        together: All blocks of a launch run at the same time, or the driver refuses it.
+        cooperative: All blocks of a launch run at the same time, or the driver refuses it.
     """
 
     name: str
     constants: Constants
     threads: int
     cluster: int = 1
-    together: bool = False
+    cooperative: bool = False
 
     def load(self, device: str) -> None:
         """Compile and load it on a device, once."""
@@ -204,8 +204,8 @@ class Device(Described):
         count = 0
         for number, kind, value in (
             (driver.CLUSTER, "dims", (kernel.cluster, 1, 1) if kernel.cluster > 1 else None),
-            (driver.COOPERATIVE, "flag", int(kernel.together)),
-            (driver.OVERLAP, "flag", int(launch.overlap)),
+            (driver.COOPERATIVE, "flag", int(kernel.cooperative)),
+            (driver.PDL, "flag", int(launch.pdl)),
         ):
             if value:
                 attributes[count].id = number
@@ -238,11 +238,11 @@ class Launch:
         kernel: What is launched.
         grid: Blocks; a multiple of the kernel's cluster.
         shared: Bytes of dynamic shared memory.
-        overlap: It may start while the launch before it drains (and waits inside).
+        pdl: It may start while the launch before it drains (and waits inside).
     """
 
-    def __init__(self, device: Any, kernel: Kernel, grid: int, shared: int, overlap: bool) -> None:
-        self.kernel, self.grid, self.shared, self.overlap = kernel, grid, shared, overlap
+    def __init__(self, device: Any, kernel: Kernel, grid: int, shared: int, pdl: bool) -> None:
+        self.kernel, self.grid, self.shared, self.pdl = kernel, grid, shared, pdl
         self._device = device
         # By stream; what they hold is never changed, so threads may share them.
         self._starts: dict[int, Callable[[bytes], None]] = {}
@@ -267,7 +267,7 @@ def launch(
     shared: int,
     fields: Mapping[str, Any],
     layout: Mapping[str, str],
-    overlap: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Write the launch of a kernel into a list.
 
@@ -278,14 +278,14 @@ def launch(
         shared: Bytes of dynamic shared memory.
         fields: Values of the argument by the names of `layout`; those left out are 0.
         layout: Name -> `struct` code of the argument's fields, addresses ("P") first.
-        overlap: It may start while the launch before it drains.
+        pdl: It may start while the launch before it drains.
     """
     addresses = [fields.get(name, NONE) for name, code in layout.items() if code == "P"]
     numbers = {name: code for name, code in layout.items() if code != "P"}
     packed = struct.pack("<" + "".join(numbers.values()), *(fields.get(n, 0) for n in numbers))
     packed += b"\0" * (-len(packed) % 8)
-    overlap = overlap and bool(launches.kernels)
-    made = Launch(launches.gpu, kernel, grid, shared, overlap)
+    pdl = pdl and bool(launches.kernels)
+    made = Launch(launches.gpu, kernel, grid, shared, pdl)
     launches.launch(kernel, addresses, made.of(len(addresses), packed))
 
 

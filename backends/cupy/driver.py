@@ -10,7 +10,7 @@ from hata.errors import BackendUnavailable, KernelError
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID and CUresult numbers.
 SMS, MAJOR, MINOR, SHARED = 16, 75, 76, 97
 MOST_SHARED, CARVEOUT, LARGE_CLUSTERS = 8, 9, 14
-COOPERATIVE, CLUSTER, OVERLAP = 2, 4, 6
+COOPERATIVE, CLUSTER, PDL = 2, 4, 6
 NO_CONTEXT = 201
 # CUstreamCaptureMode.
 RELAXED = 2

@@ -51,7 +51,7 @@ def launch_jobs(
     jobs: list[Job],
     spans: dict[str, Any],
     step: bool = False,
-    overlap: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Write the launches of some jobs: one, unless their variants differ; `step`: few vectors."""
     dtype, config = call.problem.dtype, call.config
@@ -79,7 +79,7 @@ def launch_jobs(
         constants = {
             "HEAD_DIM": depth, "BITS": bits, "BLOCK_BITS": columns, "WARPS": warps, "TILES": tiles,
             "STAGES": stages, "DTYPE": DATA[dtype], "FP32_WEIGHTS": wide, "ALIGNED": aligned,
-            "ALIGNED_CODES": words, "PDL": overlap,
+            "ALIGNED_CODES": words, "PDL": pdl,
         }  # fmt: skip
         fields: dict[str, Any] = {"kv_heads": kv_heads, **spans}
         grid = 0

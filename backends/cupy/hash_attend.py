@@ -55,7 +55,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
     fused = fused and fixed + weights + ROOM_LEFT <= room_of(gpu)
     weights *= fused
     fixed += weights
-    overlap = bool(call.config["pdl"]) and gpu.architecture >= 90 and not fused
+    pdl = bool(call.config["pdl"]) and gpu.architecture >= 90 and not fused
     jobs = []
     if given is not None:
         code_steps, query_codes = given.strides[:3], launches.address("q_codes")
@@ -70,7 +70,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
         steps_of = key_codes.strides[:3]
         jobs.append(Job("keys", *key, codes, steps_of, words, "key_norms", fresh))
     if not fused:
-        launch_jobs(launches, call, jobs, {**spans, "slots": slots}, True, overlap)
+        launch_jobs(launches, call, jobs, {**spans, "slots": slots}, True, pdl)
 
     fields: dict[str, Any] = {
         **attention,
@@ -99,7 +99,7 @@ def write(launches: LaunchList, call: HashAttend) -> None:
     attended = attending(
         launches, call, shape, heads // kv_heads, max(shape.threads // 64, 1), scanned, weights
     )
-    launch_rows(launches, call, shape, rows, fields, scanned, attended, (more, overlap, weights))
+    launch_rows(launches, call, shape, rows, fields, scanned, attended, (more, pdl, weights))
 
 
 def may_fuse(dtype: str, group: int, views: dict[str, View | None]) -> bool:

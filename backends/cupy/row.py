@@ -35,7 +35,7 @@ class Selecting(NamedTuple):
     itemsize: int
     keys: int
     vectors: int
-    ahead: int
+    prefetch: int
 
     @property
     def fixed(self) -> int:
@@ -51,11 +51,7 @@ def selecting(launches: LaunchList, call: Any, name: str, group: int) -> Selecti
     binary = call.config["binary_mma"] and 80 <= launches.gpu.architecture <= 90
     how = counting(group, bits, norms)
     width = bits // 8
-    unit = next(
-        (n for n in (16, 4) if width % n == 0 and codes.in_units_of(n)),
-        1,
-    )
-    keys = 1
+    unit, keys = next((n for n in (16, 4) if width % n == 0 and codes.in_units_of(n)), 1), 1
     slots = codes.shape[2]
     if (
         width in (4, 8)
@@ -126,9 +122,10 @@ def attending(
         heads = min(members, 16 if chunks else 8)
         while True:
             area = 0
-            if shape.joined == 1:
-                # A slice of every part, and the peaks and sums of all.
-                area = shape.parts * (-(-heads * lanes // shape.parts // 32) * 32 + 2 * heads) * 4
+            if shape.sync == 1:
+                # A slice of every split, and the maxima and sums of all.
+                slice_ = -(-heads * lanes // shape.num_splits // 32) * 32
+                area = shape.num_splits * (slice_ + 2 * heads) * 4
             queries = -(-heads // 8) * chunks * 512
             partials = lines(warps * heads * (lanes + 6) * 4)
             left = shape.room - (area + sums + 3 * LINE + queries)
@@ -155,15 +152,8 @@ def attending(
 
 
 def budget_fields(call: Any) -> dict[str, int]:
-    """k, ratio, least, sink and recent as the kernels take them."""
-    budget = call.budget
-    return {
-        "k": budget.k,
-        "ratio": budget.ratio,
-        "least": budget.least,
-        "sink": budget.sink,
-        "recent": budget.recent,
-    }
+    """The budget as the kernels take it."""
+    return {**call.budget._asdict(), "least": call.budget.least}
 
 
 def steps(name: str, x: View | None, axes: int = 3) -> dict[str, int]:
@@ -213,14 +203,14 @@ def ring_of(selecting: Selecting, threads: int, room: int) -> tuple[dict[str, in
     Without room for a ring, codes are read when they are needed.
     """
     slot = threads * selecting.vectors * 16
-    ahead = selecting.ahead if slot else 1
-    while ahead > 1 and (ahead + 1) * slot > room:
-        ahead //= 2
-    ring, constants = (ahead + 1) * slot, selecting.constants
+    prefetch = selecting.prefetch if slot else 1
+    while prefetch > 1 and (prefetch + 1) * slot > room:
+        prefetch //= 2
+    ring, constants = (prefetch + 1) * slot, selecting.constants
     if ring > room:
         constants, ring = {**constants, "LOAD_BYTES": min(constants["LOAD_BYTES"], 4)}, 0
         constants |= {"VECTOR_KEYS": 1, "BINARY_MMA": False}
-    return {**constants, "PREFETCH": ahead, "RING_BYTES": ring}, ring
+    return {**constants, "PREFETCH": prefetch, "RING_BYTES": ring}, ring
 
 
 def lines(size: int) -> int:
@@ -228,12 +218,12 @@ def lines(size: int) -> int:
     return -(-size // LINE) * LINE
 
 
-def list_size(k: int, parts: int) -> int:
+def list_size(k: int, num_splits: int) -> int:
     """Bytes of the positions that a block attends to: for all budgets of one kind.
 
     That is a share in whole tiles of 16, and what `max_local` of attend.cuh allows beside it.
     """
-    share = -(-(-(-pow2(k) // parts) + 15) // 16) * 16
+    share = -(-(-(-pow2(k) // num_splits) + 15) // 16) * 16
     return -(-(share + share // 2 + 64) // 4) * 16
 
 
@@ -249,13 +239,13 @@ def launch_rows(
 ) -> None:
     """Write the launch of a kernel that works on rows, and what it needs of a workspace.
 
-    `step`: of a decode step, more constants, whether it overlaps with the launch before, and bytes
-    of a projection that lie where the keys to select by will be.
+    `step`: of a decode step, more constants, whether it starts while the launch before drains, and
+    bytes of a projection that lie where the scores will be.
     """
-    more, overlap, weights = step
+    more, pdl, weights = step
     constants = {
-        "NUM_SPLITS": shape.parts,
-        "SYNC": shape.joined,
+        "NUM_SPLITS": shape.num_splits,
+        "SYNC": shape.sync,
         "THREADS": shape.threads,
         **more,
     }
@@ -272,7 +262,7 @@ def launch_rows(
         exchange, area = max(exchange, sums), sums
     exchange = lines(exchange)
     if attending is not None:
-        positions = list_size(fields["k"], shape.parts)
+        positions = list_size(fields["k"], shape.num_splits)
         needed = exchange + positions + queries + max(shared, counters + weights) + 2 * LINE
         if positions <= MOST_LISTED and needed <= shape.room:
             listed = max(exchange, LINE)
@@ -289,24 +279,23 @@ def launch_rows(
             **scanned, "SPILL": spill, "COUNTS_16BIT": narrow, "HISTOGRAM_BYTES": counters,
             "MASKS": min(-(-(most // shape.threads + 32) // 32), MOST_MASKS),
         }  # fmt: skip
-        fields["capacity"] = shape.parts * capacity if spill else capacity
+        fields["capacity"] = shape.num_splits * capacity if spill else capacity
         if spill:
-            size = rows * shape.parts * capacity
+            size = rows * shape.num_splits * capacity
             fields["scores"] = launches.piece(size, selecting.itemsize)
             capacity = 0
         shared = max(shared, counters + ring + max(capacity * selecting.itemsize, weights))
-    together = shape.joined == 2
-    if together:
+    cooperative = shape.sync == 2
+    if cooperative:
         seen = lines(area + (attending.left if attending else 0))
-        fields["exchange"] = launches.piece(rows * shape.parts * seen, 1)
+        fields["exchange"] = launches.piece(rows * shape.num_splits * seen, 1)
         fields["arrivals"] = launches.piece(rows)
     constants |= {
         "EXCHANGE_BYTES": exchange, "MERGE_AT": area, "WORKSPACE_BYTES": seen,
         "QUERY_BYTES": queries, "POSITIONS_AT": listed, "BLOCKS_PER_SM": shape.resident,
-        "PDL": overlap and not together,
+        "PDL": pdl and not cooperative,
     }  # fmt: skip
-    cluster = shape.parts if shape.joined == 1 else 1
-    kernel = Kernel(call.OP, tuple(constants.items()), shape.threads, cluster, together)
-    size = exchange + queries + shared
-    overlaps = overlap and not together
-    launch(launches, kernel, rows * shape.parts, size, fields, LAYOUT, overlaps)
+    cluster = shape.num_splits if shape.sync == 1 else 1
+    kernel = Kernel(call.OP, tuple(constants.items()), shape.threads, cluster, cooperative)
+    size, pdl = exchange + queries + shared, pdl and not cooperative
+    launch(launches, kernel, rows * shape.num_splits, size, fields, LAYOUT, pdl)

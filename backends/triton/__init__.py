@@ -11,9 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from hata.backend import Config, Kernel
+from hata.backend import Kernel
 from hata.launches import LaunchingBackend, LaunchList
-from hata.problem import Problem
 
 OLDEST = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -27,6 +26,7 @@ class TritonBackend(LaunchingBackend):
     """
 
     name: ClassVar[str] = "triton"
+    package: ClassVar[str] = __name__
     devices: ClassVar[frozenset[str]] = frozenset({"cpu" if INTERPRETED else "cuda"})
     frameworks: ClassVar[frozenset[str]] = frozenset({"torch"})
 
@@ -52,18 +52,6 @@ class TritonBackend(LaunchingBackend):
             )
         return None
 
-    def default(self, problem: Problem) -> Config:
-        """The configuration of an untuned problem."""
-        from . import defaults
-
-        return defaults.of(problem)
-
-    def tunables(self, op: str, problem: Problem) -> dict[str, tuple]:
-        """The knobs of an op; `defaults` says what each is."""
-        from . import defaults
-
-        return defaults.KNOBS[op]
-
     def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
         """Every kernel that a call launches; the interpreter needs none."""
         return () if INTERPRETED else super().kernels(call, sm)
@@ -75,18 +63,6 @@ class TritonBackend(LaunchingBackend):
         if INTERPRETED or sm is not None:
             return launch.GPU(sm or 90)
         return launch.gpu(int(device.partition(":")[2] or 0))
-
-    def write(self, launches: LaunchList, call: Any) -> None:
-        """Write the launches of a call."""
-        from . import encode, hamming_topk, hash_attend, sparse_attend
-
-        ops = {
-            "encode": encode,
-            "hamming_topk": hamming_topk,
-            "sparse_attend": sparse_attend,
-            "hash_attend": hash_attend,
-        }
-        ops[call.OP].write(launches, call)
 
     def new_list(self, call: Any, gpu: Any) -> LaunchList:
         """A list that the interpreter runs, where it is to."""

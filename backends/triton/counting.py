@@ -1,4 +1,4 @@
-"""How keys are counted to find a threshold, and the scratch that it takes.
+"""How scores are counted to find a threshold, and the scratch that it takes.
 
 Plain arithmetic on sizes: the kernels are in `scan` and `select`.
 """
@@ -16,12 +16,12 @@ from .launch import INTERPRETED, Long, Pointer, group
 # Counters of one histogram at most; more values than this are counted digit by digit.
 MOST_BINS = 4096
 DIGIT = 11
-# Largest tile of stored keys; rows of them are read up to a tile beyond their end.
+# Largest tile of scores; rows of them are read up to a tile beyond their end.
 MOST_TILE = 8192
 
 
 class Counting(NamedTuple):
-    """How the keys to select by are counted.
+    """How scores are counted.
 
     Attributes:
         rounds: Histograms one after the other (1, or 3 digits).
@@ -41,12 +41,12 @@ class Counting(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a stored key."""
+        """Bytes of a stored score."""
         return 2 if self.rounds == 1 else 4
 
     @property
     def pointer(self) -> str:
-        """Type of a pointer to stored keys; their rows are aligned."""
+        """Type of a pointer to scores; their rows are aligned."""
         return "*i16:16" if self.rounds == 1 else "*i32:16"
 
 
@@ -91,7 +91,7 @@ class Rows(NamedTuple):
     counters_row: int
 
     def pointers(self) -> dict[str, Pointer]:
-        """What the search for positions reads; stored keys come in 32-bit words."""
+        """What the search for positions reads; scores come in 32-bit words."""
         return {
             "scores": Pointer(self.scores, "*i32:16"),
             "counters": Pointer(self.counters, "*i32:16"),

@@ -13,7 +13,7 @@ Knobs, in the order in which a decode step meets them:
                           lie one after the other, and 256 where codes of 32 bits do
     adders                whether bits are added up before popcounts count them
     histogram             counters: by warp ballots, or by atomics in shared memory
-    select_tile, select_warps  stored keys a step of the search for positions
+    select_tile, select_warps  scores a step of the search for positions
     prefetch_keys         whether that prefetches selected keys to the second-level cache, where the
                           attention finds them
     attend_splits, keys   shares of the selected keys, and keys a step of the attention

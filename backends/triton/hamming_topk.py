@@ -12,11 +12,11 @@ tensor cores, stands in `distance`.
 Counting select. Distances are small integers (and of one parity if G is even, so half of them
 serve), so a histogram gives the exact threshold. `_scan_kernel` streams the codes once: each row
 (of a query, or of a group of queries) is cut in splits by its own length, whatever S is; a split
-writes its keys to select by, adds to the row's histogram and leaves its own, cumulated. Then
+writes its scores, adds to the row's histogram and leaves its own, cumulated. Then
 `_select_kernel` needs no further pass: it reads the threshold off the histogram, sums the splits'
 counts below and at it, and so knows where in the output each split's keys go.
 
-With key norms the key to select by is the reversed bits of the float score: 32 bits, found digit by
+With key norms the score is the reversed bits of the float score: 32 bits, found digit by
 digit; `_refine_kernel` counts the second and the third digit among keys that match so far.
 """
 

@@ -2,7 +2,7 @@
 
 1. `encode_step._step_kernel`: codes of the fresh keys in place, bit planes of the queries, zeroed
    counters.
-2. `scan._scan_kernel`: the keys to select by and their histogram, one pass over the codes. (With
+2. `scan._scan_kernel`: scores and their histogram, one pass over the codes. (With
    key norms two short launches refine the threshold.)
 3. `select._select_kernel`: the positions of a row's selected keys, in ascending order.
 4. `_hash_attend_kernel`: each program takes an equal share of a row's *selected* keys, whichever

@@ -1,8 +1,8 @@
 """Jitted functions that several kernels share: words of codes, visible keys, budgets, counting.
 
 Codes are read and written as 32-bit words, least significant bit first (`unit` 4), or byte by byte
-where an array is not aligned to words (`unit` 1). Keys to select by are unsigned integers of which
-the smallest win: summed distances, or reversed order-preserving bits of a float score.
+where an array is not aligned to words (`unit` 1). Scores are unsigned integers of which the
+smallest win: summed distances, or reversed order-preserving bits of a float score.
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false

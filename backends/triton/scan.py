@@ -1,7 +1,7 @@
-"""The scan: one pass over the codes that leaves a key to select by per key, and histograms.
+"""The scan: one pass over the codes that leaves a score for every key, and histograms.
 
 A row (of a query, or of the queries of a group) is cut in splits by its own length, whatever S is.
-A split writes its keys to select by, adds to the row's histogram, and leaves its own, cumulated.
+A split writes its scores, adds to the row's histogram, and leaves its own, cumulated.
 With key norms the key is 32 bits wide and is found digit by digit: `_refine_kernel` counts the
 second and the third digit among keys that match so far.
 """

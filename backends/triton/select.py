@@ -4,7 +4,7 @@ No further pass is needed to know where a selected key belongs: the row's histog
 threshold and how many keys at it win, and the splits' cumulated histograms give the counts below
 and at the threshold before each split. Ranks count selected keys in ascending order of position.
 
-Stored keys are compared two to a 32-bit word: with the top bit of either half set, a difference
+Scores are compared two to a 32-bit word: with the top bit of either half set, a difference
 that leaves the bit set says that the half was not smaller. A thread makes one mask of the 8 keys of
 a vector, two bits a key; all else is work on masks, which give up their few bits one by one.
 """
@@ -89,7 +89,7 @@ def _bits_below(count):
 
 @triton.jit
 def _load_keys(scores, unit, high, TILE: tl.constexpr, ROUNDS: tl.constexpr):
-    """Words of the stored keys of a tile: two keys to a word, or one with several rounds.
+    """Words of the scores of a tile: two scores to a word, or one with several rounds.
 
     Rows are padded by a tile, so that no key needs a mask of its own.
     """

@@ -79,7 +79,7 @@ class Library:
                 "shared": config.shared,
                 "stream": config.stream,
                 "cluster": tuple(attributes[4].dims) if 4 in attributes else None,
-                "overlap": attributes[6].flag if 6 in attributes else 0,
+                "pdl": attributes[6].flag if 6 in attributes else 0,
                 "function": function.value,
                 "data": data,
             }
@@ -133,12 +133,12 @@ def test_a_launch(device, library):
         "shared": 5000,
         "stream": 42,
         "cluster": (4, 1, 1),
-        "overlap": 1,
+        "pdl": 1,
         "function": 77,
         "data": b"abcd",
     }
     assert second == {**first, "data": b"ijkl"}
-    assert (third["cluster"], third["overlap"], third["stream"]) == (None, 0, None)
+    assert (third["cluster"], third["pdl"], third["stream"]) == (None, 0, None)
 
 
 def test_contexts_are_left_as_they_were(device, library):

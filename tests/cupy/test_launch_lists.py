@@ -145,7 +145,7 @@ def test_a_decode_step_is_one_launch(device):
     assert (constants["FUSED"], constants["FRESH"], constants["SAME_PROJECTION"]) == (1, 1, 1)
     assert launch.kernel.cluster == constants["NUM_SPLITS"] > 1
     assert launch.grid == 8 * constants["NUM_SPLITS"]
-    assert not launch.overlap
+    assert not launch.pdl
     given = fields(data, row.LAYOUT)
     assert given["keys"] == arguments["keys"].__array_interface__["data"][0]
     assert (given["keys_0"], given["keys_1"], given["keys_2"]) == (0, 4096 * 128, 128)
@@ -176,7 +176,7 @@ def test_long_projections_are_a_launch_of_their_own(device):
         hata.hash_attend(**step(bits=512), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
-    assert [launch.overlap for launch in launches] == [False, True]
+    assert [launch.pdl for launch in launches] == [False, True]
 
 
 def test_old_gpus_meet_through_global_memory(device):
@@ -184,7 +184,7 @@ def test_old_gpus_meet_through_global_memory(device):
     hata.hash_attend(**step(), fresh=1)
     [(launch, data)] = device.launched
     constants = dict(launch.kernel.constants)
-    assert (constants["SYNC"], launch.kernel.cluster, launch.kernel.together) == (2, 1, True)
+    assert (constants["SYNC"], launch.kernel.cluster, launch.kernel.cooperative) == (2, 1, True)
     given = fields(data, row.LAYOUT)
     # An area of every block, of whole lines, and a counter of every row behind them.
     assert constants["WORKSPACE_BYTES"] % row.LINE == 0
@@ -216,9 +216,9 @@ def test_blocks_that_wait_for_one_another_all_find_room(device, sizes, k):
         for launch in rows:
             room = (device.shared + 1024) // (launch.shared + 2048 + 1024)
             at_once = min(room, dict(launch.kernel.constants)["BLOCKS_PER_SM"])
-            if launch.kernel.together:
+            if launch.kernel.cooperative:
                 assert launch.grid <= device.sms * at_once
-        assert any(launch.kernel.together for launch in rows)
+        assert any(launch.kernel.cooperative for launch in rows)
 
 
 def test_positions_lie_in_shared_memory_where_there_is_room(device):
@@ -246,14 +246,14 @@ def test_positions_lie_in_shared_memory_where_there_is_room(device):
             assert constants["POSITIONS_AT"] % 16 == 0
 
 
-def test_a_launch_of_blocks_that_wait_for_one_another_overlaps_with_none(device):
+def test_a_launch_of_blocks_that_wait_for_one_another_starts_early_for_none(device):
     with using("hash_attend", num_splits=4, cluster="cooperative", fused=False):
         hata.hash_attend(**step(), fresh=1)
     launches = [launch for launch, _ in device.launched]
     assert [launch.kernel.name for launch in launches] == ["encode", "hash_attend"]
-    assert [launch.kernel.together for launch in launches] == [False, True]
+    assert [launch.kernel.cooperative for launch in launches] == [False, True]
     assert [dict(launch.kernel.constants)["PDL"] for launch in launches][1] == 0
-    assert not launches[1].overlap
+    assert not launches[1].pdl
 
 
 def test_keys_to_select_by_spill_where_shared_memory_is_small(device):
