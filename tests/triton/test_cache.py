@@ -26,18 +26,19 @@ WARNING = pytest.mark.filterwarnings("default:Triton's cache folder")
 
 
 @triton.jit
-def _fill_kernel(out, value, N: tl.constexpr):
-    tl.store(out + tl.arange(0, N), tl.zeros([N], tl.int32) + value)
+def _fill_kernel(arrays, sizes, C: tl.constexpr):
+    tl.store(arrays.out + tl.arange(0, C.N), tl.zeros([C.N], tl.int32) + sizes.number)
 
 
 @triton.jit
-def _broken_kernel(out, value, N: tl.constexpr):
-    tl.store(out + tl.arange(0, N), tl.arange(0, 8) + value)
+def _broken_kernel(arrays, sizes, C: tl.constexpr):
+    tl.store(arrays.out + tl.arange(0, C.N), tl.arange(0, 8) + sizes.number)
 
 
 def bound(fn=_fill_kernel, n=64):
-    """A kernel that nobody has loaded; `launch.bind` would remember it."""
-    return launch.Bound(fn, ("*i32", "i32"), {"N": n}, {"num_warps": 1})
+    """A kernel that nobody has loaded; `launch.launch` would remember it."""
+    types = launch.group(out="*i32"), launch.group(number="i32")
+    return launch.Bound(fn, types, launch.group(N=n), {"num_warps": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +172,7 @@ def test_fault_56_on_a_gpu(cache, damage):
     out = torch.zeros(64, dtype=torch.int32, device="cuda")
     with pytest.warns(RuntimeWarning, match="cannot be used"):
         kernel.load_on(device)
-    kernel.starter(device, 1, (7,))((out.data_ptr(),), torch.cuda.current_stream().cuda_stream)
+    kernel.starter(device, 1, (launch.group(number=7),))((out.data_ptr(),), torch.cuda.current_stream().cuda_stream)
     assert (out == 7).all()
 
 
