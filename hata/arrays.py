@@ -47,7 +47,7 @@ class Framework:
         return str(x.dtype)
 
     def device(self, x: Any) -> str:
-        """Device of `x`, `"cpu"` or `"cuda:<index>"`."""
+        """Device of `x`, `"cpu"`, or its kind and index as in `"cuda:0"`."""
         return "cpu"
 
     def strides(self, x: Any) -> tuple[int, ...]:
@@ -306,7 +306,8 @@ class _JAX(Framework):
     def device(self, x: Any) -> str:
         device = x.device
         platform = getattr(device, "platform", "a sharding")
-        return "cpu" if platform == "cpu" else f"cuda:{device.local_hardware_id}"
+        kind = {"gpu": "cuda", "rocm": "cuda"}.get(platform, platform)
+        return "cpu" if kind == "cpu" else f"{kind}:{device.local_hardware_id}"
 
     def strides(self, x: Any) -> tuple[int, ...]:
         strides, step = [], 1
@@ -326,6 +327,8 @@ class _JAX(Framework):
             return "it is traced by jax.jit; call the op outside jit or through jax.pure_callback"
         if not hasattr(x.device, "platform"):
             return "it lies on several devices; gather it on one with jax.device_put"
+        if not self.device(x).startswith(("cpu", "cuda")):
+            return f"it is on {self.device(x)}, expected a CPU or a CUDA GPU; use jax.device_put"
         return None
 
     def call(self, run: Callable[[Any, tuple], Any], kind: Any, fields: tuple) -> Any:

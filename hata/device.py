@@ -21,10 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from hata import plugins
 from hata.errors import HataDeviceError
 
 # Whose versions matter to a kernel's speed, by device kind.
@@ -89,7 +90,7 @@ class Kind(ABC):
 
     @abstractmethod
     def fingerprint(self, index: int | None) -> Fingerprint:
-        """Of a device of this kind, `None`: the current one. `sm` is an architecture as a number.
+        """Of the device of this number; of the current one, or the first, where it is `None`.
 
         Raises:
             HataDeviceError: if there is no such device; the message says why.
@@ -102,8 +103,7 @@ class Kind(ABC):
 
 @lru_cache
 def _plugins() -> dict[str, EntryPoint]:
-    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    return {name: found[name] for name in sorted(found) if name not in _PACKAGES}
+    return plugins.named(ENTRY_POINTS, _PACKAGES)
 
 
 def kinds() -> list[str]:
@@ -118,16 +118,10 @@ def plugin(kind: str) -> Kind:
     Raises:
         HataDeviceError: it does not load, or is no `Kind`; no other kind is harmed.
     """
-    try:
+    with plugins.blamed(f"device: the plug-in of {kind!r} failed to load", HataDeviceError):
         found = _plugins()[kind].load()()
         if not isinstance(found, Kind):
             raise TypeError(f"got {found!r}, expected a subclass of hata.device.Kind")
-    # Somebody else's code: whatever it raises is a reason, not our failure.
-    except Exception as error:
-        raise HataDeviceError(
-            f"device: the plug-in of {kind!r} failed to load: {type(error).__name__}: {error}; "
-            "repair or uninstall it"
-        ) from error
     return found
 
 
@@ -147,26 +141,16 @@ def fingerprint(device: str = "cpu") -> Fingerprint:
             f"device: got {device!r}, expected {', '.join(map(repr, kinds()))}, or with an index "
             "as in 'cuda:<index>'; correct it"
         )
+    number = int(index) if index else None
     if kind == "cpu":
         return _cpu()
     if kind == "cuda":
-        return _cuda(int(index) if index else _current_gpu())
-    return _plugged_in(kind, int(index) if index else None)
-
-
-@lru_cache
-def _plugged_in(kind: str, index: int | None) -> Fingerprint:
-    try:
-        found = plugin(kind).fingerprint(index)
+        return _cuda(_current_gpu() if number is None else number)
+    made, failed = plugin(kind), f"device: the plug-in of {kind!r} failed"
+    with plugins.blamed(failed, HataDeviceError, meant=HataDeviceError):
+        found = made.fingerprint(number)
         if not isinstance(found, Fingerprint) or found.device != kind:
-            raise TypeError(f"got {found!r}, expected a hata.device.Fingerprint of this kind")
-    except HataDeviceError:
-        raise
-    except Exception as error:
-        raise HataDeviceError(
-            f"device: the plug-in of {kind!r} failed: {type(error).__name__}: {error}; repair or "
-            "uninstall it"
-        ) from error
+            raise TypeError(f"got {found!r}, expected a Fingerprint of {kind!r}")
     return found
 
 

@@ -21,10 +21,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.metadata import EntryPoint, entry_points
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hata import device as devices
+from hata import plugins
 from hata.arrays import Framework
 from hata.backend import Backend, Config
 from hata.checks import reads_values
@@ -54,6 +56,7 @@ class BackendInfo(NamedTuple):
     reason: str
 
 
+@dataclass(slots=True)
 class Memo:
     """What `hata.dispatch` remembers, for as long as the choices in force stay.
 
@@ -62,11 +65,8 @@ class Memo:
         last: The signature and the route of the last call.
     """
 
-    __slots__ = ("last", "routes")
-
-    def __init__(self) -> None:
-        self.routes: dict[tuple, Any] = {}
-        self.last: tuple[tuple, Any] = ((), None)
+    routes: dict[tuple, Any] = field(default_factory=dict)
+    last: tuple[tuple, Any] = ((), None)
 
 
 class _State:
@@ -92,15 +92,7 @@ _local: ContextVar[str | None] = ContextVar("hata_backend", default=None)
 
 
 def _plugins() -> dict[str, EntryPoint]:
-    return {
-        point.name: point
-        for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
-        if point.name not in BUILT_IN and point.name != "auto"
-    }
-
-
-def _known() -> list[str]:
-    return [*BUILT_IN, *_plugins()]
+    return plugins.named(ENTRY_POINTS, {*BUILT_IN, "auto"})
 
 
 def class_of(name: str) -> type[Backend]:
@@ -110,26 +102,20 @@ def class_of(name: str) -> type[Backend]:
         UnknownBackend: no backend has this name.
         BackendUnavailable: it cannot be imported, or is no backend.
     """
-    plugins = {} if name in BUILT_IN else _plugins()
-    if name not in BUILT_IN and name not in plugins:
-        names = ["auto", *BUILT_IN, *plugins]
+    others = {} if name in BUILT_IN else _plugins()
+    if name not in BUILT_IN and name not in others:
+        names = ["auto", *BUILT_IN, *others]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UnknownBackend(
             f"backend: got {name!r}, expected one of {', '.join(map(repr, names))}.{hint}"
         )
-    try:
+    with plugins.blamed(f"backend {name!r} failed to load", BackendUnavailable):
         if name in BUILT_IN:
             module, _, attribute = BUILT_IN[name].partition(":")
             found = getattr(importlib.import_module(module), attribute)
         else:
-            found = plugins[name].load()
-        # A plug-in is somebody else's code: whatever it raises is a reason, not our failure.
-    except Exception as error:
-        raise BackendUnavailable(
-            f"backend {name!r} failed to load: {type(error).__name__}: {error}; "
-            "repair or uninstall it"
-        ) from error
+            found = others[name].load()
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise BackendUnavailable(
             f"backend {name!r}: its entry point names {found!r}, expected a subclass of "
@@ -143,33 +129,23 @@ def class_of(name: str) -> type[Backend]:
     return found
 
 
-def _missing(backend_class: type[Backend]) -> str | None:
-    """Why a backend cannot run here; a failure to say so is a reason too."""
-    try:
-        reason = backend_class.missing()
-    except Exception as error:
-        return f"its missing() failed: {type(error).__name__}: {error}"
-    if reason is None and inspect.isabstract(backend_class):
-        absent = ", ".join(sorted(backend_class.__abstractmethods__))
-        return f"its class is abstract: it does not implement {absent}"
-    return reason
-
-
 def missing(name: str) -> str | None:
     """Why a backend says that it cannot run on this machine; `None` if it can.
 
     Raises:
         UnknownBackend: no backend has this name.
-        BackendUnavailable: it does not even load, or fails to say; that is a fault of the backend
-            and not of the machine.
+        BackendUnavailable: it does not even load, fails to say, or is abstract; that is a fault of
+            the backend and not of the machine.
     """
     backend_class = class_of(name)
-    try:
-        return backend_class.missing()
-    except Exception as error:
+    with plugins.blamed(f"backend {name!r}: its missing() failed", BackendUnavailable):
+        reason = backend_class.missing()
+    if reason is None and inspect.isabstract(backend_class):
+        absent = ", ".join(sorted(backend_class.__abstractmethods__))
         raise BackendUnavailable(
-            f"backend {name!r}: its missing() failed: {type(error).__name__}: {error}; repair it"
-        ) from error
+            f"backend {name!r}: its class is abstract: it does not implement {absent}"
+        )
+    return reason
 
 
 def load(name: str) -> Backend:
@@ -188,20 +164,14 @@ def load(name: str) -> Backend:
         return found
     with _state.lock:
         if name not in _state.backends:
-            backend_class = class_of(name)
-            reason = _missing(backend_class)
+            reason = missing(name)
             if reason is not None:
                 raise BackendUnavailable(
                     f"backend {name!r} cannot run here: {reason}; "
                     "`hata info` lists every backend and what it needs"
                 )
-            try:
-                backend = backend_class()
-            except Exception as error:
-                raise BackendUnavailable(
-                    f"backend {name!r} failed to start: {type(error).__name__}: {error}; "
-                    "repair or uninstall it"
-                ) from error
+            with plugins.blamed(f"backend {name!r} failed to start", BackendUnavailable):
+                backend = class_of(name)()
             backend.look_up_with(_config_of)
             _state.backends[name] = backend
         return _state.backends[name]
@@ -266,9 +236,9 @@ def environment_faults() -> list[str]:
 def list_backends() -> list[BackendInfo]:
     """Every known backend, and why it cannot run here where it cannot."""
     found = []
-    for name in _known():
+    for name in (*BUILT_IN, *_plugins()):
         try:
-            reason = _missing(class_of(name))
+            reason = missing(name)
         except BackendUnavailable as error:
             reason = str(error)
         found.append(BackendInfo(name, reason is None, reason or ""))
@@ -285,13 +255,11 @@ def use_profile(profile: str | os.PathLike[str] | Profile | None) -> None:
     Raises:
         ProfileError: the file is malformed or of another schema. The profile in force is unchanged.
     """
-    loaded: Profile | None
-    if profile is None:
-        loaded = None
-    else:
-        from hata.profile import Profile
+    from hata.profile import Profile
 
-        loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
+    loaded = profile
+    if not (loaded is None or isinstance(loaded, Profile)):
+        loaded = Profile.load(loaded)
     with _state.lock:
         _state.profile = loaded
         _state.profile_known = loaded is not None
@@ -374,10 +342,9 @@ def _config_of(backend: Backend, problem: Problem) -> Config | None:
 
 def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
     """The backend `"auto"` stands for: measured fastest, here or mostly, else the first one."""
-    plugins = [name for name in _known() if name not in BUILT_IN]
     reasons, able = [], []
     kind = device.partition(":")[0]
-    for name in (*AUTO_ORDER, *plugins):
+    for name in (*AUTO_ORDER, *_plugins()):
         try:
             # First the device, which costs nothing to compare: to ask a backend whether it could
             # run at all may import a framework that this caller does not use.

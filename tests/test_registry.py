@@ -52,7 +52,10 @@ def plug_in(tmp_path, monkeypatch):
     """Install a plug-in: `plug_in(name, source, class name)`."""
     points = []
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "entry_points", lambda *, group: points)
+    monkeypatch.setattr(
+        "hata.plugins.entry_points",
+        lambda *, group: [point for point in points if point.group == group],
+    )
 
     def install(name, source, attribute="Mine"):
         module = f"plug_in_{len(list(tmp_path.iterdir()))}_{tmp_path.name.replace('-', '_')}"

@@ -22,7 +22,7 @@ import numpy as np
 
 from hata.backend import Backend, Config
 from hata.measure import reference, tolerance
-from hata.measure.clock import CPUClock, CUDAClock, in_turns
+from hata.measure.clock import clock_of, in_turns
 from hata.measure.expected import Expected, Judge
 from hata.measure.inputs import AwkwardInputs, Inputs, running
 
@@ -45,11 +45,11 @@ def race(
     Takes about `seconds`, but `least` rounds at least. Returns for each entry its samples in
     microseconds, one a round.
     """
-    on_gpu = entries[0][0].problem.device == "cuda"
-    clock = CUDAClock() if on_gpu else CPUClock()
+    device = entries[0][0].problem.device
+    clock = clock_of(device)
     for inputs, config in entries:
         within = partial(running, backend, inputs.problem.op, config)
-        if on_gpu:
+        if device != "cpu":
             # Nothing compiles or allocates in a sample.
             with within():
                 inputs.prepare()

@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from hata.device import plugin
 from hata.profile import Timing
 
 # Of a block on a CPU, in seconds: the pause before it, for longer than OpenMP threads spin; calls
@@ -65,6 +66,27 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class Clock(Protocol):
+    """Times calls on one kind of device.
+
+    Attributes:
+        blocks: Whether a sample is a block of calls, that warms up by itself.
+    """
+
+    blocks: bool
+
+    def add(self, calls: Sequence[Call], within: Within = contextlib.nullcontext) -> None:
+        """Another contender: calls that take turns, each run before, and the context to run in."""
+
+    def sample(self, index: int) -> list[float]:
+        """Microseconds of the next call, or of each of a block of calls, of a contender."""
+        ...
+
+    def __len__(self) -> int:
+        """How many contenders there are."""
+        ...
+
+
 class CPUClock:
     """Times calls on the CPU.
 
@@ -79,7 +101,7 @@ class CPUClock:
         self._turn = 0
 
     def add(self, calls: Sequence[Call], within: Within = contextlib.nullcontext) -> None:
-        """Another contender: calls that take turns, each run before, and the context to run in."""
+        """See `Clock`."""
         counted = 1
         if self.blocks:
             # The first call of a block wakes threads, so the second says how many fit a block.
@@ -88,7 +110,7 @@ class CPUClock:
         self._contenders.append((calls, within, counted))
 
     def sample(self, index: int) -> list[float]:
-        """Microseconds of the next call, or of each of a block of calls, of a contender."""
+        """See `Clock`."""
         calls, within, counted = self._contenders[index]
         call = calls[self._turn % len(calls)]
         self._turn += 1
@@ -245,8 +267,15 @@ class CUDAClock:
         return len(self._graphs)
 
 
+def clock_of(device: str, *, blocks: bool = False, cold: bool = False) -> Clock:
+    """A clock of a kind of device; `blocks` and `cold` are for that of the CPU."""
+    if device == "cpu":
+        return CPUClock(blocks=blocks, cold=cold)
+    return CUDAClock() if device == "cuda" else plugin(device).clock()
+
+
 def in_turns(
-    clock: CPUClock | CUDAClock,
+    clock: Clock,
     *,
     rounds: int,
     seconds: float = 0.0,
@@ -294,7 +323,7 @@ def times(
 
     `cold` empties the caches of a CPU before every call that is counted; those of a GPU always are.
     """
-    clock = CUDAClock() if device == "cuda" else CPUClock(blocks=True, cold=cold)
+    clock = clock_of(device, blocks=True, cold=cold)
     for call in calls:
         call()
         clock.add([call])

@@ -10,21 +10,7 @@ from typing import Any
 
 from hata.device import Fingerprint, kinds
 from hata.problem import OPS, Problem
-from hata.profile import text
-from hata.profile.fields import (
-    flag,
-    items,
-    name_of,
-    optional,
-    pow2,
-    real,
-    record,
-    refuse,
-    sparse,
-    table,
-    whole,
-    word,
-)
+from hata.profile import fields, text
 from hata.profile.text import Node, fail
 
 
@@ -89,50 +75,41 @@ class Entry:
 _MAX_KNOB = 1 << 24
 _SIZED_KNOB = re.compile(r"block|tile|warp")
 _DTYPES = ("float32", "float16", "bfloat16", "uint8")
-_count, _size, _large, _us = whole(0, 1 << 31), whole(0, 1 << 20), whole(0, 1 << 40), real(0, 1e10)
+_count, _size, _large, _us = (
+    fields.whole(0, 1 << 31),
+    fields.whole(0, 1 << 20),
+    fields.whole(0, 1 << 40),
+    fields.real(0, 1e10),
+)
 
-fingerprint = record(
+fingerprint = fields.record(
     Fingerprint,
-    device=word(kinds),
-    name=name_of,
-    cores=whole(1, 1 << 20),
-    sm=optional(whole(10, 999)),
-    smem_optin=optional(whole(0, 1 << 24)),
-    driver=optional(name_of),
-    cuda=optional(name_of),
-    versions=table(name_of),
-    kernels=table(table(name_of)),
+    device=fields.word(kinds),
+    cores=fields.whole(1, 1 << 20),
+    sm=fields.optional(fields.whole(10, 999)),
+    smem_optin=fields.optional(fields.whole(0, 1 << 24)),
+    versions=fields.table(fields.name_of),
+    kernels=fields.table(fields.table(fields.name_of)),
 )
-measured = record(
+measured = fields.record(
     Measured,
-    date=name_of,
-    method=name_of,
     repeats=_count,
-    cold_cache=flag,
-    noise_pct=real(0, 1000),
+    noise_pct=fields.real(0, 1000),
     trials=_count,
-    seed=whole(0, 1 << 53),
-    predicted=flag,
+    seed=fields.whole(0, 1 << 53),
 )
-_key = record(
+_key = fields.record(
     # Its op stands beside it.
     partial(Problem, ""),
-    device=word(kinds),
-    dtype=word(_DTYPES),
-    projection_dtype=word(("", *_DTYPES)),
-    batch=pow2(0, 1 << 31),
-    heads=_size,
-    kv_heads=_size,
-    head_dim=_size,
-    value_dim=_size,
-    bits=whole(0, 1 << 16, 32),
+    device=fields.word(kinds),
+    dtype=fields.word(_DTYPES),
+    projection_dtype=fields.word(("", *_DTYPES)),
+    batch=fields.pow2(1 << 31),
+    bits=fields.whole(0, 1 << 16, 32),
     k=_large,
     tokens=_large,
-    slots=pow2(0, 1 << 40),
-    norms=flag,
-    per_head=flag,
-    aligned=flag,
-    wide=flag,
+    slots=fields.pow2(1 << 40),
+    **dict.fromkeys(("heads", "kv_heads", "head_dim", "value_dim"), _size),
 )
 
 
@@ -141,11 +118,11 @@ def _knob(node: Node, where: str) -> int | str | bool:
         if value is not None:
             low = 1 if _SIZED_KNOB.search(where.rpartition(".")[2]) else -_MAX_KNOB
             if not isinstance(value, bool) and not low <= value <= _MAX_KNOB:
-                refuse(node, where, f"an integer from {low} to {_MAX_KNOB}")
+                fields.refuse(node, where, f"an integer from {low} to {_MAX_KNOB}")
             return value
     if text.as_text(node) is None:
-        refuse(node, where, "an integer, true, false, or a string (quoted if in doubt)")
-    return name_of(node, where)
+        fields.refuse(node, where, "an integer, true, false, or a string (quoted if in doubt)")
+    return fields.name_of(node, where)
 
 
 def _entry(
@@ -154,14 +131,13 @@ def _entry(
     return Entry(backend, replace(key, op=op), config, us, default_us)
 
 
-entries = items(
-    record(
+entries = fields.items(
+    fields.record(
         _entry,
-        op=word(OPS),
-        backend=name_of,
+        op=fields.word(OPS),
         key=_key,
-        config=table(_knob),
-        us=record(Timing, median=_us, p10=_us, p90=_us),
+        config=fields.table(_knob),
+        us=fields.record(Timing, median=_us, p10=_us, p90=_us),
         default_us=_us,
     )
 )
@@ -201,7 +177,7 @@ def tree(found: Sequence[Entry]) -> list[dict[str, Any]]:
         {
             "op": entry.op,
             "backend": entry.backend,
-            "key": sparse(entry.key, skip="op"),
+            "key": fields.sparse(entry.key, skip="op"),
             "config": dict(sorted(entry.config.items())),
             "us": {name: round(value, 3) for name, value in asdict(entry.us).items()},
             "default_us": round(entry.default_us, 3),

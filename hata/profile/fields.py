@@ -44,49 +44,45 @@ def word(allowed: Callable[[], Iterable[str]] | Iterable[str] = ()) -> Check:
     return check
 
 
+def _scalar(read: Callable[[Node], Any], fits: Callable[[Any], bool], expected: str) -> Check:
+    def check(node: Node, where: str) -> Any:
+        value = read(node)
+        if value is None or not fits(value):
+            refuse(node, where, expected)
+        return value
+
+    return check
+
+
 def whole(low: int, high: int, multiple: int = 1) -> Check:
     """An integer of a range."""
-
-    def check(node: Node, where: str) -> int:
-        value = text.as_int(node)
-        if value is None or not low <= value <= high or value % multiple:
-            steps = f" in steps of {multiple}" if multiple > 1 else ""
-            refuse(node, where, f"a decimal integer from {low} to {high}{steps}")
-        return value
-
-    return check
+    steps = f" in steps of {multiple}" if multiple > 1 else ""
+    return _scalar(
+        text.as_int,
+        lambda value: low <= value <= high and value % multiple == 0,
+        f"a decimal integer from {low} to {high}{steps}",
+    )
 
 
-def pow2(low: int, high: int) -> Check:
+def pow2(high: int) -> Check:
     """A power of two, or 0."""
-
-    def check(node: Node, where: str) -> int:
-        value = whole(low, high)(node, where)
-        if value & (value - 1):
-            refuse(node, where, "a power of two, as the look-up rounds to")
-        return value
-
-    return check
+    return _scalar(
+        text.as_int,
+        lambda value: 0 <= value <= high and not value & (value - 1),
+        f"0 or a power of two up to {high}, as the look-up rounds to",
+    )
 
 
 def real(low: float, high: float) -> Check:
     """A number of a range."""
-
-    def check(node: Node, where: str) -> float:
-        value = text.as_float(node)
-        if value is None or not low <= value <= high:
-            refuse(node, where, f"a number from {low:g} to {high:g}, written like 1000.0")
-        return value
-
-    return check
+    return _scalar(
+        text.as_float,
+        lambda value: low <= value <= high,
+        f"a number from {low:g} to {high:g}, written like 1000.0",
+    )
 
 
-def flag(node: Node, where: str) -> bool:
-    """A boolean."""
-    value = text.as_bool(node)
-    if value is None:
-        refuse(node, where, "true or false")
-    return value
+flag = _scalar(text.as_bool, lambda _: True, "true or false")
 
 
 def optional(check: Check) -> Check:
@@ -119,10 +115,14 @@ def table(check: Check) -> Check:
     return check_all
 
 
-def record(build: Callable[..., Any], /, **checks: Check) -> Check:
-    """What `build` makes of a table with known keys; those that it has defaults for may lack."""
+def record(build: Callable[..., Any], /, **given: Check) -> Check:
+    """What `build` makes of a table whose keys are its parameters.
+
+    Those with a default may lack. Strings and booleans need no check of their own.
+    """
     parameters = inspect.signature(build).parameters
-    due = [name for name in checks if parameters[name].default is inspect.Parameter.empty]
+    checks = {name: given.get(name) or _BY_TYPE[one.annotation] for name, one in parameters.items()}
+    due = [name for name, one in parameters.items() if one.default is one.empty]
 
     def check(node: Node, where: str) -> Any:
         if node.kind != "table":
@@ -151,6 +151,7 @@ def record(build: Callable[..., Any], /, **checks: Check) -> Check:
 
 
 name_of = word()
+_BY_TYPE = {"str": name_of, "str | None": optional(name_of), "bool": flag}
 
 
 def sparse(found: Any, skip: str = "") -> dict[str, Any]:

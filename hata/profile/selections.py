@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
-from hata.profile.fields import items, name_of, optional, real, record, sparse, whole, word
+from hata.profile.fields import items, optional, real, record, sparse, whole, word
 from hata.profile.text import Node, fail
 from hata.selection import Selection
 
@@ -116,18 +116,8 @@ _selection = record(
 _by_layer = items(optional(_selection))
 _set = record(
     SelectionSet,
-    model=record(
-        ModelKey,
-        name=name_of,
-        model_type=name_of,
-        layers=_size,
-        heads=_size,
-        kv_heads=_size,
-        head_dim=_size,
-    ),
-    encoder=record(
-        EncoderKey, name=name_of, bits=whole(32, 1 << 16, 32), seed=optional(whole(0, 1 << 53))
-    ),
+    model=record(ModelKey, layers=_size, heads=_size, kv_heads=_size, head_dim=_size),
+    encoder=record(EncoderKey, bits=whole(32, 1 << 16, 32), seed=optional(whole(0, 1 << 53))),
     source=word(("measured", "synthetic")),
     quality=record(Quality, required=_share, achieved=_share),
     layers=lambda node, where: (_by_layer if node.kind == "list" else _selection)(node, where),

@@ -1,0 +1,29 @@
+"""Plug-ins: what other distributions name by entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+
+from hata.errors import HataError
+
+
+def named(group: str, taken: Container[str]) -> dict[str, EntryPoint]:
+    """The entry points of a group by name, in order, without names that are taken."""
+    points = sorted(entry_points(group=group), key=lambda point: point.name)
+    return {point.name: point for point in points if point.name not in taken}
+
+
+@contextmanager
+def blamed(
+    what: str, error: type[HataError], meant: type[HataError] | tuple[()] = ()
+) -> Iterator[None]:
+    """Somebody else's code: whatever it raises, unless it is `meant`, is a reason of ours."""
+    try:
+        yield
+    except meant:
+        raise
+    except Exception as fault:
+        reason = f"{type(fault).__name__}: {fault}"
+        raise error(f"{what}: {reason}; repair or uninstall it") from fault
