@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from hata.errors import BackendUnavailable, KernelError
+from hata.device import cuda_driver, cuda_reason
+from hata.errors import KernelError
 
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID and CUresult numbers.
 SMS, MAJOR, MINOR, SHARED = 16, 75, 76, 97
@@ -46,11 +47,7 @@ OneArgument = ctypes.c_char_p * 1
 @functools.lru_cache
 def library() -> ctypes.CDLL:
     """The driver's library, initialised."""
-    try:
-        found = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendUnavailable(f"no CUDA driver was found: {error}") from None
-    checked(found, found.cuInit(0), "cuInit")
+    found = cuda_driver()
     found.cuLaunchKernelEx.argtypes = (
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -70,10 +67,7 @@ def version() -> int:
 def checked(library: ctypes.CDLL, code: int, what: str) -> None:
     """Raise if the driver refused something."""
     if code:
-        text = ctypes.c_char_p()
-        library.cuGetErrorString(code, ctypes.byref(text))
-        reason = (text.value or b"unknown error").decode(errors="replace")
         raise KernelError(
-            f"backend 'cupy': the CUDA driver refused {what} ({code}: {reason}); check nvidia-smi, "
-            "or use another backend"
+            f"backend 'cupy': the CUDA driver refused {what} ({cuda_reason(library, code)}); check "
+            "nvidia-smi, or use another backend"
         )
