@@ -33,7 +33,8 @@ from benchmarks.verify import WrongResult, verify
 from hata import registry
 from hata.backend import Backend, Config
 from hata.commandline import Parser
-from hata.measure.clock import cores, times, timing_of
+from hata.device import cpu_cores
+from hata.measure.clock import times, timing_of
 from hata.problem import OPS, Problem
 from hata.profile.store import write_whole
 
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HATA_PROFILE"] = args.profile
         registry.reset()
     if kind == "cpu":
-        torch.set_num_threads(cores())
+        torch.set_num_threads(cpu_cores())
         if "design" in args.suite and not args.shapes:
             err.print("the design suite is made for GPUs: it takes gigabytes and minutes on a CPU")
     changes = dict(args.set)

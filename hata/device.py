@@ -192,22 +192,20 @@ def _versions(kind: str) -> dict[str, str]:
 
 @lru_cache
 def _cpu() -> Fingerprint:
-    return Fingerprint("cpu", _cpu_name(), _cpu_cores(), versions=_versions("cpu"))
+    return Fingerprint("cpu", _cpu_name(), cpu_cores(), versions=_versions("cpu"))
 
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine() or "unknown"
+        text = ""
+    found = re.search(r"^model name\s*:[^\S\n]*(\S.*)", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
 
 
-def _cpu_cores() -> int:
+def cpu_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -14,7 +14,6 @@ Requirements this module meets:
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import os
 import threading
@@ -102,20 +101,19 @@ def class_of(name: str) -> type[Backend]:
         UnknownBackend: no backend has this name.
         BackendUnavailable: it cannot be imported, or is no backend.
     """
-    others = {} if name in BUILT_IN else _plugins()
-    if name not in BUILT_IN and name not in others:
-        names = ["auto", *BUILT_IN, *others]
+    if name in BUILT_IN:
+        known = {name: EntryPoint(name, BUILT_IN[name], ENTRY_POINTS)}
+    else:
+        known = _plugins()
+    if name not in known:
+        names = ["auto", *BUILT_IN, *known]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UnknownBackend(
             f"backend: got {name!r}, expected one of {', '.join(map(repr, names))}.{hint}"
         )
     with plugins.blamed(f"backend {name!r} failed to load", BackendUnavailable):
-        if name in BUILT_IN:
-            module, _, attribute = BUILT_IN[name].partition(":")
-            found = getattr(importlib.import_module(module), attribute)
-        else:
-            found = others[name].load()
+        found = known[name].load()
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise BackendUnavailable(
             f"backend {name!r}: its entry point names {found!r}, expected a subclass of "
@@ -318,21 +316,16 @@ def _match(backend: Backend, problem: Problem) -> Match | None:
     profile = profile_in_force()
     if profile is None:
         return None
-    return profile.lookup(
-        backend.name,
-        backend.kernel_hash(problem.op),
-        problem,
-        backend.tunables(problem.op, problem),
-        refuse=lambda config: _refusal(backend, problem, config),
-    )
 
+    def refuse(config: Config) -> str | None:
+        """Why its kernels do not fit the GPU that is here, if so."""
+        here = devices.fingerprint(problem.device)
+        if here.sm is None:
+            return None
+        return backend.refusal(problem, config, here.sm, here.smem_optin or 0)
 
-def _refusal(backend: Backend, problem: Problem, config: Config) -> str | None:
-    """Why the kernels of a configuration do not fit the GPU that is here, if so."""
-    here = devices.fingerprint(problem.device)
-    if here.sm is None:
-        return None
-    return backend.refusal(problem, config, here.sm, here.smem_optin or 0)
+    sources, knobs = backend.kernel_hash(problem.op), backend.tunables(problem.op, problem)
+    return profile.lookup(backend.name, sources, problem, knobs, refuse=refuse)
 
 
 def _config_of(backend: Backend, problem: Problem) -> Config | None:

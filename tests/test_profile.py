@@ -31,6 +31,8 @@ from hata.profile import (
     Quality,
     SelectionSet,
     Timing,
+    _log_once,
+    _warn_once,
     default_output,
     find,
     named_path,
@@ -83,7 +85,8 @@ def _fresh(monkeypatch, tmp_path):
     """Each test has its own cache folder and hears each warning anew."""
     monkeypatch.setenv("HATA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HATA_PROFILE", raising=False)
-    monkeypatch.setattr("hata.profile._said", set())
+    _log_once.cache_clear()
+    _warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from hata import registry
 from hata.backend import Backend, Config
-from hata.measure.clock import cores
+from hata.device import cpu_cores
 from hata.problem import Problem
 from tune.worker import die_with
 
@@ -52,7 +52,7 @@ class Ahead(contextlib.AbstractContextManager):
         able = {b.name for b in backends if type(b).kernels is not Backend.kernels}
         self._names = able if sm is not None else set()
         self._sm = sm or 0
-        self._processes = processes or max(min(cores() - _SPARE_CORES, MOST_PROCESSES), 1)
+        self._processes = processes or max(min(cpu_cores() - _SPARE_CORES, MOST_PROCESSES), 1)
         self._pool: ProcessPoolExecutor | None = None
         self._jobs: dict[_Key, Future] = {}
 

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import gc
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hata.device import plugin
+from hata.device import cpu_cores, plugin
 from hata.profile import Timing
 
 # Of a block on a CPU, in seconds: the pause before it, for longer than OpenMP threads spin; calls
@@ -142,7 +141,7 @@ class CPUSweep:
     """Empties the caches: every core reads its own part of a buffer larger than the last level."""
 
     def __init__(self) -> None:
-        self.cores = cores()
+        self.cores = cpu_cores()
         parts = min(2 * last_level_bytes(), 2**29) // self.cores // 8
         self.bytes = self.cores * parts * 8
         self._parts = [np.ones(parts) for _ in range(self.cores)]
@@ -152,12 +151,6 @@ class CPUSweep:
         """Read the buffer once. NumPy releases the interpreter lock while it does."""
         for _ in self._pool.map(np.max, self._parts):
             pass
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return able or 1
 
 
 def last_level_bytes() -> int:

@@ -19,6 +19,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from hata import device as _device
@@ -57,11 +58,20 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("hata.profile")
-_said: set[tuple[str, str]] = set()
 
 
 class ProfileWarning(UserWarning):
     """A profile, or an entry of one, is not used; the message says why."""
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, ProfileWarning, 3)
+
+
+@cache
+def _log_once(label: str, differences: str) -> None:
+    _logger.info("profile %s is used although %s", label, differences)
 
 
 @dataclass(frozen=True)
@@ -160,27 +170,28 @@ class Profile:
             raise ProfileError(
                 "the profile there was measured, the new one is predicted; choose another file"
             )
-        both = {**theirs.kernels, **mine.kernels}
         kernels = {
-            name: {**theirs.kernels.get(name, {}), **mine.kernels.get(name, {})} for name in both
+            backend: {**theirs.kernels.get(backend, {}), **mine.kernels.get(backend, {})}
+            for backend in {**theirs.kernels, **mine.kernels}
         }
+        merged = replace(self, fingerprint=replace(mine, kernels=kernels))
         known = {(entry.backend, entry.key) for entry in self.entries}
-        kept = [
+        kept = (
             entry
             for entry in older.entries
             if (entry.backend, entry.key) not in known
-            and theirs.kernels.get(entry.backend, {}).get(entry.op)
-            == kernels.get(entry.backend, {}).get(entry.op)
+            and older.kernel_hash(entry) == merged.kernel_hash(entry)
             and older.measured.predicted == self.measured.predicted
-        ]
-        models = {selections.model for selections in self.selections}
-        others = [selections for selections in older.selections if selections.model not in models]
-        return replace(
-            self,
-            fingerprint=replace(mine, kernels=kernels),
-            entries=(*self.entries, *kept),
-            selections=(*self.selections, *others),
         )
+        models = {one.model for one in self.selections}
+        others = (one for one in older.selections if one.model not in models)
+        return replace(
+            merged, entries=(*self.entries, *kept), selections=(*self.selections, *others)
+        )
+
+    def kernel_hash(self, entry: Entry) -> str | None:
+        """Hash of the sources that an entry was measured with."""
+        return self.fingerprint.kernels.get(entry.backend, {}).get(entry.op)
 
     def lookup(
         self,
@@ -217,13 +228,13 @@ class Profile:
         if entry.config and not tunables:
             # It had knobs once: on a CPU `reference` was what `numba` is now.
             return Match(None, None, f"{backend} has nothing to tune")
-        if self._kernel_hash(backend, problem.op) != kernel_hash:
+        if self.kernel_hash(entry) != kernel_hash:
             reason = f"the {backend} kernels of {problem.op} have changed since it was tuned"
         else:
             reason = match.outside(entry.config, tunables) or (refuse and refuse(entry.config))
         if reason:
             reason = f"{reason}; the default is used; tune anew with: {self.retune(backend)}"
-            self._warn_once(f"entry {backend} {problem.op} refused: {reason}")
+            _warn_once(f"profile {self.label}: entry {backend} {problem.op} refused: {reason}")
             return Match(None, None, reason)
         return match.served(entry, problem)
 
@@ -234,7 +245,7 @@ class Profile:
 
         Args:
             op: Name of the op.
-            kind: Kind of device, `"cpu"` or `"cuda"`.
+            kind: Kind of device.
             hashes: `Backend.kernel_hash(op)` of the backends that may be named, by name.
             here: The device at hand; `None`: that of `kind`.
 
@@ -246,8 +257,7 @@ class Profile:
         return match.leader(
             entry
             for entry in self.entries
-            if entry.op == op
-            and self._kernel_hash(entry.backend, op) == hashes.get(entry.backend, "")
+            if entry.op == op and self.kernel_hash(entry) == hashes.get(entry.backend, "")
         )
 
     def retune(self, backend: str) -> str:
@@ -266,10 +276,6 @@ class Profile:
         """
         return selections.policy_of(model, self.selections)
 
-    def _kernel_hash(self, backend: str, op: str) -> str | None:
-        """Of the sources that its entries were measured with."""
-        return self.fingerprint.kernels.get(backend, {}).get(op)
-
     def _foreign(self, kind: str, here: Fingerprint | None) -> str | None:
         """Why it is of another device; `None` if it may serve."""
         recorded = self.fingerprint
@@ -277,7 +283,7 @@ class Profile:
             reason = f"it is for {recorded.describe()}, not for {kind}"
             if not _device.is_here(recorded.device):
                 what = "GPU" if recorded.device == "cuda" else f"{recorded.device} device"
-                self._warn_once(f"not used: {reason}; no {what} is visible here")
+                _warn_once(f"profile {self.label}: not used: {reason}; no {what} is visible here")
             return reason
         try:
             here = here or _device.fingerprint(kind)
@@ -285,25 +291,12 @@ class Profile:
             return str(error)
         if recorded.sm != here.sm:
             reason = f"it is for {recorded.describe()}, this is {here.describe()}"
-            self._warn_once(f"not used: {reason}; tune with: hata tune --gpu auto")
+            _warn_once(f"profile {self.label}: not used: {reason}; tune with: hata tune --gpu auto")
             return reason
         apart = soft_differences(recorded, here)
-        if apart and _is_news(self.label, "soft"):
-            _logger.info("profile %s is used although %s", self.label, "; ".join(apart))
+        if apart:
+            _log_once(self.label, "; ".join(apart))
         return None
-
-    def _warn_once(self, message: str) -> None:
-        if _is_news(self.label, message):
-            warnings.warn(f"profile {self.label}: {message}", ProfileWarning, 3)
-
-
-def _is_news(label: str, message: str) -> bool:
-    """Whether it was not said in this process yet."""
-    said = (label, message)
-    if said in _said:
-        return False
-    _said.add(said)
-    return True
 
 
 def find(device: str | None = None) -> Profile | None:
@@ -333,8 +326,7 @@ def find(device: str | None = None) -> Profile | None:
             if path.is_file():
                 return replace(Profile.load(path), origin=origin)
         except ProfileError as error:
-            if _is_news("", str(error)):
-                warnings.warn(f"profile ignored: {error}", ProfileWarning, 2)
+            _warn_once(f"profile ignored: {error}")
     return None
 
 
