@@ -34,9 +34,9 @@ from hata import registry
 from hata.backend import Backend, Config
 from hata.commandline import Parser
 from hata.device import cpu_cores
+from hata.files import write_whole
 from hata.measure.clock import times, timing_of
 from hata.problem import OPS, Problem
-from hata.profile.store import write_whole
 
 # Names and samples of the kernels that each call launches, in order; by kind of device.
 Profiler = Callable[[Sequence[Callable[[], object]]], list[list[tuple[str, list[float]]]]]

@@ -36,8 +36,8 @@ from benchmarks.shapes import SUITES, Shape, parse
 from benchmarks.tables import table_of
 from benchmarks.verify import WrongResult
 from hata.commandline import Parser
+from hata.files import write_whole
 from hata.measure.clock import CUDAClock
-from hata.profile.store import write_whole
 
 # In the order of `enum Phase`, without the start.
 PHASES = (

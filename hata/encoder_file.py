@@ -7,9 +7,7 @@ nothing in one is ever executed.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 
 from hata.encoder_layer import Hidden, QueryHash
 from hata.errors import EncoderError
+from hata.files import swap
 from hata.words import clipped
 
 FORMAT = "hata.encoder/1"
@@ -226,25 +225,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, st
     if path.is_dir():
         raise IsADirectoryError("it is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, _ordered(save(dict(tensors), metadata=dict(header))))
-
-
-def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private; the encoder gets what `open` would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    swap(path, _ordered(save(dict(tensors), metadata=dict(header))))
 
 
 def _ordered(raw: bytes) -> tuple[bytes, memoryview]:

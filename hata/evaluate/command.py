@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from hata.files import write_whole
 from hata.learn import text as texts
 from hata.learn.command import add_text_arguments, gather_text, need_text
 from hata.profile import user_path
-from hata.profile.store import write_whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("exact", "random", "pages", "window")

@@ -18,13 +18,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import filelock
 
 from hata.errors import ProfileError
+from hata.files import write_whole
 from hata.profile.text import MAX_BYTES
 
 LOCK_SECONDS = 60
@@ -200,51 +200,3 @@ def replace(path: Path, make: Callable[[str | None], str]) -> None:
             f"{path}: cannot be written ({error.strerror or error}), what was there is unchanged; "
             "free space or choose another path"
         ) from error
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file wholly or not at all: a full disk leaves what was there.
-
-    A link is followed; what is no plain file, such as `/dev/stdout`, is written as it is.
-
-    Raises:
-        OSError: it cannot be written; the error names the file.
-    """
-    target = path.resolve()
-    try:
-        if target.exists() and not target.is_file():
-            path.write_text(content, encoding="utf-8")
-        else:
-            _swap(target, content)
-    except OSError as error:
-        # A failing write names no file by itself, and a failing rename the temporary one.
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _swap(path: Path, content: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
