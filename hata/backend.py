@@ -229,11 +229,12 @@ class Backend(ABC):
         """Raise unless this backend runs `problem` on arrays of `fw`. Memoised by the caller."""
         kind = device.partition(":")[0]
         if kind not in self.devices:
-            fix = "numba" if kind == "cpu" else "triton"
+            fix = {"cpu": "numba", "cuda": "triton"}.get(kind)
+            named = f"hata.set_backend({fix!r}), or " if fix else ""
             raise HataDeviceError(
                 f"backend {self.name!r}: got arrays on {device}, expected "
                 f"{' or '.join(sorted(self.devices))}; move the arrays, or "
-                f"hata.set_backend({fix!r}), or hata.set_backend('auto')"
+                f"{named}hata.set_backend('auto')"
             )
         if fw.name not in self.frameworks and not fw.foreign:
             raise HataDTypeError(

@@ -61,18 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"hata {arguments[0]}"
     try:
         return options.run(options)
-    except HataError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        # Messages begin with what is at fault, such as an option.
-        return 2 if str(error).startswith("--") else 1
     except BrokenPipeError:
         # `hata profile show FILE | head` closes early; what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        # A full disk, a folder that may not be written: the message names it.
+    except (HataError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
+        # Messages begin with what is at fault, such as an option, or a file that is not written.
+        return 2 if str(error).startswith("--") else 1
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130

@@ -276,27 +276,22 @@ def _cuda(index: int) -> Fingerprint:
     )
 
 
-def _management() -> ctypes.CDLL | None:
-    """The GPU management library, initialised; `None` where there is none."""
+def _managed(function: str, *args: object) -> bool:
+    """Ask the GPU management library something: whether it is here and answers."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return None
-    return library if library.nvmlInit_v2() == 0 else None
+        return False
+    return library.nvmlInit_v2() == 0 and getattr(library, function)(*args) == 0
 
 
 @lru_cache
 def _gpu_count() -> int:
-    library = _management()
-    if library is None:
-        return 0
     count = ctypes.c_uint()
-    return count.value if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 else 0
+    return count.value if _managed("nvmlDeviceGetCount_v2", ctypes.byref(count)) else 0
 
 
 def _driver_version() -> str | None:
-    library = _management()
     text = ctypes.create_string_buffer(96)
-    if library is None or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))) != 0:
-        return None
-    return text.value.decode(errors="replace") or None
+    known = _managed("nvmlSystemGetDriverVersion", text, ctypes.c_uint(len(text)))
+    return (text.value.decode(errors="replace") or None) if known else None

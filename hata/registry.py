@@ -284,22 +284,20 @@ def stale(profile: Profile) -> list[str]:
     """
     found = []
     for name in dict.fromkeys(entry.backend for entry in profile.entries):
+        entries = [entry for entry in profile.entries if entry.backend == name]
         try:
             backend = class_of(name)()
-            recorded = profile.fingerprint.kernels.get(name, {})
-            ops = {entry.op for entry in profile.entries if entry.backend == name}
-            changed = {op for op in ops if backend.kernel_hash(op) != recorded.get(op)}
+            hashes = {op: backend.kernel_hash(op) for op in {entry.op for entry in entries}}
+            old = [e.op for e in entries if hashes[e.op] != profile.kernel_hash(e)]
         # Code of a plug-in; whether it loads, `list_backends` tells.
         except Exception:
             continue
-        if changed:
-            count = sum(e.backend == name and e.op in changed for e in profile.entries)
-            if type(backend).tunables is Backend.tunables:
-                found.append(f"{name} has nothing to tune, so entries of it ({count}) are not used")
-                continue
+        if old and type(backend).tunables is Backend.tunables:
+            found.append(f"{name} has nothing to tune, so entries of it ({len(old)}) are not used")
+        elif old:
             found.append(
-                f"the {name} kernels of {', '.join(sorted(changed))} have changed since, so "
-                f"entries of them ({count}) are not used; tune anew with: {profile.retune(name)}"
+                f"the {name} kernels of {', '.join(sorted({*old}))} have changed since, so "
+                f"entries of them ({len(old)}) are not used; tune anew with: {profile.retune(name)}"
             )
     return found
 
@@ -359,13 +357,11 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
         raise BackendUnavailable(
             f"no backend can run {problem.op} on {device}:\n  " + "\n  ".join(reasons)
         )
-    measured = []
-    for backend in able:
-        match = _match(backend, problem)
-        if match is not None and match.entry is not None:
-            measured.append((match.entry.us.median, len(measured), backend))
+    entries = [(match.entry, backend) for backend in able if (match := _match(backend, problem))]
+    measured = [(entry.us.median, backend) for entry, backend in entries if entry is not None]
     if measured:
-        return min(measured)[2]
+        # The first of equals.
+        return min(measured, key=lambda one: one[0])[1]
     profile = profile_in_force()
     if profile is not None and len(able) > 1:
         # Sizes like these were not measured; others were.
