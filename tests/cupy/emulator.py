@@ -32,17 +32,19 @@ def compiler() -> str | None:
 # Fibers jump from stack to stack, which a fortified library takes for a fault. Variables of inline
 # functions must be a library's own, not one for all kernels.
 _COMMAND = (
-    "g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-pthread", "-U_FORTIFY_SOURCE",
+    "g++", "-std=c++20", "-O0", "-w", "-fPIC", "-ffp-contract=off", "-pthread", "-U_FORTIFY_SOURCE",
     "-fno-gnu-unique",
 )  # fmt: skip
 
 
 @functools.lru_cache
 def _folder() -> tempfile.TemporaryDirectory:
-    """A folder for what is built, with host.h precompiled."""
+    """A folder for what is built: with host.h precompiled, and what runs kernels compiled."""
     folder = tempfile.TemporaryDirectory(prefix="hata-host-")
-    shutil.copy(HERE / "host.h", folder.name)
+    for name in ("host.h", "host_main.cpp"):
+        shutil.copy(HERE / name, folder.name)
     _run(*_COMMAND, "-x", "c++-header", "host.h", folder=folder.name)
+    _run(*_COMMAND, "-c", "host_main.cpp", folder=folder.name)
     return folder
 
 
@@ -68,9 +70,9 @@ def build(name: str, constants) -> ctypes.CDLL:
         (
             '#include "host.h"',
             cuda.config(constants),
-            f"#define KERNEL {name}",
             _SHARED_ARRAY.sub("", flat(f"{name}.cu", {"config.cuh", "ptx.cuh"})),
-            (HERE / "host_main.h").read_text(),
+            'extern "C" void run_kernel(const void* params) '
+            f"{{ {name}(*static_cast<const Params*>(params)); }}",
         )
     )
     path = Path(_folder().name) / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -78,7 +80,8 @@ def build(name: str, constants) -> ctypes.CDLL:
     if not library.exists():
         source = path.with_suffix(".cpp")
         source.write_text(text)
-        _run(*_COMMAND, "-shared", source.name, "-o", library.name, folder=_folder().name)
+        command = *_COMMAND, "-shared", "-Wl,-Bsymbolic", source.name, "host_main.o"
+        _run(*command, "-o", library.name, folder=_folder().name)
     return ctypes.CDLL(str(library))
 
 

@@ -4,6 +4,8 @@
 // side by side. A warp-wide operation is a meeting of 32 fibers: each leaves its operand, waits until
 // all have come, and reads those of the others. A meeting to which some lane never comes stops the
 // process with a message, where a GPU would hang or guess.
+//
+// What is the same for all kernels is in host_main.cpp, which is compiled once.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -72,8 +74,8 @@ static inline u32 __vminu2(u32 x, u32 y) { return for_halves(x, y, min<u32>); }
 static inline u32 __vmaxu2(u32 x, u32 y) { return for_halves(x, y, max<u32>); }
 
 struct Index { u32 x; };
-static thread_local Index threadIdx, blockIdx;
-static thread_local char* smem;
+extern __thread Index threadIdx, blockIdx;
+extern __thread char* smem;
 
 // Fibers.
 
@@ -130,28 +132,14 @@ struct Block {
     u32 meeting = ~0u;
 };
 
-static thread_local Block* here;
+extern __thread Block* here;
 
-static void yield() {
-    u32 me = threadIdx.x;
-    if (_setjmp(here->fibers[me].at) == 0) _longjmp(here->home, 1);
-    threadIdx.x = me;
-}
+// Let the block's other fibers run.
+void yield();
 
 // Come to a meeting with an operand; returns the number of the meeting, whose operands stay until
 // the meeting after the next.
-static u32 come(Meeting* m, u32 seat, u64 a, u64 b = 0, u64 c = 0) {
-    u32 number = m->number;
-    u64* mine = m->left[number % 2][seat];
-    mine[0] = a, mine[1] = b, mine[2] = c;
-    ++here->steps;
-    if (++m->come == m->size) {
-        m->come = 0, ++m->number;
-    } else {
-        while (m->number == number) yield();
-    }
-    return number % 2;
-}
+u32 come(Meeting* m, u32 seat, u64 a, u64 b = 0, u64 c = 0);
 
 static Meeting* warp() { return here->warps[threadIdx.x / 32]; }
 static u32 lane_id() { return threadIdx.x % 32; }

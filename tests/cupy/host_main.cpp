@@ -1,10 +1,36 @@
-// Run the kernel above on a grid; `side` blocks run side by side.
+// Runs a kernel on a grid: fibers, meetings, blocks. Linked to each kernel, which is `run_kernel`.
 
-static thread_local const Params* argument;
-static thread_local bool finished;
+#include "host.h"
+
+extern "C" void run_kernel(const void* params);
+
+__thread Index threadIdx, blockIdx;
+__thread char* smem;
+__thread Block* here;
+static __thread const void* argument;
+static __thread bool finished;
+
+void yield() {
+    u32 me = threadIdx.x;
+    if (_setjmp(here->fibers[me].at) == 0) _longjmp(here->home, 1);
+    threadIdx.x = me;
+}
+
+u32 come(Meeting* m, u32 seat, u64 a, u64 b, u64 c) {
+    u32 number = m->number;
+    u64* mine = m->left[number % 2][seat];
+    mine[0] = a, mine[1] = b, mine[2] = c;
+    ++here->steps;
+    if (++m->come == m->size) {
+        m->come = 0, ++m->number;
+    } else {
+        while (m->number == number) yield();
+    }
+    return number % 2;
+}
 
 static void fiber() {
-    KERNEL(*argument);
+    run_kernel(argument);
     finished = true;
     _longjmp(here->home, 1);
 }
@@ -27,7 +53,7 @@ static void make_fiber(Fiber& made) {
     makecontext(&made.context, fiber, 0);
 }
 
-static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const Params* params) {
+static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const void* params) {
     Block self;
     self.cluster = cluster;
     self.fibers = std::vector<Fiber>(threads);
@@ -66,7 +92,8 @@ static void run_block(Cluster* cluster, u32 block, u32 rank, u32 threads, const 
 // Bytes that are watched behind a block's shared memory.
 constexpr u32 BEYOND = 1 << 16;
 
-extern "C" void emulate(const Params* params, u32 grid, u32 threads, u32 shared, u32 side) {
+// `side` blocks run side by side.
+extern "C" void emulate(const void* params, u32 grid, u32 threads, u32 shared, u32 side) {
     for (u32 first = 0; first < grid; first += side) {
         Cluster cluster;
         cluster.size = side;
