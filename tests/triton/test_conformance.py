@@ -16,6 +16,28 @@ OF_INTEREST = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _language_patched_once(monkeypatch):
+    """The interpreter patches Triton's language for a kernel, and again for every function it calls.
+
+    The second time changes nothing and takes a third of the suite's time.
+    """
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def once(fn):
+        known = [module for module in (tl, tl.core) if module in fn.__globals__.values()]
+        if any(tl.core.is_builtin(module.load) for module in known):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
 # Where a GPU is silent about infinities and NaNs, the interpreter's NumPy warns; and some releases
 # of torch call functions of their own that they have deprecated.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning" if INTERPRETED else "ignore:.*torch.jit")
