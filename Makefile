@@ -3,6 +3,8 @@
 # All of them share one environment, .venv, made on first use.
 
 PYTHON ?= python3
+# What the tests and the tuner start is some hundred processes: none shall compile Python anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Processes that run tests, and the threads of each one's kernels.
 TEST_WORKERS ?= 2
 TEST_THREADS ?= 2
