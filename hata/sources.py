@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import inspect
 import os
 import re
@@ -147,17 +148,14 @@ def _imported(
     file: Path, folder: Path, package: str, level: int, module: str, names: tuple[str, ...]
 ) -> list[Path]:
     """The files that an import in a file of a package means, if they are of the package."""
-    parts = tuple(module.split(".")) if module else ()
-    if level:
-        above = file.relative_to(folder).parent.parts
-        if level - 1 > len(above):
-            return []
-        parts = above[: len(above) - (level - 1)] + parts
-    else:
-        own = tuple(package.split("."))
-        if parts[: len(own)] != own:
-            return []
-        parts = parts[len(own) :]
+    own = ".".join((package, *file.relative_to(folder).parent.parts))
+    try:
+        meant = importlib.util.resolve_name("." * level + module, own)
+    except ImportError:
+        return []
+    if not f"{meant}.".startswith(f"{package}."):
+        return []
+    parts = tuple(meant.removeprefix(package).split(".")[1:])
     base = _module(folder, parts)
     found = [base]
     if names and (base is None or base.name == "__init__.py"):
