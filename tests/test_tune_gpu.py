@@ -427,7 +427,7 @@ def test_a_whole_run_on_a_simulated_gpu(tmp_path, monkeypatch, capsys):
 
 
 def test_the_bench_checks_triton_kernels_in_the_interpreter(repo_root):
-    """Inputs drawn on the device, oracle and verdict meet a GPU's kernels, as far as a CPU can."""
+    """Inputs drawn on the device, reference and verdict meet a GPU's kernels, without a GPU."""
     pytest.importorskip("triton", reason="the Triton backend needs it")
     script = """
 from dataclasses import replace
