@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Expected:
         x, projection = self.part(call.x[:, :, places]), self.kit.read(call.projection)[self.heads]
         norms = np.zeros(x.shape[:3], np.float16)
         expected = reference().encode(x, projection, norms=norms)
-        doubtful = tolerance.doubtful_bits(x, projection)
+        doubtful = functools.cache(lambda: tolerance.doubtful_bits(x, projection))
 
         def judge(codes: Any) -> str | None:
             fault = tolerance.codes_fault(self.part(codes[:, :, places]), expected, doubtful)

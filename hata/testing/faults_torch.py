@@ -8,8 +8,10 @@ Tests are named after the faults they try, each a known way to go wrong; its num
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,20 +22,16 @@ from hata.call import CALLS
 from hata.errors import HataAutogradError, HataDeviceError, HataDTypeError, HataShapeError
 from hata.measure.arrays import TorchKit
 from hata.problem import OPS
-from hata.testing.faults_values import SMALL, changed
-from hata.testing.harness import arrays_of
-from hata.testing.properties import Properties
+from hata.testing.faults_values import SMALL
+from hata.testing.harness import arrays_of, as_tuple
+from hata.testing.properties import NORMS, Properties
 from hata.testing.strategies import Case
 
 # The arguments of the custom ops, in their order. Arrays first, then the rest with its defaults.
 SCHEMAS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     op: (
         kind._fields[: kind.ARRAYS if op != "encode" else 3],
-        {
-            name: kind._field_defaults[name]
-            for name in kind._fields[kind.ARRAYS : -2]
-            if name != "return_lse"
-        },
+        {n: kind._field_defaults[n] for n in kind._fields[kind.ARRAYS : -2] if n != "return_lse"},
     )
     for op, kind in CALLS.items()
 }
@@ -62,10 +60,6 @@ UNUSUAL: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
 Tensors = dict[str, Any]
 
 
-def _tuple(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def _compiled(tensors: Tensors, options: dict[str, Any]) -> Any:
     """`hash_attend` of some tensors, compiled."""
     import torch
@@ -74,6 +68,14 @@ def _compiled(tensors: Tensors, options: dict[str, Any]) -> Any:
         return hata.hash_attend(**tensors, **options)
 
     return torch.compile(step, backend="aot_eager", fullgraph=True)
+
+
+@functools.cache
+def _subclass() -> type:
+    """A kind of tensor that is a tensor all the same."""
+    import torch
+
+    return type("Named", (torch.Tensor,), {})
 
 
 def _on_meta(tensors: Tensors) -> Tensors:
@@ -129,9 +131,8 @@ class TorchFaults(Properties):
                 if tensor is None:
                     continue
                 for other in {"meta", "cpu"} - {self.device}:
-                    moved = {**tensors, name: tensor.to(other)}
-                    with pytest.raises(HataDeviceError, match=f"{name}: .*{other}.*{self.device}"):
-                        getattr(hata, op)(**moved, **options)
+                    match, moved = f"{name}: .*{other}.*{self.device}", {name: tensor.to(other)}
+                    self.refused(op, HataDeviceError, match, tensors, options, moved)
 
     def test_fault_42_gradients(self, torch_kit: TorchKit) -> None:
         torch = torch_kit.lib
@@ -142,22 +143,21 @@ class TorchFaults(Properties):
                 if tensor is None or not tensor.is_floating_point():
                     continue
                 wanted = {**tensors, name: torch.nn.Parameter(tensor)}
-                with pytest.raises(HataAutogradError, match=f"{name}: .*no_grad"):
-                    getattr(hata, op)(**wanted, **options)
+                self.refused(op, HataAutogradError, f"{name}: .*no_grad", wanted, options)
                 for mode in (torch.no_grad, torch.inference_mode):
                     with mode():
                         got = self.run(op, **wanted, **options)
                     assert torch.equal(got, expected)
 
     def test_fault_43_meta_and_fake_tensors(self, torch_kit: TorchKit) -> None:
-        case = changed(SMALL, value_dim=48, tokens=2, norms=True)
+        case = replace(SMALL, value_dim=48, tokens=2, norms=True)
         for op, tensors, options in self.each(torch_kit, case):
             if op.endswith("attend"):
                 options["return_lse"] = True
             expected = self.run(op, **tensors, **options)
             on_meta = getattr(hata, op)(**_on_meta(tensors), **options)
             for result in (_faked(op, tensors, options), on_meta):
-                for got, right in zip(_tuple(result), _tuple(expected), strict=True):
+                for got, right in zip(as_tuple(result), as_tuple(expected), strict=True):
                     assert got.shape == right.shape
                     assert got.dtype == right.dtype
                     assert got.stride() == right.stride()
@@ -165,15 +165,11 @@ class TorchFaults(Properties):
     def test_subclasses_of_tensors(self, torch_kit: TorchKit) -> None:
         """A subclass that is a tensor all the same gives what a tensor gives."""
         torch = torch_kit.lib
-
-        class Named(torch.Tensor):
-            pass
-
         for op, tensors, options in self.each(torch_kit):
             expected = self.run(op, **tensors, **options)
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    named = {**tensors, name: tensor.as_subclass(Named)}
+                    named = {**tensors, name: tensor.as_subclass(_subclass())}
                     got = self.run(op, **named, **options)
                     assert type(got) is torch.Tensor
                     assert torch.equal(got, expected)
@@ -181,28 +177,20 @@ class TorchFaults(Properties):
     @pytest.mark.parametrize("kind", ["subclass", "meta"])
     def test_faults_of_unusual_tensors(self, torch_kit: TorchKit, kind: str) -> None:
         """Subclasses, and tensors without data, are refused what tensors are."""
-        torch = torch_kit.lib
-
-        class Named(torch.Tensor):
-            pass
-
         for op, wrongs in UNUSUAL.items():
             tensors, options = self.tensors(torch_kit, SMALL, op)
             first = next(iter(tensors))
             if kind == "meta":
                 tensors = _on_meta(tensors)
             else:
-                tensors[first] = tensors[first].as_subclass(Named)
+                tensors[first] = tensors[first].as_subclass(_subclass())
             lead: Any = tensors[first]
-            for error, match, wrong in wrongs:
-                with pytest.raises(error, match=match):
-                    getattr(hata, op)(**{**tensors, **options, **wrong})
-            with pytest.raises(HataShapeError, match=f"{first}: .*4 dimensions"):
-                getattr(hata, op)(**{**tensors, first: lead[0]}, **options)
+            told = [*wrongs, (HataShapeError, f"{first}: .*4 dimensions", {first: lead[0]})]
             if lead.is_floating_point():
-                wanted = lead.detach().requires_grad_()
-                with pytest.raises(HataAutogradError, match=f"{first}: .*no_grad"):
-                    getattr(hata, op)(**{**tensors, first: wanted}, **options)
+                wanted = {first: lead.detach().requires_grad_()}
+                told.append((HataAutogradError, f"{first}: .*no_grad", wanted))
+            for error, match, wrong in told:
+                self.refused(op, error, match, tensors, options, wrong)
             hata.prepare(op, **tensors, **options)
 
     def test_tensors_without_strides(self, torch_kit: TorchKit) -> None:
@@ -210,19 +198,17 @@ class TorchFaults(Properties):
         torch = torch_kit.lib
         tensors, options = self.tensors(torch_kit, SMALL, "sparse_attend")
         for name in ("q", "keys"):
-            wrong = {**tensors, name: tensors[name].to_sparse()}
-            with pytest.raises(hata.HataDTypeError, match=f"{name}: .*strides"):
-                hata.sparse_attend(**wrong, **options)
-            # The same memory with its sign changed lazily; shape and strides say nothing of it.
-            wrong = {**tensors, name: torch.ops.aten._neg_view(tensors[name])}
-            with pytest.raises(hata.HataDTypeError, match=f"{name}: .*resolve_neg"):
-                hata.sparse_attend(**wrong, **options)
-        with pytest.raises(hata.HataDTypeError, match=r"q: .*memory"):
+            # A negated view is the same memory; shape and strides say nothing of its sign.
+            negated = torch.ops.aten._neg_view(tensors[name])
+            for wrong, fix in ((tensors[name].to_sparse(), "strides"), (negated, "resolve_neg")):
+                match, given = f"{name}: .*{fix}", {**tensors, name: wrong}
+                self.refused("sparse_attend", HataDTypeError, match, given, options)
+        with pytest.raises(HataDTypeError, match=r"q: .*memory"):
             torch.vmap(lambda q: hata.sparse_attend(**{**tensors, "q": q}, **options))(
                 tensors["q"][None]
             )
 
-    def captured(self, op: str, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
+    def captured(self, op: str, tensors: Tensors, options: dict[str, Any]) -> Any:
         """A graph of one prepared call, and what the call returned."""
         import torch
 
@@ -234,10 +220,10 @@ class TorchFaults(Properties):
         return graph, result
 
     @pytest.mark.parametrize("op", ["hamming_topk", "hash_attend"])
-    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    @NORMS
     def test_fault_44_graph_capture(self, gpu_kit: TorchKit, op: str, norms: bool) -> None:
         torch = gpu_kit.lib
-        case = changed(
+        case = replace(
             SMALL, slots=500, k=50, lengths=(100, 7), starts=(0, 3), fresh=1, norms=norms,
             dense_below=60,
         )  # fmt: skip
@@ -252,7 +238,7 @@ class TorchFaults(Properties):
     @pytest.mark.parametrize("op", ["encode", "sparse_attend"])
     def test_fault_44_graph_capture_of_the_others(self, gpu_kit: TorchKit, op: str) -> None:
         torch = gpu_kit.lib
-        tensors, options = self.tensors(gpu_kit, changed(SMALL, slots=500, k=50), op)
+        tensors, options = self.tensors(gpu_kit, replace(SMALL, slots=500, k=50), op)
         graph, out = self.captured(op, tensors, options)
         first = next(iter(tensors.values()))
         for factor in (1, -1, 3):
@@ -264,20 +250,17 @@ class TorchFaults(Properties):
         """Query codes of other head counts than q's are scored by kernels of their own."""
         torch = gpu_kit.lib
         for group in (1, 3, 8):
-            case = changed(SMALL, slots=90, given_codes=True, code_group=group, fresh=2)
+            case = replace(SMALL, slots=90, given_codes=True, code_group=group, fresh=2)
             tensors, options = self.tensors(gpu_kit, case, "hash_attend")
-            graph, out = self.captured("hash_attend", tensors, options)
-            graph.replay()
-            assert torch.equal(out, hata.hash_attend(**tensors, **options))
-            tensors["projection"], options["fresh"] = None, 0
-            expected = hata.hash_attend(**tensors, **options)
-            graph, out = self.captured("hash_attend", tensors, options)
-            graph.replay()
-            assert torch.equal(out, expected)
+            without = {**tensors, "projection": None}, {**options, "fresh": 0}
+            for given, numbers in ((tensors, options), without):
+                graph, out = self.captured("hash_attend", given, numbers)
+                graph.replay()
+                assert torch.equal(out, hata.hash_attend(**given, **numbers))
 
     def test_fault_44_nothing_waits_for_the_gpu(self, gpu_kit: TorchKit) -> None:
         torch = gpu_kit.lib
-        case = changed(SMALL, lengths=(40, 9), starts=(0, 3), fresh=1, norms=True, ratio=0.5)
+        case = replace(SMALL, lengths=(40, 9), starts=(0, 3), fresh=1, norms=True, ratio=0.5)
         calls = list(self.each(gpu_kit, case))
         for op, tensors, options in calls:
             self.run(op, **tensors, **options)
@@ -295,7 +278,7 @@ class TorchFaults(Properties):
     def test_fault_17_hundred_replays(self, gpu_kit: TorchKit) -> None:
         """Bits do not depend on the run, the replay, or what the graph was replayed with before."""
         torch = gpu_kit.lib
-        case = changed(SMALL, slots=3000, k=200, flavour="few", lengths=(3000, 40), norms=True)
+        case = replace(SMALL, slots=3000, k=200, flavour="few", lengths=(3000, 40), norms=True)
         for op in ("hamming_topk", "hash_attend"):
             tensors, options = self.tensors(gpu_kit, case, op)
             graph, out = self.captured(op, tensors, options)
@@ -328,12 +311,11 @@ class TorchFaults(Properties):
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=None)
         for slots in (40, 41, 55, 64, 130):
-            case = changed(SMALL, slots=slots)
+            case = replace(SMALL, slots=slots)
             results = []
             for function in (step, compiled):
                 tensors, _ = self.tensors(torch_kit, case, "hash_attend")
-                names = ("q", "keys", "values", "key_codes", "projection")
-                given = [tensors[name] for name in names]
+                given = [tensors[name] for name in CALLS["hash_attend"]._fields[:5]]
                 results.append([*function(*given), tensors["key_codes"]])
             for ours, theirs in zip(*results, strict=True):
                 assert torch.equal(ours, theirs)
@@ -345,13 +327,13 @@ class TorchFaults(Properties):
         torch = torch_kit.lib
         import hata.torch_ops  # noqa: F401  registers the custom ops
 
-        case = changed(SMALL, norms=True, bias=True, sinks=True, lengths=(40, 9), fresh=3)
+        case = replace(SMALL, norms=True, bias=True, sinks=True, lengths=(40, 9), fresh=3)
         tensors, options = self.tensors(torch_kit, case, op.rstrip("_"))
         arguments = [*self.op_arguments(op.rstrip("_"), tensors, options)]
         if op == "encode_":
             shape = tensors["x"].shape[:3]
-            arguments.append(torch.zeros((*shape, 8), dtype=torch.uint8, device=self.device))
-            arguments.append(torch.zeros(shape, dtype=torch.float16, device=self.device))
+            out, norms = np.zeros((*shape, 8), np.uint8), np.zeros(shape, np.float16)
+            arguments += [torch_kit.put(out), torch_kit.put(norms)]
         if op == "hash_attend":
             arguments[-1] = 0
         torch.library.opcheck(getattr(torch.ops.hata, op), tuple(arguments))
@@ -362,7 +344,7 @@ class TorchFaults(Properties):
         # It registers the custom ops.
         import hata.torch_ops
 
-        case = changed(SMALL, given_codes=True, norms=True)
+        case = replace(SMALL, given_codes=True, norms=True)
         tensors, options = self.tensors(torch_kit, case, "hash_attend")
         expected = self.run("hash_attend", **tensors, **options)
         tensors["projection"] = None

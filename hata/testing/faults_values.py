@@ -9,6 +9,7 @@ Tests are named after the faults they try, each a known way to go wrong; its num
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from hata.errors import UnsupportedProblem
 from hata.measure.arrays import Kit, NumPyKit, numpy_dtype
 from hata.problem import OPS
 from hata.testing.harness import arrays_of
-from hata.testing.properties import Properties
+from hata.testing.properties import NORMS, Properties
 from hata.testing.strategies import Case, make_values
 
 SMALL = Case(
@@ -32,23 +33,16 @@ MANY = 70_001
 WIDE_BYTES = 14 << 30
 
 
-def changed(case: Case, **changes: Any) -> Case:
-    """A case with some of its fields changed."""
-    return Case(**{**vars(case), **changes})
-
-
 class ValueFaults(Properties):
     """Rows whose input is legal."""
 
     def check_all(self, kit: Kit, case: Case) -> None:
         """All four ops on a case."""
-        self.check_encode(kit, case)
-        self.check_hamming_topk(kit, case)
-        self.check_sparse_attend(kit, case)
-        self.check_hash_attend(kit, case)
+        for op in OPS:
+            getattr(self, "check_" + op)(kit, case)
 
     def test_fault_01_budget_beyond_the_keys(self, kit: Kit) -> None:
-        case = changed(SMALL, k=SMALL.slots + 7, lengths=(40, 5))
+        case = replace(SMALL, k=SMALL.slots + 7, lengths=(40, 5))
         self.check_all(kit, case)
         indices = self.result(kit, case, "hamming_topk")
         assert (indices[1] == [*range(5), *[-1] * 42]).all()
@@ -58,19 +52,19 @@ class ValueFaults(Properties):
         np.testing.assert_allclose(huge, dense, rtol=1e-5, atol=1e-6)
 
     def test_fault_04_no_slots_no_keys_no_tokens(self, kit: Kit) -> None:
-        self.check_all(kit, changed(SMALL, slots=0))
-        self.check_all(kit, changed(SMALL, tokens=0))
-        self.check_all(kit, changed(SMALL, lengths=(0, 0), fresh=3))
-        self.check_sparse_attend(kit, changed(SMALL, k=0))
-        out, lse = self.result(kit, changed(SMALL, slots=0), "hash_attend", return_lse=True)
+        self.check_all(kit, replace(SMALL, slots=0))
+        self.check_all(kit, replace(SMALL, tokens=0))
+        self.check_all(kit, replace(SMALL, lengths=(0, 0), fresh=3))
+        self.check_sparse_attend(kit, replace(SMALL, k=0))
+        out, lse = self.result(kit, replace(SMALL, slots=0), "hash_attend", return_lse=True)
         assert (out == 0).all()
         assert (lse == -np.inf).all()
 
     def test_fault_05_batch_of_none(self, kit: Kit) -> None:
-        self.check_all(kit, changed(SMALL, batch=0, lengths=(), fresh=2))
+        self.check_all(kit, replace(SMALL, batch=0, lengths=(), fresh=2))
 
     def test_fault_06_one_row_of_length_zero(self, kit: Kit) -> None:
-        case = changed(SMALL, batch=3, lengths=(40, 0, 17), fresh=2, sinks=True)
+        case = replace(SMALL, batch=3, lengths=(40, 0, 17), fresh=2, sinks=True)
         self.check_all(kit, case)
         out = self.result(kit, case, "hash_attend")
         assert (out[1] == 0).all()
@@ -79,18 +73,18 @@ class ValueFaults(Properties):
     @pytest.mark.parametrize("length_dtype", ["int32", "int64"])
     def test_fault_07_rows_shorter_than_the_budget(self, kit: Kit, length_dtype: str) -> None:
         lengths, starts = (40, 3, 6, 7), (39, 1, 0, 0)
-        case = changed(SMALL, batch=4, lengths=lengths, starts=starts, lengths_dtype=length_dtype)
+        case = replace(SMALL, batch=4, lengths=lengths, starts=starts, lengths_dtype=length_dtype)
         self.check_all(kit, case)
-        self.check_all(kit, changed(case, tokens=3, fresh=5))
-        self.check_all(kit, changed(case, lengths=5, starts=2, lengths_dtype=length_dtype))
+        self.check_all(kit, replace(case, tokens=3, fresh=5))
+        self.check_all(kit, replace(case, lengths=5, starts=2, lengths_dtype=length_dtype))
         # Far below zero, where what is taken off a length for earlier queries must not wrap around.
         lengths = (-(2**31), 1 - 2**31, -1, 40)
-        self.check_all(kit, changed(case, lengths=lengths, tokens=3, fresh=5))
+        self.check_all(kit, replace(case, lengths=lengths, tokens=3, fresh=5))
         # Starts behind all slots, up to the largest, from which on nothing may be counted up.
-        self.check_all(kit, changed(case, starts=(2**31 - 1, 2**31 - 2, 5, 0), tokens=3, fresh=5))
+        self.check_all(kit, replace(case, starts=(2**31 - 1, 2**31 - 2, 5, 0), tokens=3, fresh=5))
 
     def test_fault_09_row_that_sees_nothing(self, kit: Kit) -> None:
-        case = changed(SMALL, lengths=(40, 10), starts=(40, 30), sinks=True, tokens=2, fresh=3)
+        case = replace(SMALL, lengths=(40, 10), starts=(40, 30), sinks=True, tokens=2, fresh=3)
         self.check_all(kit, case)
         nothing = np.full((2, 2, 2, 6), -1, np.int32)
         self.check_sparse_attend(kit, case, indices=nothing)
@@ -121,7 +115,7 @@ class ValueFaults(Properties):
 
     @pytest.mark.parametrize("poison", [np.nan, np.inf])
     def test_fault_12_nan_in_unselected_slots(self, kit: Kit, dtype: str, poison: float) -> None:
-        case = changed(SMALL, dtype=dtype, lengths=(33, 29), starts=(2, 4), tokens=2)
+        case = replace(SMALL, dtype=dtype, lengths=(33, 29), starts=(2, 4), tokens=2)
         values = make_values(case)
         arrays, options = self.arguments(kit, case, "hash_attend")
         indices = self.selected(kit, case, arrays)
@@ -135,7 +129,7 @@ class ValueFaults(Properties):
         self.check_sparse_attend(kit, case, **given, indices=indices)
 
     def test_fault_13_infinity_in_keys(self, kit: Kit, dtype: str) -> None:
-        case = changed(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
+        case = replace(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
         keys = make_values(case)["keys"]
         keys[0, 0, 5, 7] = np.inf
         keys[1, 1, 9, 0] = -np.inf
@@ -146,7 +140,7 @@ class ValueFaults(Properties):
 
     @pytest.mark.parametrize("zero", [0.0, -0.0])
     def test_fault_14_zeros_give_bit_zero(self, kit: Kit, dtype: str, zero: float) -> None:
-        case = changed(SMALL, dtype=dtype)
+        case = replace(SMALL, dtype=dtype)
         zeros = {n: np.full_like(make_values(case)[n], zero) for n in ("projection", "x")}
         bias = np.full((2, 64), zero, numpy_dtype(dtype))
         for name, more in (("projection", {}), ("x", {}), ("x", {"bias": bias})):
@@ -154,21 +148,20 @@ class ValueFaults(Properties):
             assert (self.result(kit, case, "encode", given) == 0).all()
 
     @pytest.mark.parametrize("slots", [40, MANY, 2**20, 2**22 - 1])
-    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    @NORMS
     def test_fault_15_all_keys_identical(self, kit: Kit, slots: int, norms: bool) -> None:
         given = {
             "q_codes": np.full((1, 4, 1, 4), 0x0F, np.uint8),
             "k_codes": np.full((1, 1, slots, 4), 0xF1, np.uint8),
             "key_norms": np.full((1, 1, slots), 2.0, np.float16) if norms else None,
         }
-        options: dict[str, Any] = {"k": 11}
-        indices = self.got(kit, "hamming_topk", self.put(kit, **given), **options)
+        placed = self.put(kit, **given)
+        indices = self.got(kit, "hamming_topk", placed, k=11)
         assert indices[0, 0, 0].tolist() == list(range(11))
-        options |= {"sink": 2, "recent": 3}
-        indices = self.got(kit, "hamming_topk", self.put(kit, **given), **options)
+        indices = self.got(kit, "hamming_topk", placed, k=11, sink=2, recent=3)
         assert indices[0, 0, 0].tolist() == [*range(8), slots - 3, slots - 2, slots - 1]
 
-    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    @NORMS
     def test_fault_16_tie_at_the_last_place(self, kit: Kit, norms: bool) -> None:
         k_codes = np.full((1, 1, 3_000, 4), 0x11, np.uint8)
         k_codes[0, 0, [70, 2_900]] = 0
@@ -179,11 +172,11 @@ class ValueFaults(Properties):
         }
         indices = self.got(kit, "hamming_topk", self.put(kit, **given), k=5)
         assert indices[0, 0, 0].tolist() == [0, 1, 2, 70, 2_900]
-        case = changed(SMALL, batch=1, slots=5_000, k=700, flavour="few", norms=norms)
+        case = replace(SMALL, batch=1, slots=5_000, k=700, flavour="few", norms=norms)
         self.check_hamming_topk(kit, case)
 
     def test_fault_17_hundred_equal_calls(self, kit: Kit) -> None:
-        case = changed(SMALL, slots=600, k=100, flavour="few", tokens=2, norms=True)
+        case = replace(SMALL, slots=600, k=100, flavour="few", tokens=2, norms=True)
         for op in ("hamming_topk", "hash_attend"):
             arrays, options = self.arguments(kit, case, op)
             results = {self.got(kit, op, arrays, **options).tobytes() for _ in range(100)}
@@ -193,14 +186,14 @@ class ValueFaults(Properties):
     def test_fault_18_float16_logits_near_65504(self, kit: Kit, size: float) -> None:
         if "float16" not in self.loaded.dtypes:
             pytest.skip("the backend takes no float16")
-        case = changed(SMALL, dtype="float16", head_dim=128, scale=1.0)
+        case = replace(SMALL, dtype="float16", head_dim=128, scale=1.0)
         given = {n: np.full_like(make_values(case)[n], size) for n in ("q", "keys")}
         self.check_sparse_attend(kit, case, **given)
         for x in self.result(kit, case, "hash_attend", given, return_lse=True):
             assert np.isfinite(x).all()
 
     def test_fault_19_zero_q_or_keys(self, kit: Kit, dtype: str) -> None:
-        case = changed(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
+        case = replace(SMALL, dtype=dtype, fresh=SMALL.slots, norms=True)
         values = make_values(case)
         chosen = (values["indices"] >= 0).sum(axis=-1).repeat(2, axis=1)
         for name in ("q", "keys"):
@@ -211,7 +204,7 @@ class ValueFaults(Properties):
                 np.testing.assert_allclose(lse, np.log(chosen), rtol=1e-6, atol=1e-6)
 
     def test_fault_20_offsets_beyond_31_bits(self, kit: Kit) -> None:
-        case = changed(
+        case = replace(
             SMALL, dtype="float16", batch=1, kv_heads=8, group=1, head_dim=128, value_dim=128,
             slots=self.wide_slots, k=8,
         )  # fmt: skip
@@ -305,18 +298,18 @@ class ValueFaults(Properties):
     @pytest.mark.parametrize("head_dim", [80, 96, 192, 256, 576])
     def test_fault_22_unusual_head_sizes(self, kit: Kit, dtype: str, head_dim: int) -> None:
         sizes = {"head_dim": head_dim, "value_dim": head_dim}
-        self.check_all(kit, changed(SMALL, dtype=dtype, **sizes))
+        self.check_all(kit, replace(SMALL, dtype=dtype, **sizes))
 
     @pytest.mark.parametrize("value_dim", [16, 48, 512])
     def test_fault_23_values_of_another_size(self, kit: Kit, dtype: str, value_dim: int) -> None:
-        case = changed(SMALL, dtype=dtype, head_dim=96, value_dim=value_dim, tokens=2)
+        case = replace(SMALL, dtype=dtype, head_dim=96, value_dim=value_dim, tokens=2)
         self.check_sparse_attend(kit, case)
         self.check_hash_attend(kit, case)
 
     @pytest.mark.parametrize("layout", ["tokens_first", "padded", "sliced"])
     def test_fault_27_strides(self, kit: Kit, dtype: str, layout: str) -> None:
         layouts = (layout,)
-        self.check_all(kit, changed(SMALL, dtype=dtype, layouts=layouts, norms=True, tokens=2))
+        self.check_all(kit, replace(SMALL, dtype=dtype, layouts=layouts, norms=True, tokens=2))
 
     def test_fault_29_expanded(self, kit: Kit, dtype: str) -> None:
         self.test_fault_27_strides(kit, dtype, "expanded")
@@ -354,16 +347,15 @@ class ValueFaults(Properties):
             assert torch.cuda.current_device() == 0
 
     def test_fault_40_two_threads(self, kit: Kit) -> None:
-        cases = [changed(SMALL, seed=seed, slots=500 + seed, k=50) for seed in (1, 2)]
+        cases = [replace(SMALL, seed=seed, slots=500 + seed, k=50) for seed in (1, 2)]
         calls = [self.arguments(kit, case, "hash_attend") for case in cases]
         expected = [self.got(kit, "hash_attend", a, **o).tobytes() for a, o in calls]
 
         def work(turn: int) -> set[bytes]:
             arrays, options = calls[turn]
             with hata.use_backend(self.backend), kit.stream():
-                return {
-                    self.got(kit, "hash_attend", arrays, **options).tobytes() for _ in range(50)
-                }
+                results = (self.got(kit, "hash_attend", arrays, **options) for _ in range(50))
+                return {result.tobytes() for result in results}
 
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(work, (0, 1))) == [{right} for right in expected]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
-from hypothesis import strategies as st
 
 import hata
 from hata import arrays as adapters
@@ -19,7 +19,7 @@ from hata.errors import UnsupportedProblem
 from hata.measure import reference, tolerance
 from hata.measure.arrays import KITS, Arrays, Kit, NumPyKit
 from hata.measure.tolerance import hold
-from hata.testing.strategies import Case
+from hata.testing.strategies import Case, cases
 
 # Where the arrays of a device can come from. JAX has tests of its own.
 _FRAMEWORKS = {"cpu": ("numpy", "torch"), "cuda": ("torch", "cupy")}
@@ -31,10 +31,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 def _poisoned(empty: Any) -> Any:
     def poisoned_empty(self: Any, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         array = empty(self, shape, dtype, like)
-        if isinstance(array, adapters.Layout):
-            return array
-        size = adapters.ITEMSIZE[dtype]
-        array[...] = np.nan if "float" in dtype else int.from_bytes(b"\x7f" * size, "little")
+        if not isinstance(array, adapters.Layout):
+            size = adapters.ITEMSIZE[dtype]
+            array[...] = np.nan if "float" in dtype else int.from_bytes(b"\x7f" * size, "little")
         return array
 
     return poisoned_empty
@@ -59,27 +58,24 @@ class Harness:
         wanted = [name for name in ("kit", "dtype") if name in metafunc.fixturenames]
         if not wanted:
             return
-        absent = registry.missing(self.backend)
-        if absent is not None:
-            # The backend's absence is one skip per test, not one per framework and dtype.
-            skipped = pytest.param(*[None] * len(wanted), marks=pytest.mark.skip(absent))
-            metafunc.parametrize(wanted, [skipped], ids=[self.backend])
+        if registry.missing(self.backend) is not None:
+            # One skip per test, not one per framework and dtype: of the fixture below.
+            metafunc.parametrize(wanted, [[None] * len(wanted)], ids=[self.backend])
             return
         loaded = registry.load(self.backend)
         frameworks = self.frameworks or [
             name for name in _FRAMEWORKS[self.device] if name in loaded.frameworks
         ]
         dtypes = self.dtypes or [name for name in DTYPES if name in loaded.dtypes]
-        cases = []
-        for framework in frameworks if "kit" in wanted else [None]:
-            for dtype in dtypes if "dtype" in wanted else [None]:
-                kit = None if framework is None else KITS[framework](self.device)
-                reason = None if kit is None else kit.missing(dtype or "float32")
-                marks = [pytest.mark.skip(reason)] if reason else []
-                values = {"kit": kit, "dtype": dtype}
-                name = "-".join(filter(None, (framework, dtype)))
-                cases.append(pytest.param(*[values[key] for key in wanted], marks=marks, id=name))
-        metafunc.parametrize(wanted, cases)
+        found = []
+        kits = [KITS[name](self.device) for name in frameworks] if "kit" in wanted else [None]
+        for kit, dtype in itertools.product(kits, dtypes if "dtype" in wanted else [None]):
+            reason = kit and kit.missing(dtype or "float32")
+            marks = [pytest.mark.skip(reason)] if reason else []
+            name = "-".join(filter(None, (kit and kit.name, dtype)))
+            values = filter(None, (kit, dtype))
+            found.append(pytest.param(*values, marks=marks, id=name))
+        metafunc.parametrize(wanted, found)
 
     @pytest.fixture(autouse=True)
     def _backend_in_force(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -106,13 +102,13 @@ class Harness:
         """The backend under test."""
         return registry.load(self.backend)
 
-    def for_cases(self, strategy: st.SearchStrategy[Case], check: Any) -> None:
+    def for_cases(self, dtype: str, check: Callable[[Case], None]) -> None:
         """Hold `check(case)` against drawn cases; those the backend refuses do not count."""
         reasons: list[str] = []
         ran: list[Case] = []
 
         @settings(max_examples=self.max_examples, deadline=None, suppress_health_check=_PATIENCE)
-        @given(strategy)
+        @given(cases(dtype, self.max_slots, self.max_head_dim))
         def run(case: Case) -> None:
             try:
                 check(case)
@@ -137,6 +133,13 @@ class Harness:
             return getattr(hata, op)(**arguments)
         except UnsupportedProblem as error:
             pytest.skip(str(error))
+
+    def refused(
+        self, op: str, error: type[Exception], match: str, *arguments: dict[str, Any]
+    ) -> None:
+        """An op refuses a call; of its arguments later ones replace earlier ones."""
+        with pytest.raises(error, match=match):
+            getattr(hata, op)(**{name: x for part in arguments for name, x in part.items()})
 
     def call(self, kit: Kit, op: str, placed: Arrays, **options: Any) -> Any:
         """Call an op with arrays placed by `kit`; nothing may change but what it writes."""
@@ -171,8 +174,7 @@ class Harness:
     ) -> None:
         """`(out, lse)` is right for the selection `indices`, within the tolerance."""
         q, keys, values = (placed[name].values for name in ("q", "keys", "values"))
-        sinks = placed.get("sink_logits")
-        sinks = None if sinks is None else sinks.values
+        sinks = given_values(placed).get("sink_logits")
         assert all(map(kit.is_same_kind, result)), "another kind of array came back"
         out, lse = map(kit.get, result)
         assert out.dtype == q.dtype
@@ -184,6 +186,11 @@ class Harness:
         plain = tolerance.plain_attention(q, keys, values, indices, factor, softcap, sinks)
         hold(tolerance.attention_fault(out, expected, plain))
         hold(tolerance.lse_fault(lse, expected_lse, plain.logit))
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    """What an op returned, one array or several."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 def arrays_of(placed: Arrays) -> dict[str, Any]:

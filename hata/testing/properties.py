@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from hata.measure import reference, tolerance
 from hata.measure.arrays import LAYOUTS, Arrays, JAXKit, Kit, NumPyKit, numpy_dtype
 from hata.measure.tolerance import hold
 from hata.problem import OPS, Problem
-from hata.testing.harness import Harness, arrays_of, given_values, visible
-from hata.testing.strategies import Case, cases, make_values, place
+from hata.testing.harness import Harness, arrays_of, as_tuple, given_values, visible
+from hata.testing.strategies import Case, make_values, place
 
 # One case that uses most options, where a test needs one rather than many.
 RICH = Case(
@@ -31,14 +32,11 @@ RICH = Case(
 
 # Parts of the test that runs every configuration.
 CONFIG_PARTS = 8
+NORMS = pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
 
 
 class Properties(Harness):
     """The ops, one by one and together."""
-
-    def drawn(self, dtype: str) -> Any:
-        """The cases to hold a test against."""
-        return cases(dtype, tuple(LAYOUTS), self.max_slots, self.max_head_dim)
 
     def test_declaration(self) -> None:
         """Name, devices, dtypes and frameworks are declared; hashes name the sources."""
@@ -55,15 +53,15 @@ class Properties(Harness):
 
     def test_encode(self, kit: Kit, dtype: str) -> None:
         """Codes and norms equal the reference's, with and without `out=` and `norms=`."""
-        self.for_cases(self.drawn(dtype), lambda case: self.check_encode(kit, case))
+        self.for_cases(dtype, partial(self.check_encode, kit))
 
     def test_hamming_topk(self, kit: Kit) -> None:
         """Indices equal the reference's, bit for bit."""
-        self.for_cases(self.drawn("float32"), lambda case: self.check_hamming_topk(kit, case))
+        self.for_cases("float32", partial(self.check_hamming_topk, kit))
 
     def test_sparse_attend(self, kit: Kit, dtype: str) -> None:
         """Outputs and lse are as near to float64 as a plain computation in the same dtype."""
-        self.for_cases(self.drawn(dtype), lambda case: self.check_sparse_attend(kit, case))
+        self.for_cases(dtype, partial(self.check_sparse_attend, kit))
 
     @pytest.mark.parametrize("softcap", [0.05, 1e3, 1e6])
     def test_soft_caps_of_any_size(self, kit: Kit, softcap: float) -> None:
@@ -72,7 +70,7 @@ class Properties(Harness):
 
     def test_hash_attend(self, kit: Kit, dtype: str) -> None:
         """Equals the three ops in sequence; writes the codes and norms of fresh keys alone."""
-        self.for_cases(self.drawn(dtype), lambda case: self.check_hash_attend(kit, case))
+        self.for_cases(dtype, partial(self.check_hash_attend, kit))
 
     @pytest.mark.parametrize("where", ["first", "middle", "last", "spread"])
     def test_winners_in_one_stretch(self, kit: Kit, dtype: str, where: str) -> None:
@@ -90,7 +88,7 @@ class Properties(Harness):
         key_codes[:, :, near] = 1 << rng.integers(0, 8, key_codes[:, :, near].shape)
         self.check_hash_attend(kit, case, q_codes=q_codes, key_codes=key_codes)
 
-    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    @NORMS
     def test_long_rows_of_which_all_is_taken(self, kit: Kit, norms: bool) -> None:
         """A row may have far more keys than a part of it has room to score."""
         case = replace(
@@ -109,14 +107,13 @@ class Properties(Harness):
             rng = np.random.default_rng(case.seed)
             b, h, t = (int(rng.integers(n)) for n in codes.shape[:3])
             head = h * case.kv_heads // codes.shape[1]
-            alone: dict[str, Any] = {"x": placed["x"].values[b : b + 1, h : h + 1, t : t + 1]}
-            for name in ("projection", "bias"):
-                p = placed[name]
-                alone[name] = None if p is None else p.values[head : head + 1]
+            values = given_values(placed)
+            alone = {n: x if x is None else x[head : head + 1] for n, x in values.items()}
+            alone["x"] = values["x"][b : b + 1, h : h + 1, t : t + 1]
             code = self.got(kit, "encode", self.put(kit, **alone))
             np.testing.assert_array_equal(code[0, 0, 0], codes[b, h, t])
 
-        self.for_cases(self.drawn(dtype), check)
+        self.for_cases(dtype, check)
 
     def test_codes_in_doubt_are_the_same_everywhere(self, kit: Kit, dtype: str) -> None:
         """Where rounding alone decides the bits, they still depend on the vector alone.
@@ -172,7 +169,7 @@ class Properties(Harness):
                 values["lengths"][others] = rng.integers(0, case.slots + 1)
             assert output() == before
 
-        self.for_cases(self.drawn(dtype), check)
+        self.for_cases(dtype, check)
 
     @pytest.mark.parametrize("ratio", [2**-20, 0.1, 1 / 3, 0.5, 1.0])
     def test_budget_is_exact(self, kit: Kit, ratio: float) -> None:
@@ -198,13 +195,10 @@ class Properties(Harness):
         default = dict(self.loaded.default(problem))
         assert set(default) == set(knobs)
         assert all(default[name] in allowed for name, allowed in knobs.items())
-        others = [
-            {**default, knob: value}
-            for knob, values in knobs.items()
-            for value in values
-            if value != default[knob]
-        ]
-        for config in [default, *others][part::CONFIG_PARTS]:
+        configs = [default]
+        for knob, values in knobs.items():
+            configs += [{**default, knob: value} for value in values if value != default[knob]]
+        for config in configs[part::CONFIG_PARTS]:
             with use_config(self.backend, op, config):
                 getattr(self, "check_" + op)(kit, RICH)
 
@@ -217,12 +211,11 @@ class Properties(Harness):
             reason = "only tested through NumPy, on the CPU"
         if reason:
             pytest.skip(reason)
-        case = Case(**{**vars(RICH), "dtype": dtype, "fresh": 0})
+        case = replace(RICH, dtype=dtype, fresh=0)
         results = []
         for kit in (NumPyKit(), jax):
             arrays, options = self.arguments(kit, case, op)
-            result = self.call(kit, op, arrays, **options)
-            result = result if isinstance(result, tuple) else (result,)
+            result = as_tuple(self.call(kit, op, arrays, **options))
             assert all(map(kit.is_same_kind, result))
             results.append([kit.get(array) for array in result])
         for ours, theirs in zip(*results, strict=True):
@@ -237,7 +230,7 @@ class Properties(Harness):
         assert hata.prepare(op, **arrays_of(arrays), **options) is None
         assert before == {n: kit.get(p.memory).tobytes() for n, p in arrays.items() if p}
 
-    @pytest.mark.parametrize("norms", [False, True], ids=["hamming", "norms"])
+    @NORMS
     def test_hash_attend_without_a_projection(self, kit: Kit, dtype: str, norms: bool) -> None:
         """Where nothing is encoded the projection may be left out, which changes no bit."""
         case = replace(
@@ -258,10 +251,11 @@ class Properties(Harness):
         """Codes and norms are the reference's, and are written nowhere else."""
         placed, _ = self.arguments(kit, case, "encode", **given)
         norms = np.zeros(placed["x"].values.shape[:3], np.float16)
-        expected = reference().encode(**given_values(placed), norms=norms)
-        doubtful = tolerance.doubtful_bits(**given_values(placed))
+        values = given_values(placed)
+        expected = reference().encode(**values, norms=norms)
         codes = self.call(kit, "encode", placed)
         assert kit.is_same_kind(codes)
+        doubtful = partial(tolerance.doubtful_bits, **values)
         hold(tolerance.codes_fault(kit.get(codes), expected, doubtful))
 
         if not case.norms:

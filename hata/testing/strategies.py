@@ -6,8 +6,11 @@ it, so that a failing case prints as something a person can read and repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,74 +90,72 @@ class Case:
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
-@st.composite
-def cases(
-    draw: st.DrawFn,
-    dtype: str,
-    layouts: Sequence[str] = tuple(LAYOUTS),
-    max_slots: int = 200,
-    max_head_dim: int = 576,
-) -> Case:
-    """Cases within the contract, odd sizes preferred over round ones."""
-    batch = draw(st.sampled_from((1, 2, 3)))
-    slots = draw(st.one_of(st.integers(1, max_slots // 4), st.integers(1, max_slots)))
+# What does not depend on other sizes, made once: a strategy costs more to make than to draw from.
+_FREE = {
+    "seed": st.integers(0, 2**16),
+    "kv_heads": st.sampled_from((1, 2, 3)),
+    "group": st.sampled_from(GROUPS),
+    "tokens": st.sampled_from((1, 1, 2, 3)),
+    "bits": st.sampled_from(BITS),
+    "flavour": st.sampled_from(FLAVOURS),
+    "code_group": st.sampled_from(GROUPS),
+    "lengths_dtype": st.sampled_from(("int32", "int64")),
+    "ratio": st.one_of(st.none(), st.floats(2**-20, 1.0), st.sampled_from((0.1, 1 / 3))),
+    "k_min": st.integers(0, 20),
+    "scale": st.one_of(st.none(), st.floats(-0.5, 0.5)),
+    "softcap": st.one_of(st.none(), st.floats(0.5, 50.0)),
+    "layouts": st.lists(st.sampled_from(tuple(LAYOUTS)), min_size=1, max_size=4).map(tuple),
+    **{field.name: st.booleans() for field in fields(Case) if field.type == "bool"},
+}
+_few_or_none = functools.cache(lambda most: st.one_of(st.just(0), st.integers(0, most)))
+
+
+@functools.cache
+def _of_slots(batch: int, slots: int) -> dict[str, st.SearchStrategy[Any]]:
+    """What depends on the number of slots."""
     anywhere = st.one_of(st.sampled_from((0, 1, slots)), st.integers(0, slots))
     # Mostly many visible keys and a budget of fewer: else there is nothing to select.
     late = st.one_of(st.integers(slots - slots // 4, slots), anywhere)
     early = st.one_of(st.integers(0, slots // 4), anywhere)
-
-    def per_row(position: st.SearchStrategy[int]) -> Any:
-        return draw(st.one_of(st.none(), st.tuples(*[position] * batch), position))
-
     few = st.integers(1, max(1, slots // 3))
-    k = draw(st.one_of(few, few, st.integers(1, slots + 10)))
-    sink = draw(st.one_of(st.just(0), st.integers(0, min(k, 5))))
-    recent = draw(st.one_of(st.just(0), st.integers(0, min(k - sink, 5))))
-    head_dims = st.sampled_from([d for d in HEAD_DIMS if d <= max_head_dim])
-    drawn = {
-        "seed": st.integers(0, 2**16),
-        "kv_heads": st.sampled_from((1, 2, 3)),
-        "group": st.sampled_from(GROUPS),
-        "tokens": st.sampled_from((1, 1, 2, 3)),
-        "head_dim": head_dims,
-        "value_dim": head_dims,
-        "bits": st.sampled_from(BITS),
-        "flavour": st.sampled_from(FLAVOURS),
-        "code_group": st.sampled_from(GROUPS),
-        "lengths_dtype": st.sampled_from(("int32", "int64")),
-        "ratio": st.one_of(st.none(), st.floats(2**-20, 1.0), st.sampled_from((0.1, 1 / 3))),
-        "k_min": st.integers(0, 20),
-        "fresh": st.one_of(st.just(0), st.integers(0, slots + 2)),
+    return {
+        "lengths": st.one_of(st.none(), st.tuples(*[late] * batch), late),
+        "starts": st.one_of(st.none(), st.tuples(*[early] * batch), early),
+        "k": st.one_of(few, few, st.integers(1, slots + 10)),
+        "fresh": _few_or_none(slots + 2),
         "dense_below": st.one_of(st.just(0), late),
-        "scale": st.one_of(st.none(), st.floats(-0.5, 0.5)),
-        "softcap": st.one_of(st.none(), st.floats(0.5, 50.0)),
-        "layouts": st.lists(st.sampled_from(tuple(layouts)), min_size=1, max_size=4).map(tuple),
     }
-    drawn |= {field.name: st.booleans() for field in fields(Case) if field.type == "bool"}
-    return Case(
-        dtype=dtype, batch=batch, slots=slots, k=k, sink=sink, recent=recent,
-        lengths=per_row(late), starts=per_row(early),
-        **{name: draw(strategy) for name, strategy in drawn.items()},
-    )  # fmt: skip
 
 
-# The values of every array argument by name; `None` where a case has none.
-Values = dict[str, Any]
+@functools.cache
+def cases(dtype: str, max_slots: int = 200, max_head_dim: int = 576) -> st.SearchStrategy[Case]:
+    """Cases within the contract, odd sizes preferred over round ones."""
+    slots = st.one_of(st.integers(1, max_slots // 4), st.integers(1, max_slots))
+    head_dim = st.sampled_from([d for d in HEAD_DIMS if d <= max_head_dim])
+    free = {**_FREE, "head_dim": head_dim, "value_dim": head_dim}
+    sizes = st.tuples(st.sampled_from((1, 2, 3)), slots)
+
+    @st.composite
+    def case(draw: st.DrawFn) -> Case:
+        batch, slots = draw(sizes)
+        drawn = {n: draw(s) for n, s in {**_of_slots(batch, slots), **free}.items()}
+        sink = draw(_few_or_none(min(drawn["k"], 5)))
+        recent = draw(_few_or_none(min(drawn["k"] - sink, 5)))
+        return Case(dtype=dtype, batch=batch, slots=slots, sink=sink, recent=recent, **drawn)
+
+    return case()
 
 
-def place(kit: Kit, case: Case, op: str, values: Values) -> Arrays:
+def place(kit: Kit, case: Case, op: str, values: dict[str, Any]) -> Arrays:
     """Put the arguments of an op into a kit's memory, in the case's layouts."""
     kind = CALLS[op]
-    placed = {}
-    for turn, name in enumerate(n for n in kind._fields[: kind.ARRAYS] if n in values):
-        layout = case.layouts[turn % len(case.layouts)]
-        x = values[name]
-        placed[name] = None if x is None else kit.place(x, layout)
-    return placed
+    names = [name for name in kind._fields[: kind.ARRAYS] if name in values]
+    layouts = zip(names, itertools.cycle(case.layouts), strict=False)
+    return {n: None if values[n] is None else kit.place(values[n], layout) for n, layout in layouts}
 
 
-def make_values(case: Case) -> Values:
-    """The values of a case; the same ones whenever it is asked."""
+def make_values(case: Case) -> dict[str, Any]:
+    """The values of every array argument of a case, `None` where it has none; always the same."""
     rng = np.random.default_rng(case.seed)
     dtype = numpy_dtype(case.dtype)
     projection_dtype = np.dtype(np.float32) if case.float32_projection else dtype
@@ -163,20 +164,15 @@ def make_values(case: Case) -> Values:
     def normal(shape: tuple[int, ...], kind: np.dtype = dtype, size: float = 1.0) -> np.ndarray:
         return (size * rng.standard_normal(shape)).astype(kind)
 
-    def vectors(*shape: int) -> np.ndarray:
+    def repeated(draw: Callable[[tuple[int, ...]], np.ndarray], *shape: int) -> np.ndarray:
         if case.flavour == "equal":
-            return np.broadcast_to(normal(shape[-1:]), shape).copy()
+            return np.broadcast_to(draw(shape[-1:]), shape).copy()
         if case.flavour == "few":
-            return normal((4, shape[-1]))[rng.integers(0, 4, shape[:-1])]
-        return normal(shape, size=1e-3 if case.flavour == "small" else 1.0)
+            return draw((4, shape[-1]))[rng.integers(0, 4, shape[:-1])]
+        return draw(shape)
 
-    def codes(*shape: int) -> np.ndarray:
-        if case.flavour == "equal":
-            return np.full(shape, rng.integers(0, 256), np.uint8)
-        if case.flavour == "few":
-            rows = rng.integers(0, 256, (4, shape[-1]), np.uint8)
-            return rows[rng.integers(0, 4, shape[:-1])]
-        return rng.integers(0, 256, shape, np.uint8)
+    vectors = partial(repeated, partial(normal, size=1e-3 if case.flavour == "small" else 1.0))
+    codes = partial(repeated, lambda shape: rng.integers(0, 256, shape, np.uint8))
 
     def positions(given: tuple[int, ...] | int | None) -> np.ndarray | None:
         return None if given is None else np.array(given, case.lengths_dtype)
@@ -185,11 +181,14 @@ def make_values(case: Case) -> Values:
     if case.norms:
         norms = np.abs(normal((batch, kv_heads, case.slots), np.dtype(np.float16), 8.0))
         # Norms that tie, that are zero, and that no norm should be.
-        norms[rng.random(norms.shape) < 0.2] = 3.0
-        norms[rng.random(norms.shape) < 0.05] = 0.0
-        norms[rng.random(norms.shape) < 0.02] = -0.0
-        norms[rng.random(norms.shape) < 0.02] = 65504.0
-        norms[rng.random(norms.shape) < 0.02] = np.nan
+        for value, share in (
+            (3.0, 0.2),
+            (0.0, 0.05),
+            (-0.0, 0.02),
+            (65504.0, 0.02),
+            (np.nan, 0.02),
+        ):
+            norms[rng.random(norms.shape) < share] = value
     shape = (kv_heads, case.head_dim, case.bits)
     index_heads = heads if case.per_head else kv_heads
     code_heads, width = kv_heads * case.code_group, case.bits // 8

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 
-Results are held against the oracle as well. Run it once by itself before, so that kernels are
+Results are held against the reference as well. Run it once by itself before, so that kernels are
 compiled and cached. torch hands out memory of its own for every tensor here, so that a read behind
 the end of one is not one of its neighbour.
 """
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 # Before torch is imported.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -28,7 +29,6 @@ from hata.backend import Backend, Config, use_config
 from hata.measure.arrays import TorchKit
 from hata.problem import OPS
 from hata.testing import BackendSuite
-from hata.testing.faults_values import changed
 from hata.testing.strategies import Case
 
 BASE = Case(
@@ -37,23 +37,23 @@ BASE = Case(
 )  # fmt: skip
 CASES = {
     "a step": BASE,
-    "float16, heads of 80, tokens": changed(
+    "float16, heads of 80, tokens": replace(
         BASE, dtype="float16", head_dim=80, value_dim=48, tokens=3
     ),
-    "float32, key norms": changed(BASE, dtype="float32", norms=True, head_dim=64, value_dim=64),
-    "short codes": changed(BASE, bits=64, slots=334),
-    "shortest codes, odd slots": changed(BASE, bits=32, group=7, code_group=7),
-    "long codes, single heads": changed(BASE, bits=512, group=1, code_group=1, head_dim=16),
-    "per head": changed(BASE, per_head=True, code_group=4, norms=True),
-    "given codes, guards": changed(BASE, given_codes=True, code_group=3, sink=2, recent=5),
-    "soft cap, sinks, ratio": changed(BASE, softcap=9.0, sinks=True, ratio=0.3, bias=True),
-    "everything": changed(BASE, k=400, dense_below=100, starts=(3, 0)),
-    "latent heads": changed(
+    "float32, key norms": replace(BASE, dtype="float32", norms=True, head_dim=64, value_dim=64),
+    "short codes": replace(BASE, bits=64, slots=334),
+    "shortest codes, odd slots": replace(BASE, bits=32, group=7, code_group=7),
+    "long codes, single heads": replace(BASE, bits=512, group=1, code_group=1, head_dim=16),
+    "per head": replace(BASE, per_head=True, code_group=4, norms=True),
+    "given codes, guards": replace(BASE, given_codes=True, code_group=3, sink=2, recent=5),
+    "soft cap, sinks, ratio": replace(BASE, softcap=9.0, sinks=True, ratio=0.3, bias=True),
+    "everything": replace(BASE, k=400, dense_below=100, starts=(3, 0)),
+    "latent heads": replace(
         BASE, kv_heads=1, group=16, code_group=16, head_dim=576, value_dim=512, bits=256
     ),
-    "no vectors": changed(BASE, layouts=("offset", "padded")),
-    "no keys": changed(BASE, lengths=(0, 1)),
-    "more keys than a tile": changed(BASE, slots=9001, k=700, lengths=(9001, 4100), flavour="few"),
+    "no vectors": replace(BASE, layouts=("offset", "padded")),
+    "no keys": replace(BASE, lengths=(0, 1)),
+    "more keys than a tile": replace(BASE, slots=9001, k=700, lengths=(9001, 4100), flavour="few"),
 }
 
 

@@ -1,6 +1,7 @@
 """The Triton backend's own promises about launches, on a GPU."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hata.backend import use_config
 from hata.errors import HataCaptureError
 from hata.measure.arrays import TorchKit
 from hata.problem import Problem
-from hata.testing.faults_values import SMALL, changed
+from hata.testing.faults_values import SMALL
 from hata.testing.properties import Properties
 
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")
@@ -33,7 +34,7 @@ def unprepared(monkeypatch):
 
 def step(**changes):
     kit = TorchKit("cuda")
-    placed, options = Properties().arguments(kit, changed(SMALL, **changes), "hash_attend")
+    placed, options = Properties().arguments(kit, replace(SMALL, **changes), "hash_attend")
     return {name: p and p.array for name, p in placed.items()}, options
 
 

@@ -10,7 +10,7 @@ from hata.device import Fingerprint
 from hata.measure.arrays import TorchKit
 from hata.problem import Problem
 from hata.profile import Entry, Measured, Profile, ProfileWarning, Timing
-from hata.testing.faults_values import SMALL, changed
+from hata.testing.faults_values import SMALL
 from hata.testing.properties import Properties
 
 torch = pytest.importorskip("torch", reason="the Triton backend needs it")
@@ -58,7 +58,7 @@ def test_prepare_loads_what_the_call_launches(launched, monkeypatch, case):
     monkeypatch.setattr(launch.Bound, "load", lambda self, device: prepared.append(self))
     op, changes = CASES[case]
     kit = TorchKit()
-    placed, options = Properties().arguments(kit, changed(SMALL, **changes), op)
+    placed, options = Properties().arguments(kit, replace(SMALL, **changes), op)
     arrays = {name: p and p.array for name, p in placed.items()}
     before = {name: kit.get(p.memory).tobytes() for name, p in placed.items() if p}
     with hata.use_backend("triton"):
