@@ -14,6 +14,7 @@ Requirements this module meets:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,15 +28,14 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "
 class Framework:
     """What the ops need to know of a framework's arrays. Subclasses: one per framework."""
 
+    # Of its module, and of its class of arrays in there.
     name: str = ""
+    array: str = "ndarray"
     # Foreign arrays have no pointers of their own: `call` takes them through another framework.
     foreign: bool = False
 
-    def __init__(self) -> None:
-        self.types: set[type] = set()
-
-    def signature(self, x: Any) -> tuple:
-        """All that a check of `x` depends on, hashable and cheap."""
+    def signature(self, x: Any) -> tuple[tuple, int]:
+        """All that a check of `x` depends on, hashable and cheap; and its address."""
         raise NotImplementedError
 
     def shape(self, x: Any) -> tuple[int, ...]:
@@ -52,11 +52,11 @@ class Framework:
 
     def strides(self, x: Any) -> tuple[int, ...]:
         """Strides of `x` in elements."""
-        raise NotImplementedError
+        return tuple(s // x.itemsize for s in x.strides)
 
     def pointer(self, x: Any) -> int:
-        """Address of the first element of `x`."""
-        raise NotImplementedError
+        """Address of the first element of `x`; 0 where it has none."""
+        return 0
 
     def is_readonly(self, x: Any) -> bool:
         """Whether writing into `x` is forbidden."""
@@ -76,8 +76,8 @@ class Framework:
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
         """Signatures of the arrays of a call, and their addresses (0 for `None`)."""
-        signatures = [None if x is None else self.signature(x) for x in arrays]
-        return signatures, [0 if x is None else self.pointer(x) for x in arrays]
+        found = [(None, 0) if x is None else self.signature(x) for x in arrays]
+        return [signature for signature, _ in found], [address for _, address in found]
 
     def stream(self, index: int) -> int | None:
         """The current stream of a GPU; `None` where another GPU is current."""
@@ -106,27 +106,21 @@ class Layout:
         self, shape: tuple[int, ...], dtype: str, device: str = "cuda", aligned: bool = True
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        steps, step = [1], shape[-1] + (not aligned)
-        for size in reversed(shape[:-1]):
-            steps.append(step)
-            step *= size
-        self.strides = tuple(reversed(steps))
+        row, outer = shape[-1] + (not aligned), shape[:-1]
+        self.strides = (*(row * math.prod(outer[i + 1 :]) for i in range(len(outer))), 1)
 
 
 class _Layouts(Framework):
     name = "layout"
 
-    def signature(self, x: Any) -> tuple:
-        return x.shape, x.strides, x.dtype, x.device
+    def signature(self, x: Any) -> tuple[tuple, int]:
+        return (x.shape, x.strides, x.dtype, x.device), 0
 
     def device(self, x: Any) -> str:
         return x.device
 
     def strides(self, x: Any) -> tuple[int, ...]:
         return x.strides
-
-    def pointer(self, x: Any) -> int:
-        return 0
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         return Layout(shape, dtype, like.device)
@@ -136,16 +130,14 @@ class _NumPy(Framework):
     name = "numpy"
 
     def __init__(self) -> None:
-        super().__init__()
         self._np = sys.modules["numpy"]
-        self.types = {self._np.ndarray}
         # `dtype.name` costs more than all else that a call asks of an array.
         self._names: dict[Any, str] = {}
 
-    def signature(self, x: Any) -> tuple:
+    def signature(self, x: Any) -> tuple[tuple, int]:
         pointer, readonly = x.__array_interface__["data"]
         # The class too: a masked array has all else in common with its plain twin.
-        return x.__class__, x.shape, x.strides, x.dtype, pointer & 15, readonly
+        return (x.__class__, x.shape, x.strides, x.dtype, pointer & 15, readonly), pointer
 
     def dtype(self, x: Any) -> str:
         name = self._names.get(x.dtype)
@@ -153,9 +145,6 @@ class _NumPy(Framework):
             name = x.dtype.name if x.dtype.isnative else f"{x.dtype.str} (byte-swapped)"
             self._names[x.dtype] = name
         return name
-
-    def strides(self, x: Any) -> tuple[int, ...]:
-        return tuple(s // x.itemsize for s in x.strides)
 
     def pointer(self, x: Any) -> int:
         return x.__array_interface__["data"][0]
@@ -171,19 +160,16 @@ class _NumPy(Framework):
         return None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        if dtype == "bfloat16":
-            # Only reached where a bfloat16 array came in, so its dtype object is at hand.
-            return self._np.empty(shape, like.dtype)
-        return self._np.empty(shape, dtype)
+        # Only asked for bfloat16 where such an array came in, so its dtype object is at hand.
+        return self._np.empty(shape, like.dtype if dtype == "bfloat16" else dtype)
 
 
 class _Torch(Framework):
     name = "torch"
+    array = "Tensor"
 
     def __init__(self) -> None:
-        super().__init__()
         self._torch = torch = sys.modules["torch"]
-        self.types = {torch.Tensor, torch.nn.Parameter}
         # Of a class that overrides nothing of it, without a frame of ours.
         self.pointer = torch.Tensor.data_ptr
         self._names = {getattr(torch, name): name for name in ITEMSIZE}
@@ -219,10 +205,8 @@ class _Torch(Framework):
         return tuple(x.stride())
 
     def stream(self, index: int) -> int | None:
-        native = self._torch._C
-        return (
-            native._cuda_getCurrentRawStream(index) if native._cuda_getDevice() == index else None
-        )
+        cuda = self._torch._C
+        return cuda._cuda_getCurrentRawStream(index) if cuda._cuda_getDevice() == index else None
 
     def on(self, index: int) -> AbstractContextManager[Any]:
         return self._torch.cuda.device(index)
@@ -242,11 +226,8 @@ class _Torch(Framework):
             without = not x.is_meta and x.numel() > 0 and x.data_ptr() == 0
         except RuntimeError:
             without = True
-        if without:
-            return (
-                "it has no memory of its own (freed, fake, vmapped, wrapped); pass a plain tensor"
-            )
-        return None
+        why = "it has no memory of its own (freed, fake, vmapped, wrapped); pass a plain tensor"
+        return why if without else None
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         wanted, torch = self._dtypes[dtype], self._torch
@@ -261,21 +242,17 @@ class _CuPy(Framework):
     name = "cupy"
 
     def __init__(self) -> None:
-        super().__init__()
         self._cupy = sys.modules["cupy"]
-        self.types = {self._cupy.ndarray}
 
-    def signature(self, x: Any) -> tuple:
-        return x.shape, x.strides, x.dtype, x.data.device_id, x.data.ptr & 15
+    def signature(self, x: Any) -> tuple[tuple, int]:
+        pointer = x.data.ptr
+        return (x.shape, x.strides, x.dtype, x.data.device_id, pointer & 15), pointer
 
     def dtype(self, x: Any) -> str:
         return x.dtype.name
 
     def device(self, x: Any) -> str:
         return f"cuda:{x.data.device_id}"
-
-    def strides(self, x: Any) -> tuple[int, ...]:
-        return tuple(s // x.itemsize for s in x.strides)
 
     def pointer(self, x: Any) -> int:
         return x.data.ptr
@@ -294,14 +271,14 @@ class _CuPy(Framework):
 
 class _JAX(Framework):
     name = "jax"
+    array = "Array"
     foreign = True
 
     def __init__(self) -> None:
-        super().__init__()
         self._jax = sys.modules["jax"]
 
-    def signature(self, x: Any) -> tuple:
-        return x.shape, x.dtype, x.device
+    def signature(self, x: Any) -> tuple[tuple, int]:
+        return (x.shape, x.dtype, x.device), 0
 
     def device(self, x: Any) -> str:
         device = x.device
@@ -310,17 +287,7 @@ class _JAX(Framework):
         return "cpu" if kind == "cpu" else f"{kind}:{device.local_hardware_id}"
 
     def strides(self, x: Any) -> tuple[int, ...]:
-        strides, step = [], 1
-        for size in reversed(x.shape):
-            strides.append(step)
-            step *= size
-        return tuple(reversed(strides))
-
-    def pointer(self, x: Any) -> int:
-        return 0
-
-    def is_readonly(self, x: Any) -> bool:
-        return True
+        return tuple(math.prod(x.shape[i + 1 :]) for i in range(x.ndim))
 
     def refusal(self, x: Any) -> str | None:
         if isinstance(x, self._jax.core.Tracer):
@@ -352,13 +319,6 @@ class _JAX(Framework):
         return self._jax.dlpack.from_dlpack(x)
 
 
-# Module name, attribute path of its array class, our class.
-_FRAMEWORKS = (
-    ("torch", "Tensor", _Torch),
-    ("numpy", "ndarray", _NumPy),
-    ("cupy", "ndarray", _CuPy),
-    ("jax", "Array", _JAX),
-)
 _by_type: dict[type, Framework] = {Layout: _Layouts()}
 _loaded: dict[str, Framework] = {}
 
@@ -372,14 +332,11 @@ def framework(name: str, x: Any) -> Framework:
     found = _by_type.get(type(x))
     if found is not None:
         return found
-    for module_name, class_name, adapter in _FRAMEWORKS:
-        module = sys.modules.get(module_name)
-        if module is not None and isinstance(x, getattr(module, class_name, ())):
-            if module_name not in _loaded:
-                _loaded[module_name] = adapter()
-            _by_type[type(x)] = _loaded[module_name]
-            _loaded[module_name].types.add(type(x))
-            return _loaded[module_name]
+    for adapter in (_Torch, _NumPy, _CuPy, _JAX):
+        if isinstance(x, getattr(sys.modules.get(adapter.name), adapter.array, ())):
+            # One for all its classes of arrays.
+            found = _by_type[type(x)] = _loaded.setdefault(adapter.name, adapter())
+            return found
     raise HataDTypeError(
         f"{name}: got {type(x).__module__}.{type(x).__qualname__}, expected an array of torch, "
         "NumPy, CuPy or JAX; convert it first, for example with numpy.asarray"

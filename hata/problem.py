@@ -11,25 +11,6 @@ from dataclasses import dataclass
 
 OPS = ("encode", "hamming_topk", "sparse_attend", "hash_attend")
 
-# A configuration never crosses a difference in these, since kernels are specialised on them.
-HARD_FIELDS = (
-    "op",
-    "device",
-    "dtype",
-    "projection_dtype",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "value_dim",
-    "bits",
-    "norms",
-    "per_head",
-    "aligned",
-    "wide",
-)
-# In these the nearest tuned neighbour in log2 space serves.
-SOFT_FIELDS = ("batch", "tokens", "slots", "k")
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -72,6 +53,12 @@ class Problem:
     per_head: bool = False
     aligned: bool = True
     wide: bool = False
+
+
+# In these the nearest tuned neighbour in log2 space serves.
+SOFT_FIELDS = ("batch", "tokens", "slots", "k")
+# A configuration never crosses a difference in these, since kernels are specialised on them.
+HARD_FIELDS = tuple(name for name in Problem.__annotations__ if name not in SOFT_FIELDS)
 
 
 def pow2(n: int) -> int:
