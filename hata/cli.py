@@ -160,7 +160,7 @@ def _tune(arguments: list[str]) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from hata.convert import convert
+    from hata.encoder.convert import convert
 
     encoder = convert(options.source, options.config)
     encoder.save(options.out)

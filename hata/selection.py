@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hata import arguments
-from hata.encoder_layer import MOST_BITS
+from hata.encoder.layer import MOST_BITS
 from hata.errors import HataShapeError
 
 

@@ -14,8 +14,8 @@ import torch
 
 import hata
 from hata import cli
-from hata.convert import convert
-from hata.safe_pickle import array, load_plain
+from hata.encoder.convert import convert
+from hata.encoder.pickles import array, load_plain
 
 CONFIG = {
     "model_type": "llama",

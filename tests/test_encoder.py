@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import hata
 from hata.encoder import Hidden, ModelShape, QueryHash
-from hata.encoder_layer import features
+from hata.encoder.layer import features
 
 CONFIG = SimpleNamespace(
     model_type="llama",

@@ -18,7 +18,7 @@ from hata import checks
 from hata.backend import Backend
 from hata.call import Encode, HammingTopK
 from hata.encoder import Encoder
-from hata.encoder_layer import Hidden, features
+from hata.encoder.layer import Hidden, features
 from hata.evaluate.mass import group_mass, hidden_keys
 from hata.measure.arrays import kit_for
 from hata.measure.inputs import public, running

@@ -20,7 +20,7 @@ class _Hash(NamedTuple):
     hidden: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """`hata.encoder_layer.features` in torch, in the dtype of x."""
+        """`hata.encoder.layer.features` in torch, in the dtype of x."""
         heads = self.projection.shape[0]
         if heads > x.shape[1]:
             x = x.repeat_interleave(heads // x.shape[1], dim=1)

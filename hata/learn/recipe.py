@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from hata.encoder import Hidden, QueryHash, round_to_bfloat16
+from hata.encoder import Hidden, QueryHash
+from hata.encoder.orthogonal import round_to_bfloat16
 from hata.learn.samples import LayerSamples
 
 

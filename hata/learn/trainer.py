@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hata import encoder_file
 from hata.encoder import Encoder, ModelShape
+from hata.encoder import file as encoder_file
 from hata.errors import EncoderError
 from hata.learn import capture
 from hata.learn.judge import Judge

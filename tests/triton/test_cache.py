@@ -172,7 +172,9 @@ def test_fault_56_on_a_gpu(cache, damage):
     out = torch.zeros(64, dtype=torch.int32, device="cuda")
     with pytest.warns(RuntimeWarning, match="cannot be used"):
         kernel.load_on(device)
-    kernel.starter(device, 1, (launch.group(number=7),))((out.data_ptr(),), torch.cuda.current_stream().cuda_stream)
+    kernel.starter(device, 1, (launch.group(number=7),))(
+        (out.data_ptr(),), torch.cuda.current_stream().cuda_stream
+    )
     assert (out == 7).all()
 
 

@@ -123,7 +123,7 @@ def test_keys_and_values_are_asked_for_together(stages):
     backend = TritonBackend()
     kernels = backend.ahead(DECODE, {**backend.default(DECODE), "stages": stages}, 90)
     (attend,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_hash_attend_kernel"}
-    assert attend.constants.STAGES == stages
+    assert stages == attend.constants.STAGES
     ptx = attend.compile(90).asm["ptx"]
     before, _, after = ptx.partition("griddepcontrol.wait")[2].partition("mma.sync")
     assert "ld.global.v4" not in after

@@ -18,9 +18,9 @@ OF_INTEREST = (
 
 @pytest.fixture(autouse=True)
 def _language_patched_once(monkeypatch):
-    """The interpreter patches Triton's language for a kernel, and again for every function it calls.
+    """The interpreter patches Triton's language for a kernel, and for every function it calls.
 
-    The second time changes nothing and takes a third of the suite's time.
+    The second time changes nothing and takes two thirds of the suite's time.
     """
     if not INTERPRETED:
         return

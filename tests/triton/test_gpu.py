@@ -124,5 +124,5 @@ def test_binary_products_count_what_popcounts_do(unprepared, group, bits, norms)
         with use_config("triton", "hamming_topk", config):
             indices = hata.hamming_topk(*placed, 200, **given)
         (scan,) = (x for x in launch._bound.values() if x.fn.__name__ == "_scan_kernel")
-        assert scan.constants.BINARY_MMA == (binary and launch.gpu(0).has_binary_mma)
+        assert (binary and launch.gpu(0).has_binary_mma) == scan.constants.BINARY_MMA
         np.testing.assert_array_equal(indices.cpu().numpy(), expected)

@@ -87,7 +87,7 @@ def test_a_problem_is_compiled_ahead(tmp_path, monkeypatch, sm):
     assert len(compiled) == len({kernel for kernel, _ in compiled}) > 4
     # What a launch there would take: binary tensor cores, and launches that overlap.
     (scan,) = (kernel for kernel, _ in compiled if kernel.fn.__name__ == "_scan_kernel")
-    assert scan.constants.BINARY_MMA == (sm <= 90)
+    assert scan.constants.BINARY_MMA is (sm <= 90)
     assert scan.options.get("launch_pdl", False) == (sm >= 90)
 
 

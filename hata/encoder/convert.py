@@ -13,7 +13,7 @@ Read here are
 Where the networks of the keys of a group are equal, as in a model with one KV head per query head
 they trivially are, keys are hashed once; else once per query head.
 
-Pickles are opened by readers that run no code (`hata.safe_pickle`, torch's restricted one).
+Pickles are opened by readers that run no code (`hata.encoder.pickles`, torch's restricted one).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from hata.encoder import Encoder, Hidden, ModelShape, QueryHash
+from hata.encoder.pickles import UnsafePickle, array, load_plain, shown
 from hata.errors import EncoderError
-from hata.safe_pickle import UnsafePickle, array, load_plain, shown
 
 _LAYER = re.compile(r"hash_weight_layer_([0-9]+)\.pt")
 _PART = re.compile(

@@ -1,29 +1,4 @@
-"""`Encoder`: a model's projections, one per layer, in one safetensors file.
-
-A layer's projection is a `[kv_heads, head_dim, bits]` matrix; a vector's code is the signs of its
-product with the projection of its KV head (`hata.encode`). Codes nest: the first 32, 64, 128 ...
-columns are a usable encoder of their own, so attaching with fewer bits slices the projection.
-Queries may be hashed with projections of their own, and hidden layers may come before a projection
-(`hata.encoder_layer`).
-
-File layout, format `hata.encoder/1`:
-
-- tensors `layers.{i}.projection` `[Hkv, D, r]` and, where there is one, `layers.{i}.bias`
-  `[Hkv, r]`; a dense layer has neither;
-- header metadata, all strings: `format`, `model_type`, `num_layers`, `heads`, `kv_heads`,
-  `head_dim`, `bits`, `key_norms` ("true" or "false"), `dense_layers` (a JSON list) and `made`
-  (a JSON object that says how it was made).
-
-Format `hata.encoder/2` is written where a layer has more than that. The projection and bias are
-then those of keys, and may have H heads instead of Hkv (one key code per query head); added are
-
-- `layers.{i}.query_projection` `[Cq, in, r]` and `layers.{i}.query_bias` `[Cq, r]`;
-- `layers.{i}.hidden.{n}.weight` `[heads, in, out]` and `.bias` `[heads, out]`, before the
-  projection of keys, and `layers.{i}.query_hidden.{n}...`, before that of queries;
-- metadata `activation`, always "silu".
-
-Everything here is NumPy: no framework is imported.
-"""
+"""`Encoder`: a model's projections, as an object that checks itself."""
 
 from __future__ import annotations
 
@@ -38,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hata import encoder_file
-from hata.encoder_file import FORMAT, FORMAT_2, assembled, flattened
-from hata.encoder_layer import (
+from hata.encoder import file as encoder_file
+from hata.encoder.file import FORMAT, FORMAT_2, assembled, flattened
+from hata.encoder.layer import (
     Hidden,
     QueryHash,
     check_bits,
@@ -49,118 +24,12 @@ from hata.encoder_layer import (
     need_array,
     query_heads,
 )
+from hata.encoder.orthogonal import orthogonal
+from hata.encoder.shape import MOST_TEXT, ModelShape, one_line, short, whole
 from hata.errors import EncoderError
 from hata.words import clipped
 
 _Part = TypeVar("_Part")
-_MOST_TEXT = 100
-# More than any model has, and few enough that a hostile configuration costs nothing.
-_MOST = {"num_layers": 10_000, "heads": 10_000, "kv_heads": 10_000, "head_dim": 65_536}
-
-__all__ = ["FORMAT", "Encoder", "Hidden", "ModelShape", "QueryHash"]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What an encoder must agree with a model on.
-
-    Attributes:
-        model_type: `config.model_type`; `""` where the configuration has none.
-        num_layers: Decoder layers.
-        heads: Query heads of a layer.
-        kv_heads: KV heads of a layer.
-        head_dim: Size of a query or key vector.
-
-    Raises:
-        EncoderError: A number is none, below 1 or beyond any model's; the query heads are no
-            multiple of the KV heads; or the model type is no name.
-    """
-
-    model_type: str
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    def __post_init__(self) -> None:
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if not _whole(value) or not 1 <= value <= most:
-                raise EncoderError(
-                    f"config: got {name} = {_short(value)}, expected a whole number from 1 to "
-                    f"{most}; pass a decoder's configuration, or an object with num_hidden_layers, "
-                    "num_attention_heads, num_key_value_heads and head_dim"
-                )
-        if self.heads % self.kv_heads:
-            raise EncoderError(
-                f"config: got heads = {self.heads} and kv_heads = {self.kv_heads}, expected a "
-                "multiple of the KV heads; pass the configuration of the model itself"
-            )
-        if self.model_type != "" and not _one_line(self.model_type):
-            raise EncoderError(
-                f"config: got model_type = {_short(self.model_type)}, expected a name of at most "
-                f"{_MOST_TEXT} printable characters"
-            )
-
-    @classmethod
-    def of(cls, config: Any) -> ModelShape:
-        """Read a Hugging Face configuration, or any object or mapping with its attributes.
-
-        Where layers differ, as in Gemma 4, the sizes are those of its full-attention layers.
-        """
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text, "is_heterogeneous", False) is True:
-            text = _FullAttention(text)
-
-        def read(*names: str) -> Any:
-            for name in names:
-                value = text.get(name) if isinstance(text, Mapping) else getattr(text, name, None)
-                if value is not None:
-                    return value
-            return None
-
-        heads = read("num_attention_heads", "n_head", "heads")
-        kv_heads = read("num_key_value_heads", "kv_heads")
-        found = {
-            "num_layers": read("num_hidden_layers", "n_layer", "num_layers"),
-            "heads": heads,
-            "kv_heads": heads if kv_heads is None else kv_heads,
-            # The key of a latent-attention model is longer than its `head_dim`.
-            "head_dim": read("qk_head_dim", "head_dim"),
-        }
-        hidden = read("hidden_size", "n_embd")
-        if found["head_dim"] is None and _whole(hidden) and _whole(heads) and heads:
-            found["head_dim"] = hidden // heads
-        model_type = read("model_type")
-        return cls("" if model_type is None else model_type, **found)
-
-    def differences(self, other: ModelShape) -> list[str]:
-        """`"name a against b"` for every field that differs; an unknown model type fits all."""
-        return [
-            f"{f.name} {getattr(self, f.name)!r} against {getattr(other, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
-            and not (f.name == "model_type" and "" in (self.model_type, other.model_type))
-        ]
-
-
-class _FullAttention:
-    """The configuration of a model whose layers differ, as its full-attention layers see it."""
-
-    def __init__(self, config: Any) -> None:
-        kinds = getattr(config, "layer_types", None) or ()
-        chosen = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        self._config = config
-        self._layers = [config.per_layer_config[i] for i in chosen or range(len(kinds) or 1)]
-
-    def __getattr__(self, name: str) -> Any:
-        found = {getattr(layer, name, None) for layer in self._layers}
-        if len(found) > 1:
-            raise EncoderError(
-                f"config: got layers of full attention that differ in {name}: "
-                f"{', '.join(map(_short, sorted(found, key=repr)))}; expected one size for all"
-            )
-        return found.pop()
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +70,7 @@ class Encoder:
     def __post_init__(self) -> None:
         if not isinstance(self.shape, ModelShape):
             raise EncoderError(
-                f"shape: got {_short(self.shape)}, expected a ModelShape; make one with "
+                f"shape: got {short(self.shape)}, expected a ModelShape; make one with "
                 "ModelShape.of(config)"
             )
         projections = _per_layer("projections", self.projections)
@@ -216,11 +85,11 @@ class Encoder:
         for layer, query in enumerate(queries):
             if query is not None and not isinstance(query, QueryHash):
                 raise EncoderError(
-                    f"layers.{layer}.query: got {_short(query)}, expected a QueryHash or None"
+                    f"layers.{layer}.query: got {short(query)}, expected a QueryHash or None"
                 )
         hidden = tuple(hidden_layers(f"layers.{i}.hidden", one) for i, one in enumerate(hidden))
         if not isinstance(self.key_norms, bool):
-            raise EncoderError(f"key_norms: got {_short(self.key_norms)}, expected True or False")
+            raise EncoderError(f"key_norms: got {short(self.key_norms)}, expected True or False")
         _check_made(self.made)
         found = {
             "bits": check_bits(self.bits),
@@ -323,23 +192,9 @@ class Encoder:
         seed = _index("seed", seed)
         if seed < 0:
             raise EncoderError(f"seed: got {seed}, expected 0 or more")
-        blocks = -(-bits // shape.head_dim)
-        projections = []
-        for layer in range(shape.num_layers):
-            columns = _orthonormal(
-                np.stack(
-                    [
-                        _gaussian((seed, layer, head, block), shape.head_dim)
-                        for head in range(shape.kv_heads)
-                        for block in range(blocks)
-                    ]
-                )
-            )
-            # [Hkv * blocks, D columns, D] -> [Hkv, D, blocks * D]
-            wide = columns.reshape(shape.kv_heads, blocks * shape.head_dim, shape.head_dim)
-            projections.append(round_to_bfloat16(wide.transpose(0, 2, 1)[..., :bits]))
+        projections = orthogonal(shape, bits, seed)
         made = {"recipe": "random", "seed": seed, "blocks": "orthogonal"}
-        return cls(shape, bits, tuple(projections), key_norms=key_norms, made=made)
+        return cls(shape, bits, projections, key_norms=key_norms, made=made)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Encoder:
@@ -456,7 +311,7 @@ class Encoder:
 def _count(text: str) -> int:
     """A count as it is written: `int` takes signs, spaces, underscores and other scripts too."""
     if not re.fullmatch("[1-9][0-9]{0,9}", text):
-        raise ValueError(f"{_short(text)} is no count")
+        raise ValueError(f"{short(text)} is no count")
     return int(text)
 
 
@@ -473,7 +328,7 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
         made = json.loads(header["made"])
         if not isinstance(made, dict):
             raise ValueError("made is no object")
-        if not isinstance(dense, list) or not all(map(_whole, dense)):
+        if not isinstance(dense, list) or not all(map(whole, dense)):
             raise ValueError("dense_layers is no list of numbers")
         _check_made(made)
         if header["format"] == FORMAT_2 and header["activation"] != "silu":
@@ -502,16 +357,16 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
 def _check_made(made: Mapping[str, Any]) -> None:
     """Raise `EncoderError` unless it can be written, and readers can show what is in it."""
     if not isinstance(made, Mapping):
-        raise EncoderError(f"made: got {_short(made)}, expected names and values")
+        raise EncoderError(f"made: got {short(made)}, expected names and values")
     try:
         json.dumps(dict(made), sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise EncoderError(
             f"made: got what cannot be written as JSON ({error}), expected strings and numbers"
         ) from None
-    if "recipe" in made and not _one_line(made["recipe"]):
+    if "recipe" in made and not one_line(made["recipe"]):
         raise EncoderError(
-            f"made: got the recipe {_short(made['recipe'])}, expected a text of 1 to {_MOST_TEXT} "
+            f"made: got the recipe {short(made['recipe'])}, expected a text of 1 to {MOST_TEXT} "
             "printable characters"
         )
     if "settings" in made and not isinstance(made["settings"], Mapping):
@@ -521,16 +376,12 @@ def _check_made(made: Mapping[str, Any]) -> None:
         )
 
 
-def _one_line(text: Any) -> bool:
-    return isinstance(text, str) and 0 < len(text) <= _MOST_TEXT and text.isprintable()
-
-
 def _per_layer(name: str, given: Any) -> tuple[Any, ...]:
     try:
         return tuple(given)
     except TypeError:
         raise EncoderError(
-            f"{name}: got {_short(given)}, expected a list of one per layer of the model"
+            f"{name}: got {short(given)}, expected a list of one per layer of the model"
         ) from None
 
 
@@ -538,42 +389,4 @@ def _index(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise EncoderError(f"{name}: got {_short(value)}, expected a whole number") from None
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    """What an error shows of a value that may be anything: one line, not too long."""
-    plain = value is None or isinstance(value, str | int | float)
-    return clipped(f"{value!a}" if plain else f"a {type(value).__name__}")
-
-
-def _gaussian(stream: tuple[int, ...], size: int) -> np.ndarray:
-    """A `[size, size]` Gaussian matrix, one column a row."""
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(stream)))
-    return generator.standard_normal((size, size)).T
-
-
-def _orthonormal(vectors: np.ndarray) -> np.ndarray:
-    """Orthonormalise each set of rows of `[sets, n, n]`, first row first (Gram-Schmidt).
-
-    That is the Q of a QR decomposition with a positive diagonal. LAPACK's is not taken, since its
-    threads stall on a busy machine and its last bits depend on the build.
-    """
-    vectors = np.ascontiguousarray(vectors)
-    for i in range(vectors.shape[1]):
-        row = vectors[:, i]
-        row /= np.sqrt(np.einsum("sd,sd->s", row, row))[:, None]
-        rest = vectors[:, i + 1 :]
-        rest -= np.einsum("snd,sd->sn", rest, row)[:, :, None] * row[:, None]
-    return vectors
-
-
-def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round to the nearest bfloat16, ties to even, kept as float32."""
-    words = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = words + 0x7FFF + ((words >> 16) & 1)
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+        raise EncoderError(f"{name}: got {short(value)}, expected a whole number") from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hata.encoder_layer import Hidden, QueryHash
+from hata.encoder.layer import Hidden, QueryHash
 from hata.errors import EncoderError
 from hata.files import swap
 from hata.words import clipped
