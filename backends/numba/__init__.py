@@ -91,8 +91,5 @@ def _work(problem: Problem) -> int:
     scan = rows * problem.slots * max(problem.heads, problem.kv_heads) * problem.bits // 2048
     gather = rows * problem.heads * min(problem.k, problem.slots) * dims // 32
     project = rows * problem.heads * problem.head_dim * problem.bits // 32
-    if problem.op == "encode":
-        return project
-    if problem.op == "hamming_topk":
-        return scan
-    return gather if problem.op == "sparse_attend" else scan + gather + project
+    alone = {"encode": project, "hamming_topk": scan, "sparse_attend": gather}
+    return alone.get(problem.op, scan + gather + project)

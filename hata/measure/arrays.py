@@ -23,6 +23,7 @@ import numpy as np
 from hata import arrays as adapters
 from hata.backend import Backend
 
+Shape = tuple[int, ...]
 # Memory layouts of a `[..., rows, columns]` array. All have dense rows.
 LAYOUTS = {
     "dense": "C order",
@@ -49,15 +50,14 @@ def lay_out(values: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
     if layout == "expanded" and values.ndim > 1 and shape[0] > 1:
         buffer = values[:1].copy().reshape(-1)
         return buffer, np.broadcast_to(buffer.reshape(1, *shape[1:]), shape)
-    base, region = shape, tuple(slice(0, n) for n in shape)
-    order = tuple(range(values.ndim))
+    base, region, order = [*shape], [slice(0, n) for n in shape], [*range(values.ndim)]
     if layout == "tokens_first" and values.ndim == 4:
-        order = (0, 2, 1, 3)
+        order = [0, 2, 1, 3]
     elif layout == "padded" and values.ndim > 1:
-        base = (*shape[:-1], shape[-1] + 3)
+        base[-1] += 3
     elif layout == "sliced" and values.ndim > 1:
-        base = (*shape[:-2], shape[-2] + 5, shape[-1])
-        region = (*region[:-2], slice(2, 2 + shape[-2]), region[-1])
+        base[-2] += 5
+        region[-2] = slice(2, 2 + shape[-2])
     shift = 1 if layout == "offset" else 0
     poison: Any = np.iinfo(dtype).max - 90 if dtype.kind in "iu" else np.nan
     buffer = np.full(shift + math.prod(base), poison, dtype)
@@ -131,9 +131,8 @@ class Kit:
         """Put values into memory in a layout of `LAYOUTS`."""
         buffer, view = lay_out(values, layout)
         start = view.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]
-        strides = tuple(s // view.itemsize for s in view.strides)
-        offset, kept = start // view.itemsize, view.copy()
-        memory = self.memory(buffer)
+        strides, offset = tuple(s // view.itemsize for s in view.strides), start // view.itemsize
+        kept, memory = view.copy(), self.memory(buffer)
         array = self.strided_view(memory, view.shape, strides, offset)
         return Placed(array, kept, memory, strides, offset)
 
@@ -154,31 +153,29 @@ class Kit:
         """The framework's own array of a buffer, which is given away."""
         return self.lib.asarray(buffer)
 
-    def strided_view(
-        self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> Any:
+    def strided_view(self, memory: Any, shape: Shape, strides: Shape, offset: int) -> Any:
         """A view into `memory`; strides and offset in elements."""
         steps = tuple(s * memory.itemsize for s in strides)
         return self.lib.lib.stride_tricks.as_strided(memory[offset:], shape, steps)
 
     def get(self, array: Any) -> np.ndarray:
         """A framework's array as a NumPy array."""
-        raise NotImplementedError
+        return np.asarray(array)
 
     def read(self, array: Any) -> np.ndarray:
         """Like `get`, floating-point data as float32."""
         values = self.get(array)
         return values if values.dtype.kind in "iu" else values.astype(np.float32)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: Shape, dtype: str) -> Any:
         """An array with undefined contents, of which memory is taken only where it is touched."""
         return self.lib.empty(shape, numpy_dtype(dtype))
 
-    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+    def normal(self, rng: np.random.Generator, shape: Shape, dtype: str) -> Any:
         """Standard normal values."""
         return self.cast(rng.standard_normal(shape, dtype=np.float32), dtype)
 
-    def bytes(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    def bytes(self, rng: np.random.Generator, shape: Shape) -> Any:
         """Uniform random bytes."""
         return self.put(np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape))
 
@@ -218,9 +215,6 @@ class NumPyKit(Kit):
 
     name = "numpy"
 
-    def get(self, array: Any) -> np.ndarray:
-        return array
-
 
 class TorchKit(Kit):
     """torch tensors on the CPU or a GPU. On a GPU they are drawn there: a cache is a gigabyte."""
@@ -228,32 +222,28 @@ class TorchKit(Kit):
     name = "torch"
 
     def memory(self, buffer: np.ndarray) -> Any:
-        if buffer.dtype.name == "bfloat16":
-            tensor = self.lib.from_numpy(buffer.view(np.int16)).view(self.lib.bfloat16)
-        else:
-            tensor = self.lib.from_numpy(buffer)
-        return tensor.to(self.device)
+        if buffer.dtype.name != "bfloat16":
+            return self.lib.from_numpy(buffer).to(self.device)
+        return self.lib.from_numpy(buffer.view(np.int16)).view(self.lib.bfloat16).to(self.device)
 
     def cast(self, values: np.ndarray, dtype: str) -> Any:
         return self.put(values).to(getattr(self.lib, dtype))
 
-    def strided_view(
-        self, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> Any:
+    def strided_view(self, memory: Any, shape: Shape, strides: Shape, offset: int) -> Any:
         return memory.as_strided(shape, strides, offset)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: Shape, dtype: str) -> Any:
         return self.lib.empty(shape, dtype=getattr(self.lib, dtype), device=self.device)
 
     def _generator(self, rng: np.random.Generator) -> Any:
         return self.lib.Generator(self.device).manual_seed(int(rng.integers(2**62)))
 
-    def normal(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+    def normal(self, rng: np.random.Generator, shape: Shape, dtype: str) -> Any:
         if self.device == "cpu":
             return super().normal(rng, shape, dtype)
         return self.empty(shape, dtype).normal_(generator=self._generator(rng))
 
-    def bytes(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    def bytes(self, rng: np.random.Generator, shape: Shape) -> Any:
         if self.device == "cpu":
             return super().bytes(rng, shape)
         return self.empty(shape, "uint8").random_(0, 256, generator=self._generator(rng))
@@ -332,9 +322,6 @@ class JAXKit(Kit):
         kind = "cpu" if self.device == "cpu" else "gpu"
         array = jax.device_put(values.copy(), jax.devices(kind)[0])
         return Placed(array, values.copy(), array)
-
-    def get(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
 
 
 KITS: dict[str, type[Kit]] = {kit.name: kit for kit in (NumPyKit, TorchKit, CuPyKit, JAXKit)}

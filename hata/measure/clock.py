@@ -195,24 +195,19 @@ class _Sweeps:
         torch = _torch()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with _no_collection(), torch.cuda.stream(self._stream), _captured(graph, self._pool):
-            for call in calls:
-                call()
-        return graph
-
-
-@contextlib.contextmanager
-def _captured(graph: Any, pool: Any) -> Iterator[None]:
-    # `torch.cuda.graph` does this too, and a garbage collection that takes longer than a trial.
-    graph.capture_begin(pool=pool)
-    try:
-        yield
-    except BaseException:
-        # What broke the capture says more than that it is broken.
-        with contextlib.suppress(RuntimeError):
+        with _no_collection(), torch.cuda.stream(self._stream):
+            # `torch.cuda.graph` does this too, and a garbage collection that outlasts a trial.
+            graph.capture_begin(pool=self._pool)
+            try:
+                for call in calls:
+                    call()
+            except BaseException:
+                # What broke the capture says more than that it is broken.
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
             graph.capture_end()
-        raise
-    graph.capture_end()
+        return graph
 
 
 _sweeps = functools.cache(_Sweeps)

@@ -162,18 +162,10 @@ class Inputs:
         return found
 
 
-_AWKWARD_SLOTS = 203
-
-
 def awkward_problem(problem: Problem) -> Problem:
     """The small problem of the same kernel whose awkward call is checked beside the problem's."""
-    return replace(
-        problem,
-        batch=2,
-        tokens=3 if problem.op == "encode" else 1,
-        slots=_AWKWARD_SLOTS if problem.slots else 0,
-        k=min(problem.k, 64),
-    )
+    tokens, slots = 3 if problem.op == "encode" else 1, 203 if problem.slots else 0
+    return replace(problem, batch=2, tokens=tokens, slots=slots, k=min(problem.k, 64))
 
 
 class AwkwardInputs(Inputs):

@@ -122,7 +122,7 @@ def plain_attention(
     keys: np.ndarray,
     values: np.ndarray,
     indices: np.ndarray,
-    scale: float,
+    scale: float | None = None,
     softcap: float | None = None,
     sink_logits: np.ndarray | None = None,
     dtype: str = "",
@@ -139,7 +139,8 @@ def plain_attention(
     def most(x: np.ndarray, least: float) -> float:
         return max(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)), least)
 
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens, depth = q.shape
+    scale = depth**-0.5 if scale is None else scale
     out = np.zeros((batch, heads, tokens, values.shape[3]))
     logit = size = 0.0
     with np.errstate(all="ignore"):

@@ -164,26 +164,19 @@ class Harness:
     # Checks.
 
     def check_attention(
-        self,
-        kit: Kit,
-        result: tuple[Any, Any],
-        placed: Arrays,
-        indices: np.ndarray,
-        scale: float | None = None,
-        softcap: float | None = None,
+        self, kit: Kit, result: tuple[Any, Any], placed: Arrays, indices: np.ndarray, case: Case
     ) -> None:
         """`(out, lse)` is right for the selection `indices`, within the tolerance."""
         q, keys, values = (placed[name].values for name in ("q", "keys", "values"))
-        sinks = given_values(placed).get("sink_logits")
+        options: dict[str, Any] = {"sink_logits": given_values(placed).get("sink_logits")}
+        options |= {"scale": case.scale, "softcap": case.softcap}
         assert all(map(kit.is_same_kind, result)), "another kind of array came back"
         out, lse = map(kit.get, result)
         assert out.dtype == q.dtype
         expected, expected_lse = reference().sparse_attend(
-            q, keys, values, indices, scale=scale, softcap=softcap, sink_logits=sinks,
-            return_lse=True,
-        )  # fmt: skip
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        plain = tolerance.plain_attention(q, keys, values, indices, factor, softcap, sinks)
+            q, keys, values, indices, **options, return_lse=True
+        )
+        plain = tolerance.plain_attention(q, keys, values, indices, **options)
         hold(tolerance.attention_fault(out, expected, plain))
         hold(tolerance.lse_fault(lse, expected_lse, plain.logit))
 

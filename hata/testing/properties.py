@@ -284,7 +284,7 @@ class Properties(Harness):
         """Output and lse are right for the given indices."""
         placed, options = self.arguments(kit, case, "sparse_attend", **given)
         result = self.call(kit, "sparse_attend", placed, **options, return_lse=True)
-        self.check_attention(kit, result, placed, placed["indices"].values, **options)
+        self.check_attention(kit, result, placed, placed["indices"].values, case)
         alone = self.got(kit, "sparse_attend", placed, **options)
         assert alone.tobytes() == kit.get(result[0]).tobytes()
 
@@ -301,20 +301,18 @@ class Properties(Harness):
                 np.testing.assert_array_equal(kit.get(p.memory), expected, err_msg=name)
                 codes[name] = kit.place(new)
         indices = self.selected(kit, case, {**placed, **codes})
-        self.check_attention(kit, result, placed, indices, case.scale, case.softcap)
+        self.check_attention(kit, result, placed, indices, case)
 
     def codes_after(self, kit: Kit, case: Case, placed: Arrays) -> dict[str, Any]:
         """Key codes, and norms if there are some, once those of fresh keys are written."""
         names = ("key_codes", "key_norms")
         new = {name: placed[name].values.copy() for name in names if placed[name]}
-        norms = None
+        given = {"x": placed["keys"], **{name: placed[name] for name in ("projection", "bias")}}
         if "key_norms" in new:
-            norms = kit.place(np.zeros((case.batch, case.kv_heads, case.slots), np.float16))
-        given = {"x": placed["keys"], "norms": norms}
-        given |= {name: placed[name] for name in ("projection", "bias")}
+            given["norms"] = kit.place(np.zeros_like(new["key_norms"]))
         made = {"key_codes": self.got(kit, "encode", given)}
-        if norms is not None:
-            made["key_norms"] = kit.get(norms.array)
+        if "key_norms" in new:
+            made["key_norms"] = kit.get(given["norms"].array)
         first, last = visible(case)
         for b in range(case.batch):
             # The last query sees all that any query of the row sees.
