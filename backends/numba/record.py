@@ -120,7 +120,8 @@ class Plan:
                 strides = tuple(ITEMSIZE[dtype] * stride for stride in fw.strides(x))
                 self.views[name] = View(n, 0, fw.shape(x), strides, dtype)
         self._worker, self._threads = worker, workers(call.config["threads"])
-        self._parts: list[tuple[Part, Views, dict[str, int]]] = []
+        # Those of `RUN` are known at the end.
+        self._words, self._places = [0] * len(RUN.fields), []
         dtype = call.problem.dtype
         self._results = {r.name: (r.shape, r.dtype or dtype) for r in call.results()}
         self._outputs: list[tuple[tuple[int, ...], str]] = []
@@ -140,30 +141,24 @@ class Plan:
 
     def part(self, part: Part, views: Views, **numbers: int) -> None:
         """Add a part to the record."""
-        self._parts.append((part, views, numbers))
+        part.fill(self._words, self._places, views, **numbers)
 
     def close(self, scratch: int, counters: int) -> Plan:
         """Make the record; `scratch` is in bytes, for each thread."""
-        fields = [
-            name for part in (RUN, *(part[0] for part in self._parts)) for name in part.fields
-        ]
         # With a line between what is read and what is written.
-        control = _lines(8 * len(fields) + _LINE)
-        words: list[int] = []
-        places: list[tuple[int, View]] = []
+        control = _lines(8 * len(self._words) + _LINE)
         views = {
             "control": View(_RECORD, control, (), (), "int64"),
             "scratch": self.piece(self._threads * scratch),
         }
-        RUN.fill(words, places, views, scratch_bytes=scratch)
-        for part, views, numbers in self._parts:
-            part.fill(words, places, views, **numbers)
+        words: list[int] = []
+        RUN.fill(words, self._places, views, scratch_bytes=scratch)
+        words += self._words[len(words) :]
         words += [0] * (control // 8 - len(words))
         self._record = np.array([*words, *control_words(counters, self._threads)])
-        self._at, self._memory, self._offset = np.array(
-            [(word, view.memory, view.offset) for word, view in places]
-        ).T.copy()
-        del self._parts, self._results
+        places = [(word, view.memory, view.offset) for word, view in self._places]
+        self._at, self._memory, self._offset = np.array(places).T.copy()
+        del self._words, self._places, self._results
         return self
 
     def run(self, call: Any) -> list[Any]:

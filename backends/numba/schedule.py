@@ -98,21 +98,14 @@ def control_words(counters: int, threads: int) -> list[int]:
     return [0, -threads, _SCHED_YIELD, *[0] * counters]
 
 
-def _revision() -> int:
-    # numba's disk cache looks at a kernel's own file only; a change in any file must count
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return int.from_bytes(digest.digest()[:7], "little")
-
-
-REVISION = _revision()
+# numba's disk cache looks at a kernel's own file only; a change in any file must count
+_SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+REVISION = int.from_bytes(hashlib.sha256(_SOURCES).digest()[:7], "little")
 
 
 def _compiled(body: Callable, *arguments: Any) -> Any:
     signature = types.void(*arguments)
-    cached = cfunc(signature, cache=True, **_OPTIONS)
-    plain = cfunc(signature, **_OPTIONS)
+    cached, plain = (cfunc(signature, cache=cache, **_OPTIONS) for cache in (True, False))
     try:
         return cached(body)
     except NumbaError:
