@@ -1,10 +1,4 @@
-"""Faults of torch: devices, gradients, fake tensors, graphs, compilation.
-
-Tests are named after the faults they try, each a known way to go wrong; its number never changes.
-"""
-
-# A test's name is its documentation.
-# ruff: noqa: D102
+"""Faults of torch: devices, gradients, fake tensors, graphs, compilation."""
 
 from __future__ import annotations
 
@@ -287,22 +281,20 @@ class TorchFaults(Properties):
                 lengths = ((3000, 40), (1999, 3000), (201, 199))[turn % 3]
                 tensors["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
                 graph.replay()
-                if lengths in found:
-                    assert torch.equal(out, found[lengths])
-                else:
+                if lengths not in found:
                     found[lengths] = out.clone()
                     for _ in range(3):
                         assert torch.equal(out, getattr(hata, op)(**tensors, **options))
+                assert torch.equal(out, found[lengths])
 
     @pytest.mark.parametrize("fresh", [0, 2])
     def test_fault_45_compiled(self, torch_kit: TorchKit, fresh: int) -> None:
         import torch
         from torch._dynamo.testing import CompileCounterWithBackend
 
-        def step(q: Any, keys: Any, values: Any, key_codes: Any, projection: Any) -> Any:
-            out, lse = hata.hash_attend(
-                q, keys, values, key_codes, projection, 6, fresh=fresh, return_lse=True
-            )
+        def step(*arrays: Any) -> Any:
+            q, keys, values, key_codes, projection = arrays
+            out, lse = hata.hash_attend(*arrays, k=6, fresh=fresh, return_lse=True)
             codes = hata.encode(q, projection)
             indices = hata.hamming_topk(codes, key_codes, 6)
             return out + hata.sparse_attend(q, keys, values, indices), lse
@@ -317,8 +309,7 @@ class TorchFaults(Properties):
                 tensors, _ = self.tensors(torch_kit, case, "hash_attend")
                 given = [tensors[name] for name in CALLS["hash_attend"]._fields[:5]]
                 results.append([*function(*given), tensors["key_codes"]])
-            for ours, theirs in zip(*results, strict=True):
-                assert torch.equal(ours, theirs)
+            assert all(map(torch.equal, *results))
         assert counter.frame_count <= 2
         torch._dynamo.reset()
 

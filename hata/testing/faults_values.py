@@ -1,10 +1,4 @@
-"""Faults of values, sizes and memory: calls within the contract that are easily got wrong.
-
-Tests are named after the faults they try, each a known way to go wrong; its number never changes.
-"""
-
-# A test's name is its documentation.
-# ruff: noqa: D102
+"""Faults of values, sizes and memory: calls within the contract that are easily got wrong."""
 
 from __future__ import annotations
 
