@@ -57,3 +57,11 @@ class EncoderError(HataError, ValueError):
 
 class AttachError(HataError, ValueError):
     """A model cannot be attached to."""
+
+
+class CaptureError(HataError, ValueError):
+    """The model or the text cannot be used to learn or to choose from."""
+
+
+class LearnError(HataError, ValueError):
+    """A training cannot be started or resumed as asked."""

@@ -11,8 +11,8 @@ pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
 import hata
 from hata import registry
+from hata.calibration.text import read_text
 from hata.encoder import Encoder
-from hata.learn.text import read_text
 from hata.profile import Profile
 from hata.selection import Selection
 from tune import capture, quality, space

@@ -1,7 +1,7 @@
 """What the layers of a model attend with: captured while it reads text, or synthetic.
 
 A *probe* holds the last queries of a few sequences and all their keys, after rotary embedding, for
-one layer. `hata.learn.recorder` shows them while the model reads.
+one layer. `hata.calibration.recorder` shows them while the model reads.
 
 The synthetic set: keys of a head are drawn around 48 centres whose frequencies fall off as 1/rank,
 on an offset common to all; a query is a mixture of one earlier key, a centre and noise, so that a
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hata.calibration import text as texts
 from hata.encoder import Encoder
-from hata.learn import text as texts
-from hata.learn.text import CaptureError
+from hata.errors import CaptureError
 from hata.profile import user_path
 from tune.space import Layout
 
@@ -63,7 +63,7 @@ def load_layout(model: str) -> Layout:
     Raises:
         CaptureError: it is no folder of a decoder model, or of one that no layer can be hashed of.
     """
-    from hata.learn.hashable import check_config
+    from hata.calibration.hashable import check_config
 
     config = texts.load_config(model)
     try:
@@ -98,7 +98,7 @@ def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
     """
     import torch
 
-    from hata.learn import hashable, recorder
+    from hata.calibration import hashable, recorder
 
     layout = load_layout(model)
     ids = token_sequences(model, text, sequences, layout.context)

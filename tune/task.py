@@ -12,10 +12,10 @@ from pathlib import Path
 from hata import device as devices
 from hata import registry
 from hata.backend import Backend
+from hata.calibration.text import read_text
 from hata.device import Fingerprint
 from hata.encoder import Encoder
 from hata.errors import BackendUnavailable, EncoderError, HataError, ProfileError
-from hata.learn.text import read_text
 from hata.problem import Problem
 from hata.profile import EncoderKey, cache_root, default_output, safe_output
 from tune import capture, database, space

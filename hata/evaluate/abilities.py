@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hata.calibration.hashable import dense_layers
+from hata.errors import CaptureError
 from hata.evaluate import decoding, report, selectors, tasks
-from hata.learn import text as texts
-from hata.learn.hashable import dense_layers
 
 
 def check_prompts(
@@ -26,7 +26,7 @@ def check_prompts(
         for tokens, _ in places:
             for prompt in _prompts(options, task, tokenizer, text, tokens):
                 if not tokenizer(prompt.value):
-                    raise texts.CaptureError(
+                    raise CaptureError(
                         f"--tasks {task}: the tokenizer makes no tokens of {prompt.value!r}"
                     )
 
@@ -145,7 +145,7 @@ def _prompts(
     try:
         yield from tasks.prompts(task, tokenizer, text, tokens, options.prompts, seed=options.seed)
     except ValueError as error:
-        raise texts.CaptureError(f"--tasks {task}: {error}") from None
+        raise CaptureError(f"--tasks {task}: {error}") from None
 
 
 def _losses(

@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     import hata.hf
+    from hata.calibration.options import check_device
     from hata.evaluate.decoding import load
-    from hata.learn.checks import check_device
 
     check_device(options.device, spread=False)
     device = options.device

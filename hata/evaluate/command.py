@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from hata.calibration import text as texts
+from hata.calibration.options import add_text_arguments, gather_text, need_text
+from hata.errors import CaptureError
 from hata.files import write_whole
-from hata.learn import text as texts
-from hata.learn.command import add_text_arguments, gather_text, need_text
 from hata.profile import user_path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,13 +94,13 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from hata.calibration.hashable import check_config
+    from hata.calibration.options import check_device
+    from hata.calibration.progress import Progress
     from hata.evaluate import abilities, report, tasks
-    from hata.learn.checks import check_device
-    from hata.learn.hashable import check_config
-    from hata.learn.progress import Progress
 
     if unknown := set(options.tasks) - set(tasks.TASKS):
-        raise texts.CaptureError(
+        raise CaptureError(
             f"--tasks: got {sorted(unknown)}, expected some of {', '.join(tasks.TASKS)}"
         )
     check_device(options.device, spread=False)
@@ -137,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.no_mass:
         found = _mass(options, encoders, read, places, device, progress)
         if not found:
-            raise texts.CaptureError(
+            raise CaptureError(
                 "--encoder: got none that hashes a layer of this model that can be hashed; there "
                 "is nothing to compare"
             )
@@ -156,27 +157,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]]) -> None:
     """Raise `HataError` for numbers that mean nothing, or that leave nothing to measure."""
-    from hata.learn.checks import check_bits, check_least
+    from hata.calibration.options import check_bits, check_least
 
     check_least(options, LEAST)
     for bits in options.bits:
         check_bits(bits)
     if not options.methods and not options.encoder:
-        raise texts.CaptureError("--methods and --encoder: got none, so nothing is compared")
+        raise CaptureError("--methods and --encoder: got none, so nothing is compared")
     decodes = bool(options.tasks or options.perplexity)
     if options.no_mass and not decodes:
-        raise texts.CaptureError(
-            "--no-mass: leaves nothing to measure; name --tasks or --perplexity"
-        )
+        raise CaptureError("--no-mass: leaves nothing to measure; name --tasks or --perplexity")
     guards = options.sink + options.recent
     for tokens, budgets in places:
         if options.perplexity and options.perplexity > tokens - 2:
-            raise texts.CaptureError(
+            raise CaptureError(
                 f"--perplexity: got {options.perplexity}, expected at most {tokens - 2} of "
                 f"{tokens} tokens"
             )
         if decodes and guards > min(budgets):
-            raise texts.CaptureError(
+            raise CaptureError(
                 f"--sink and --recent: got {guards} keys together, expected no more than the "
                 f"budget of {min(budgets)}"
             )
@@ -184,11 +183,11 @@ def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]])
 
 def _check_length(config: Any, longest: int) -> None:
     """Raise `CaptureError` where the model knows no positions that far."""
-    from hata.learn.checks import context_of
+    from hata.calibration.options import context_of
 
     limit = context_of(config)
     if limit is not None and longest > limit:
-        raise texts.CaptureError(
+        raise CaptureError(
             f"--at: got {longest} tokens, expected at most {limit}, the model's limit"
         )
 
@@ -203,7 +202,7 @@ def _folder(out: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise texts.CaptureError(f"--out: {out} cannot be made a folder: {error}") from None
+        raise CaptureError(f"--out: {out} cannot be made a folder: {error}") from None
     return folder
 
 
@@ -223,7 +222,7 @@ def parse_places(words: Sequence[str]) -> list[tuple[int, list[int]]]:
             tokens, chosen = 0, []
         chosen = chosen or [max(tokens // share, 1) for share in SHARES]
         if tokens < 2 or min(chosen) < 1 or max(chosen) > tokens:
-            raise texts.CaptureError(
+            raise CaptureError(
                 f"--at: got {word!r}, expected a length in tokens and budgets of no more keys, "
                 "such as 4096:64,128"
             )
@@ -243,7 +242,7 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
     for word in options.encoder:
         name, _, file = word.rpartition("=")
         if not user_path(file).is_file():
-            raise texts.CaptureError(
+            raise CaptureError(
                 f"--encoder: got {file}, which is not a file; give the path of an encoder, "
                 "*.safetensors"
             )
@@ -255,7 +254,7 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
         widths = cut if nested and cut else [encoder.bits]
         name = name or Path(file).stem
         if name in taken:
-            raise texts.CaptureError(
+            raise CaptureError(
                 f"--encoder: got {name!r} for {file}, which is the name of another row; give it "
                 f"one of its own, such as other={file}"
             )
@@ -272,8 +271,8 @@ def _mass(
     device: str,
     progress: Any,
 ) -> list[Any]:
+    from hata.calibration import recorder
     from hata.evaluate import retained, selectors
-    from hata.learn import recorder
 
     compared: list[Any] = []
     if "exact" in options.methods:

@@ -20,11 +20,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 import hata.hf
+from hata.calibration.text import first_line
 from hata.encoder import Encoder
+from hata.errors import CaptureError
 from hata.evaluate.selectors import Asked, Selector
 from hata.hf.intercept import Function, Interception
 from hata.hf.models import attention_modules, cache_among, cache_argument
-from hata.learn.text import CaptureError, first_line
 from hata.selection import Selection
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import hata.hf
 from hata.encoder import Encoder
-from hata.learn.text import CaptureError
+from hata.errors import CaptureError
 from hata.selection import Selection
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from hata.calibration import hashable, recorder
+from hata.errors import CaptureError
 from hata.evaluate.mass import group_mass, hidden_keys
 from hata.evaluate.selectors import Asked, Exact, Selector
-from hata.learn import hashable, recorder
-from hata.learn.text import CaptureError
 
 QUERIES = 256
 
@@ -103,7 +103,7 @@ def evaluate(
     Nothing is stored: each layer that can be hashed is measured while the model attends.
 
     Args:
-        model: Of `hata.learn.recorder.load_model`.
+        model: Of `hata.calibration.recorder.load_model`.
         ids: `[n, T]` token ids.
         selectors: What is compared.
         budgets: In keys.

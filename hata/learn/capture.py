@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hata.calibration import hashable, recorder
+from hata.calibration.text import first_line
+from hata.errors import CaptureError
 from hata.hf.models import NO_ATTENTION
-from hata.learn import hashable, recorder
-from hata.learn.text import CaptureError, first_line
 
 # Queries before this position see too few keys to choose among.
 FIRST_QUERY = 256
@@ -95,7 +96,7 @@ def capture(
     """Read sequences and keep what the layers attend with.
 
     Args:
-        model: Of `hata.learn.recorder.load_model`.
+        model: Of `hata.calibration.recorder.load_model`.
         ids: All sequences, `[n, T]` token ids.
         folder: Where to write.
         sequences: Which of them to read.

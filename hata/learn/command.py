@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hata.calibration import text as texts
+from hata.calibration.options import add_text_arguments, gather_text, need_text
 from hata.encoder import ModelShape
-from hata.learn import text as texts
+from hata.errors import CaptureError
 from hata.profile import user_path
 
 # Recipes, and the bits of their codes unless others are asked for.
@@ -80,22 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", help="image to write (default: OUT with .png)")
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The text, for `hata eval` as well."""
-    parser.add_argument("--text", nargs="+", default=[], help="files, or folders of them")
-    parser.add_argument(
-        "--dataset",
-        help='"python": sources of the installed packages; else a name for the datasets library',
-    )
-    parser.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="folders and files to leave out, by their names alone",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """Learn, and write the encoder and its plot.
 
@@ -144,11 +130,12 @@ class _Asked(NamedTuple):
 def _learn(options: argparse.Namespace) -> int:
     need_text(options)
 
-    from hata.learn import recorder
-    from hata.learn.checks import check_device, check_numbers, places_of
+    from hata.calibration import recorder
+    from hata.calibration.options import check_device
+    from hata.calibration.progress import Progress
+    from hata.learn.arguments import check_numbers, places_of
     from hata.learn.folders import clear, held, prepare
     from hata.learn.plan import Capture, Plan
-    from hata.learn.progress import Progress
     from hata.learn.ranks import joined
     from hata.learn.recipes import settings_of
     from hata.learn.trainer import learn
@@ -213,9 +200,9 @@ def _learn(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace, recipe: Any) -> _Asked:
     """The model's sizes and the sequences to learn from."""
-    from hata.learn.checks import check_codes, shape_of, tokens_of
-    from hata.learn.hashable import check_config
-    from hata.learn.plan import LearnError
+    from hata.calibration.hashable import check_config
+    from hata.errors import LearnError
+    from hata.learn.arguments import check_codes, shape_of, tokens_of
     from hata.learn.recall import planted
 
     config = texts.load_config(options.model)
@@ -245,9 +232,8 @@ def _read(options: argparse.Namespace, recipe: Any) -> _Asked:
 
 def _write(places: Any, plan: Any, outcome: Any, progress: Any) -> None:
     """The encoder, then its plot."""
-    from hata.errors import EncoderError
-    from hata.learn.plan import LearnError
-    from hata.learn.progress import plot
+    from hata.calibration.progress import plot
+    from hata.errors import EncoderError, LearnError
 
     try:
         outcome.encoder.save(places.out)
@@ -271,7 +257,7 @@ def _write(places: Any, plan: Any, outcome: Any, progress: Any) -> None:
 
 def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     """The recipe with its settings, and the bits of a code."""
-    from hata.learn.plan import LearnError
+    from hata.errors import LearnError
     from hata.learn.recipes import RECIPES
 
     recipe: Any = RECIPES[options.recipe]
@@ -312,8 +298,9 @@ def _sequences(options: argparse.Namespace) -> int:
 
 def _rehearse(options: argparse.Namespace) -> int:
     """Try some layers of random weights."""
-    from hata.learn.checks import check_codes, check_device, check_numbers, shape_of, tokens_of
-    from hata.learn.plan import LearnError
+    from hata.calibration.options import check_device
+    from hata.errors import LearnError
+    from hata.learn.arguments import check_codes, check_numbers, shape_of, tokens_of
     from hata.learn.ranks import Ranks
     from hata.learn.rehearsal import rehearse
 
@@ -358,45 +345,8 @@ def parse_layers(words: str | None, count: int) -> tuple[int, ...]:
                 raise ValueError(part)
             found.update(range(low, high + 1))
     except ValueError:
-        raise texts.CaptureError(
+        raise CaptureError(
             f"--layers: got {words[:80]!r}, expected numbers and ranges within 0-{count - 1}, such "
             f"as 2-{count - 1} or 0,{count - 1}"
         ) from None
     return tuple(sorted(found))
-
-
-def need_text(options: argparse.Namespace) -> None:
-    """Raise `CaptureError` unless the text is named once. Loads no framework."""
-    if options.text and options.dataset:
-        raise texts.CaptureError("--text and --dataset: got both, expected one of them")
-    if not (options.text or options.dataset):
-        raise texts.CaptureError("--text: got none; name files, or a --dataset")
-
-
-def gather_text(options: argparse.Namespace, tokens: int) -> str:
-    """The text that the options name, enough for so many tokens.
-
-    Raises:
-        CaptureError: None is named, or it cannot be read.
-    """
-    need_text(options)
-    if options.without and options.dataset and options.dataset != "python":
-        raise texts.CaptureError(
-            f"--without: got it with --dataset {options.dataset}, whose text has no folders; leave "
-            "it out"
-        )
-    if options.text:
-        return texts.read_text(options.text, without=options.without)
-    # Sequences are spread over the text, so there is more of it than they hold.
-    characters = 16 * tokens
-    if options.dataset == "python":
-        text, absent = texts.python_sources(characters, without=options.without)
-        if absent:
-            # What is not installed is not read either; a name that is misspelt would be.
-            print(
-                f"note: --without: no installed package has a file or folder named "
-                f"{', '.join(map(repr, absent))}, so nothing was left out for it",
-                file=sys.stderr,
-            )
-        return text
-    return texts.dataset_text(options.dataset, characters)

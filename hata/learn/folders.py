@@ -22,7 +22,8 @@ from typing import Any
 
 import filelock
 
-from hata.learn.plan import Capture, LearnError, Plan
+from hata.errors import LearnError
+from hata.learn.plan import Capture, Plan
 from hata.profile import user_path
 
 MARK = "plan.json"

@@ -7,12 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hata.errors import HataError
-
-
-class LearnError(HataError, ValueError):
-    """A training cannot be started or resumed as asked."""
-
 
 @dataclass(frozen=True)
 class Capture:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hata.calibration import recorder
+from hata.calibration.progress import Progress
 from hata.encoder import ModelShape
-from hata.learn import recorder
 from hata.learn.folders import CAPTURE, prepare
 from hata.learn.plan import Capture, Plan
-from hata.learn.progress import Progress
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Recipe
 from hata.learn.recipes import settings_of

@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hata.calibration.progress import Progress
+from hata.calibration.text import first_line
 from hata.encoder import Encoder, ModelShape
 from hata.encoder import file as encoder_file
-from hata.errors import EncoderError
+from hata.errors import EncoderError, LearnError
 from hata.learn import capture
 from hata.learn.judge import Judge
 from hata.learn.listwise import prefixes_of
-from hata.learn.plan import LearnError, Plan
-from hata.learn.progress import Progress
+from hata.learn.plan import Plan
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Learned, Recipe
 from hata.learn.samples import LayerSamples
-from hata.learn.text import first_line
 
 # How often the held-out sequence is looked at while a layer is trained.
 LOOKS = 4

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from hata.learn.text import CaptureError
+from hata.errors import CaptureError
 
 _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 # Of a weight file, this many stretches of this many bytes are looked at, from its header to its

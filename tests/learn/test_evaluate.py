@@ -12,15 +12,15 @@ import transformers
 
 import hata
 from hata import cli
+from hata.calibration import recorder
+from hata.calibration.hashable import dense_layers
 from hata.encoder import Encoder
+from hata.errors import CaptureError
 from hata.evaluate import decoding, harness, report, retained, tasks
 from hata.evaluate.command import parse_places
 from hata.evaluate.mass import hidden_keys
 from hata.evaluate.selectors import Asked, Coded, Exact, Pages, Window, lowest_first
 from hata.hf.models import LATENT
-from hata.learn import recorder
-from hata.learn.hashable import dense_layers
-from hata.learn.text import CaptureError
 
 KV, G, Q, S, D = 2, 2, 5, 90, 16
 

@@ -11,10 +11,12 @@ import torch
 from safetensors.numpy import load_file
 
 from hata import cli
+from hata.calibration import recorder
+from hata.calibration.text import python_sources, read_text, sequences
 from hata.encoder import Encoder
-from hata.learn import capture, recorder
+from hata.errors import CaptureError
+from hata.learn import capture
 from hata.learn.command import parse_layers
-from hata.learn.text import CaptureError, python_sources, read_text, sequences
 
 
 def arguments(model, text, out, **changes):
@@ -307,7 +309,9 @@ def test_an_empty_value_is_not_one_left_out(tiny, text, tmp_path, capsys, option
 
 def test_a_name_that_no_package_has_is_told(tiny, tmp_path, capsys, monkeypatch):
     """Nothing of it can be read, but somebody may have meant another name."""
-    monkeypatch.setattr("hata.learn.text.load_tokenizer", lambda _: lambda text: [3] * len(text))
+    monkeypatch.setattr(
+        "hata.calibration.text.load_tokenizer", lambda _: lambda text: [3] * len(text)
+    )
     words = arguments(tiny, "x", tmp_path / "e.safetensors", dataset="python", steps=1, layers=0)
     del words[words.index("--text") : words.index("--text") + 2]
     assert cli.main([*words, "--without", "numpy", "numpi"]) == 0

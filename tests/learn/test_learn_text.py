@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hata.learn.text import CaptureError, first_line, read_text, sequences
+from hata.calibration.text import first_line, read_text, sequences
+from hata.errors import CaptureError
 
 
 def encode(text):

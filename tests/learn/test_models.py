@@ -13,15 +13,15 @@ import transformers
 import hata
 import hata.hf
 from hata import cli
+from hata.calibration import recorder
+from hata.calibration.hashable import check_config, dense_layers
 from hata.encoder import Encoder
-from hata.errors import AttachError
+from hata.errors import AttachError, CaptureError
 from hata.evaluate import decoding
 from hata.evaluate.selectors import Coded, Exact
 from hata.hf import models
 from hata.hf.reasons import NOT_CACHED
-from hata.learn import capture, recorder
-from hata.learn.hashable import check_config, dense_layers
-from hata.learn.text import CaptureError
+from hata.learn import capture
 from hata.profile import Profile
 
 pytestmark = pytest.mark.hf

@@ -13,11 +13,12 @@ import torch
 import transformers
 
 from hata import cli
+from hata.calibration import recorder
 from hata.encoder import Encoder
+from hata.errors import CaptureError
 from hata.hf.models import LATENT
-from hata.learn import capture, folders, recorder
+from hata.learn import capture, folders
 from hata.learn.plan import Capture
-from hata.learn.text import CaptureError
 from hata.learn.weights import fingerprint
 
 
@@ -231,7 +232,7 @@ def test_an_interruption_before_there_is_a_folder(learn, monkeypatch):
     def dies(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hata.learn.text.load_config", dies)
+    monkeypatch.setattr("hata.calibration.text.load_config", dies)
     assert learn("--out a.safetensors") == (130, "hata learn: interrupted\n")
 
 

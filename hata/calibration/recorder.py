@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hata.errors import AttachError
+from hata.calibration.text import first_line
+from hata.errors import AttachError, CaptureError
 from hata.hf import models
 from hata.hf.intercept import Function, Interception
-from hata.learn.text import CaptureError, first_line
 
 # Layer, q `[B, H, T, D]`, keys `[B, Hkv, T, D]`, scale of the logits.
 Visitor = Callable[[int, torch.Tensor, torch.Tensor, float], None]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hata.calibration.options import check_bits, check_least, context_of
+from hata.calibration.text import first_line
 from hata.encoder import ModelShape
-from hata.errors import HataError
+from hata.errors import CaptureError, HataError, LearnError
 from hata.learn.folders import CAPTURE, work_of
-from hata.learn.plan import LearnError
 from hata.learn.recipe import Recipe
-from hata.learn.text import CaptureError, first_line
 from hata.profile import user_path
 
-MOST_BITS = 512
 # Seeds of layers are made of it, and torch takes 64 bits.
 MOST_SEED = 2**32 - 1
 _LEAST = {"sequences": 1, "tokens": 1, "queries": 1, "steps": 1, "recall": 0, "seed": 0}
@@ -48,38 +45,6 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise LearnError(f"--seed: got {options.seed}, expected {MOST_SEED} or less")
     if options.bits is not None:
         check_bits(options.bits)
-
-
-def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
-    """Raise `LearnError` for an option below its least value; one that is not given is none."""
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            option = name.replace("_", "-")
-            raise LearnError(f"--{option}: got {value}, expected {smallest} or more")
-
-
-def check_bits(bits: int) -> None:
-    """Raise `LearnError` for a number of bits that no code has."""
-    if not 0 < bits <= MOST_BITS or bits % 32:
-        raise LearnError(
-            f"--bits: got {bits}, expected a positive multiple of 32, up to {MOST_BITS}"
-        )
-
-
-def check_device(name: str, *, spread: bool = True) -> None:
-    """Raise `LearnError` for a device that there is not, or for all of them where one is meant."""
-    import torch
-
-    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|spread", name)
-    if not known or (name == "spread" and not spread):
-        names = "cuda, cuda:N or spread" if spread else "cuda or cuda:N"
-        raise LearnError(f"--device: got {name!r}, expected auto, cpu, {names}")
-    if name in ("auto", "cpu"):
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count <= int(name.partition(":")[2] or 0):
-        raise LearnError(f"--device: got {name!r}, but torch sees {count} GPUs here; use auto")
 
 
 def places_of(options: argparse.Namespace) -> Places:
@@ -180,12 +145,6 @@ def check_codes(codes: int | None, shape: ModelShape) -> None:
             f"--query-codes: got {codes}, expected a multiple of {group}, the query heads of a KV "
             "head"
         )
-
-
-def context_of(config: Any) -> int | None:
-    """How many tokens a model reads, if its configuration says so."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context if type(context) is int and context > 0 else None
 
 
 def tokens_of(asked: int | None, config: Any, recipe: Recipe, most: int) -> int:

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hata.hf
-from hata.errors import AttachError, EncoderError
+from hata.calibration.text import first_line
+from hata.errors import AttachError, CaptureError, EncoderError
 from hata.hf.layer_report import LayerReport
 from hata.hf.models import cache_among, cache_argument, is_tested
 from hata.hf.reasons import NEVER_CALLED, NOT_CACHED, PREFILL, SHORT
-from hata.learn.text import CaptureError, first_line
 from hata.selection import Selection
 
 # A budget of one key, so that the third token is hashed in every layer that can be.

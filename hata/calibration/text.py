@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hata.errors import HataError
+from hata.errors import CaptureError
 from hata.profile import user_path
 
 SUFFIXES = frozenset(
@@ -18,10 +18,6 @@ SUFFIXES = frozenset(
 LEAST_TOKENS = 1024
 # Text per token that is looked at, in characters; tokenizers of words need more than bytes do.
 _CHARACTERS = 12
-
-
-class CaptureError(HataError, ValueError):
-    """The model or the text cannot be used to learn or to choose from."""
 
 
 def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> str:
