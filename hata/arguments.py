@@ -36,9 +36,7 @@ class Arrays:
         self.device = ""
         self.wide = False
 
-    def take(
-        self, name: str, dtypes: tuple[str, ...], ndim: int | tuple[int, ...]
-    ) -> tuple[int, ...]:
+    def take(self, name: str, dtypes: tuple[str, ...], *ndims: int) -> tuple[int, ...]:
         """Check one array's framework, dtype, device, rank and strides; return its shape."""
         x = getattr(self.call, name)
         fw = framework(name, x)
@@ -65,7 +63,6 @@ class Arrays:
                 "move them to one device"
             )
         shape = fw.shape(x)
-        ndims = (ndim,) if isinstance(ndim, int) else ndim
         if len(shape) not in ndims:
             expected = " or ".join(map(str, ndims))
             raise HataShapeError(f"{name}: got shape {list(shape)}, expected {expected} dimensions")
@@ -83,14 +80,13 @@ class Arrays:
         """Whether an argument is there."""
         return getattr(self.call, name) is not None
 
-    def expect(
-        self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str
-    ) -> tuple[int, ...]:
-        """Check one array and its whole shape; `why` says what that follows from."""
-        got = self.take(name, dtypes, len(shape))
-        if got != shape:
-            raise HataShapeError(f"{name}: got shape {list(got)}, expected {list(shape)} ({why})")
-        return got
+    def expect(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> None:
+        """Check one array, if it is given, and its whole shape; `why`: what that follows from."""
+        if self.given(name):
+            got = self.take(name, dtypes, len(shape))
+            if got != shape:
+                expected = f"{list(shape)} ({why})"
+                raise HataShapeError(f"{name}: got shape {list(got)}, expected {expected}")
 
     def dtype(self, name: str) -> str:
         """dtype name of an array that was taken."""
@@ -143,21 +139,18 @@ class Arrays:
 
     def aligned(self, *names: str) -> bool:
         """Whether rows are 16-byte aligned and a head's rows contiguous over the tokens."""
-        return all(self._aligned(getattr(self.call, name)) for name in names)
-
-    def _aligned(self, x: Any) -> bool:
-        shape, strides = self.fw.shape(x), self.fw.strides(x)
-        if 0 in shape:
-            return True
-        itemsize = ITEMSIZE[self.fw.dtype(x)]
-        steps = [s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1]
-        rows = shape[-2] == 1 or strides[-2] == shape[-1]
-        return (
-            rows
-            and self.fw.pointer(x) % 16 == 0
-            and shape[-1] * itemsize % 16 == 0
-            and all(s * itemsize % 16 == 0 for s in steps)
-        )
+        for name in names:
+            x = getattr(self.call, name)
+            shape, strides = self.fw.shape(x), self.fw.strides(x)
+            if 0 in shape:
+                continue
+            items = 16 // ITEMSIZE[self.dtype(name)]
+            steps = [s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1]
+            if any(step % items for step in (*steps, shape[-1])):
+                return False
+            if self.fw.pointer(x) % 16 or (shape[-2] > 1 and strides[-2] != shape[-1]):
+                return False
+        return True
 
 
 def extent(fw: Framework, x: Any) -> tuple[int, bool]:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from hata import checks
 from hata.arrays import Framework
-from hata.call import Encode, HammingTopK, HashAttend, Route, SparseAttend, examples, visible
+from hata.call import Encode, HammingTopK, HashAttend, SparseAttend, examples, visible
 from hata.errors import HataDeviceError, HataDTypeError, UnsupportedProblem
 from hata.problem import Problem
 
@@ -31,23 +32,14 @@ from hata.problem import Problem
 Config = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
 class Override:
     """A configuration given in a context, told apart by its identity."""
 
-    __slots__ = ("backend", "config", "op")
-
-    def __init__(self, backend: str, op: str, config: Config) -> None:
-        self.backend, self.op, self.config = backend, op, config
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Override)
-            and (self.backend, self.op) == (other.backend, other.op)
-            and self.config is other.config
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.backend, self.op, id(self.config)))
+    backend: str
+    op: str
+    identity: int
+    config: Config = field(compare=False)
 
 
 override: ContextVar[Override | None] = ContextVar("hata_config", default=None)
@@ -134,9 +126,14 @@ class Backend(ABC):
 
     def _part(self, part: Any) -> Any:
         """Run another op for a part of a call."""
-        route = checks.check(part)
-        route.backend, route.config = self, self.config(route.problem)
-        return getattr(self, part.OP)(_completed(part, route))
+        return getattr(self, part.OP)(self._completed(part))
+
+    def _completed(self, call: Any, config: Config | None = None) -> Any:
+        """A call as it comes from `hata.dispatch`, with the configuration in force or this one."""
+        route, arrays = checks.check(call), call[: call.ARRAYS]
+        route.backend = self
+        route.config = self.config(route.problem) if config is None else config
+        return call.complete(arrays, route, route.fw.signatures(arrays)[1])
 
     # What the author of a backend declares.
 
@@ -193,9 +190,7 @@ class Backend(ABC):
         """Every kernel that calls which pose a problem may launch where the capability is `sm`."""
         found: dict[Kernel, None] = {}
         for call in examples(problem):
-            route = checks.check(call)
-            route.backend, route.config = self, config
-            found |= dict.fromkeys(self.kernels(_completed(call, route), sm))
+            found |= dict.fromkeys(self.kernels(self._completed(call, config), sm))
         return list(found)
 
     def refusal(self, problem: Problem, config: Config, sm: int, smem: int) -> str | None:
@@ -284,16 +279,16 @@ class PlanningBackend(Backend):
         return plan.run(call)
 
 
-def _completed(call: Any, route: Route) -> Any:
-    arrays = call[: call.ARRAYS]
-    return call.complete(arrays, route, route.fw.signatures(arrays)[1])
-
-
 @contextmanager
-def use_config(backend: str, op: str, config: Config) -> Iterator[None]:
-    """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
-    token = override.set(Override(backend, op, config))
+def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """In this context a variable has a value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        override.reset(token)
+        variable.reset(token)
+
+
+def use_config(backend: str, op: str, config: Config) -> AbstractContextManager[None]:
+    """Run an op of a backend with a given configuration in this context (for tuners and tests)."""
+    return setting(override, Override(backend, op, id(config), config))

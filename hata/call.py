@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from hata.arrays import Framework, Layout
@@ -48,6 +49,7 @@ class Budget(NamedTuple):
         return min(self.k, max(self.least, (visible * self.ratio) >> 32))
 
 
+@dataclass(slots=True, eq=False)
 class Route:
     """What is decided once for all calls with one signature.
 
@@ -65,22 +67,17 @@ class Route:
         apart: Addresses that were found to lie apart.
     """
 
-    __slots__ = (
-        "apart", "backend", "budget", "config", "device", "fw", "given", "memo", "options",
-        "problem", "spans",
-    )  # fmt: skip
-
-    def __init__(
-        self, fw: Framework, problem: Problem, device: str, options: tuple, budget: Budget,
-        given: frozenset[str],
-    ) -> None:  # fmt: skip
-        self.fw, self.problem, self.device = fw, problem, device
-        self.options, self.budget, self.given = options, budget, given
-        self.backend: Any = None
-        self.config: Any = {}
-        self.memo: Any = None
-        self.spans: tuple = ()
-        self.apart: set[tuple[int, ...]] = set()
+    fw: Framework
+    problem: Problem
+    device: str
+    options: tuple
+    budget: Budget
+    given: frozenset[str]
+    backend: Any = None
+    config: Any = field(default_factory=dict)
+    memo: Any = None
+    spans: tuple = ()
+    apart: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class Result(NamedTuple):
@@ -327,10 +324,9 @@ def examples(problem: Problem) -> Iterator[Any]:
 
 
 def _examples(problem: Problem, data: bool, codes: bool, slots: int) -> Iterator[Any]:
-    batch, tokens = max(problem.batch, 1), max(problem.tokens, 1)
-    heads, kv_heads = problem.heads, problem.kv_heads
-    dtype, depth, bits = problem.dtype, problem.head_dim, problem.bits
-    device = problem.device
+    batch, tokens, heads = max(problem.batch, 1), max(problem.tokens, 1), problem.heads
+    kv_heads, dtype, depth = problem.kv_heads, problem.dtype, problem.head_dim
+    bits, device = problem.bits, problem.device
 
     def layout(heads: int, tokens: int, size: int, dtype: str, aligned: bool = True) -> Layout:
         return Layout((batch, heads, tokens, size), dtype, device, aligned)

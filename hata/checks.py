@@ -17,10 +17,12 @@ from hata import arguments
 from hata.arguments import Arrays
 from hata.call import Budget, Route
 from hata.errors import HataDTypeError, HataError, HataShapeError
-from hata.problem import Problem, pow2
+from hata.problem import OPS, Problem, pow2
 
 DATA = ("float32", "float16", "bfloat16")
 _LENGTHS = ("int32", "int64")
+# Arrays that kernels read row by row.
+_IN_ROWS = frozenset(("x", "keys", "values", "k_codes", "key_codes"))
 # What HATA_CHECK may say.
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True}
 _SWITCH |= {"0": False, "false": False, "no": False, "off": False}
@@ -40,10 +42,21 @@ def check(call: Any) -> Route:
     """
     arrays = Arrays(call)
     options, budget, fields = _CHECKS[call.OP](arrays, call)
-    problem = Problem(
-        op=call.OP, device=arrays.device.partition(":")[0], wide=arrays.wide, **fields
-    )
     given = frozenset(name for name, x in call.arrays().items() if x is not None)
+    # Whatever the op, the first array says for how many rows, heads and tokens it is.
+    batch, heads, tokens, _ = arrays.fw.shape(call[0])
+    problem = Problem(
+        op=call.OP,
+        device=arrays.device.partition(":")[0],
+        dtype=arrays.dtype(call._fields[0]),
+        batch=pow2(batch),
+        heads=heads,
+        tokens=pow2(tokens) if call.OP == "encode" else tokens,
+        norms=not given.isdisjoint(("norms", "key_norms")),
+        aligned=arrays.aligned(*_IN_ROWS.intersection(given)),
+        wide=arrays.wide,
+        **fields,
+    )
     route = Route(arrays.fw, problem, arrays.device, options, budget, given)
     # Tensors on meta have no memory.
     if arrays.device != "meta":
@@ -51,6 +64,7 @@ def check(call: Any) -> Route:
     return route
 
 
+# The numbers of a call, completed; its budget; and what the op says of the problem.
 Found = tuple[tuple, Budget, dict[str, Any]]
 
 
@@ -60,29 +74,17 @@ def _encode(arrays: Arrays, call: Any) -> Found:
     arguments.multiple("x", h, kv_heads)
     arguments.head_dim("x", d)
     why = "x and projection"
-    if arrays.given("out"):
-        arrays.expect("out", ("uint8",), (b, h, t, bits // 8), why)
-    if arrays.given("norms"):
-        arrays.expect("norms", ("float16",), (b, h, t), why)
-    fields = {
-        "dtype": arrays.dtype("x"),
-        "projection_dtype": arrays.dtype("projection"),
-        "batch": pow2(b),
-        "heads": h,
-        "kv_heads": kv_heads,
-        "head_dim": d,
-        "bits": bits,
-        "tokens": pow2(t),
-        "norms": arrays.given("norms"),
-        "aligned": arrays.aligned("x"),
-    }
+    arrays.expect("out", ("uint8",), (b, h, t, bits // 8), why)
+    arrays.expect("norms", ("float16",), (b, h, t), why)
+    dtype = arrays.dtype("projection")
+    fields = {"projection_dtype": dtype, "kv_heads": kv_heads, "head_dim": d, "bits": bits}
     return (), _NONE, fields
 
 
 def _hamming_topk(arrays: Arrays, call: Any) -> Found:
     per_head = arguments.flag("per_head", call.per_head)
     budget = arguments.budget(call)
-    b, h, t, width = arrays.take("q_codes", ("uint8",), 4)
+    b, h, _, width = arrays.take("q_codes", ("uint8",), 4)
     k_shape = arrays.take("k_codes", ("uint8",), 4)
     bits = width * 8
     arguments.bits_of("q_codes", bits)
@@ -93,19 +95,8 @@ def _hamming_topk(arrays: Arrays, call: Any) -> Found:
     arguments.multiple("q_codes", h, kv_heads)
     _slots("k_codes", s)
     _norms_and_lengths(arrays, b, kv_heads, s)
-    fields = {
-        "dtype": "uint8",
-        "batch": pow2(b),
-        "heads": h,
-        "kv_heads": kv_heads,
-        "bits": bits,
-        "k": budget.k,
-        "tokens": t,
-        "slots": pow2(s),
-        "norms": arrays.given("key_norms"),
-        "per_head": per_head,
-        "aligned": arrays.aligned("k_codes"),
-    }
+    fields = {"kv_heads": kv_heads, "bits": bits, "slots": pow2(s)}
+    fields |= {"k": budget.k, "per_head": per_head}
     # The result has as many columns as k, whatever S is.
     budget = _clipped(budget, s, budget.k)
     return (*_of_budget(call, budget), per_head), budget, fields
@@ -121,11 +112,7 @@ def _sparse_attend(arrays: Arrays, call: Any) -> Found:
             f"indices: got shape {list(shape)}, expected [{b}, {kv_heads}, {t}, k] (one "
             f"selection per KV head) or [{b}, {h}, {t}, k] (one per query head)"
         )
-    fields |= {
-        "k": shape[3],
-        "per_head": shape[1] != kv_heads,
-        "aligned": arrays.aligned("keys", "values"),
-    }
+    fields |= {"k": shape[3], "per_head": shape[1] != kv_heads}
     return _of_logits(call, fields["head_dim"]), _NONE, fields
 
 
@@ -136,23 +123,22 @@ def _hash_attend(arrays: Arrays, call: Any) -> Found:
     fields = _attention(arrays)
     b, _, t, d = arrays.fw.shape(call.q)
     s, kv_heads = arrays.fw.shape(call.keys)[2], fields["kv_heads"]
-    source = "projection"
-    if not arrays.given("projection"):
-        _nothing_encoded(call)
+    if arrays.given("projection"):
+        source = "projection"
+        _, bits = _projection(arrays, "projection", "bias", "q", d, kv_heads)
+    else:
         source = "q_codes"
+        _nothing_encoded(call)
         bits = arrays.take("q_codes", ("uint8",), 4)[3] * 8
         arguments.bits_of("q_codes", bits)
-    else:
-        heads, bits = _projection(arrays, "projection", "bias", "q", d)
-        _heads("projection", heads, kv_heads)
     if arrays.given("query_projection"):
-        heads, query_bits = _projection(arrays, "query_projection", "query_bias", "q", d)
-        _heads("query_projection", heads, kv_heads)
+        named = "query_projection", "query_bias"
+        _, query_bits = _projection(arrays, *named, "q", d, kv_heads)
         if query_bits != bits:
             raise HataShapeError(
                 f"query_projection: got {query_bits} bits, but projection has {bits}"
             )
-    elif arrays.given("query_bias"):
+    else:
         arrays.expect("query_bias", _like(arrays, "q"), (kv_heads, bits), "projection")
     code_shape = arrays.take("key_codes", ("uint8",), 4)
     arguments.code_width("key_codes", code_shape, bits, source)
@@ -165,28 +151,17 @@ def _hash_attend(arrays: Arrays, call: Any) -> Found:
         query_codes = b, got[1], t, bits // 8
         arrays.expect("q_codes", ("uint8",), query_codes, "batch and tokens of q")
     _norms_and_lengths(arrays, b, kv_heads, s)
-    fields |= {
-        "projection_dtype": arrays.dtype("projection" if source == "projection" else "q"),
-        "bits": bits,
-        "k": budget.k,
-        "norms": arrays.given("key_norms"),
-        "aligned": arrays.aligned("keys", "values", "key_codes"),
-    }
+    dtype = arrays.dtype("projection" if source == "projection" else "q")
+    fields |= {"projection_dtype": dtype, "bits": bits, "k": budget.k}
     # A budget of more keys than there are slots is one of all of them.
     budget = _clipped(budget, s, max(min(budget.k, s), 1))
-    options = (
-        budget.k, min(dense_below, s), *_of_budget(call, budget)[1:],
-        *_of_logits(call, d)[:2], min(fresh, s), arguments.flag("return_lse", call.return_lse),
-    )  # fmt: skip
+    scale, softcap, return_lse = _of_logits(call, d)
+    _, *numbers = _of_budget(call, budget)
+    options = budget.k, min(dense_below, s), *numbers, scale, softcap, min(fresh, s), return_lse
     return options, budget, fields
 
 
-_CHECKS = {
-    "encode": _encode,
-    "hamming_topk": _hamming_topk,
-    "sparse_attend": _sparse_attend,
-    "hash_attend": _hash_attend,
-}
+_CHECKS = dict(zip(OPS, (_encode, _hamming_topk, _sparse_attend, _hash_attend), strict=True))
 
 
 def _clipped(budget: Budget, slots: int, k: int) -> Budget:
@@ -212,18 +187,22 @@ def _like(arrays: Arrays, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((arrays.dtype(name), "float32")))
 
 
-def _projection(arrays: Arrays, name: str, bias: str, like: str, head_dim: int) -> tuple[int, int]:
+def _projection(
+    arrays: Arrays, name: str, bias: str, like: str, head_dim: int, kv_heads: int | None = None
+) -> tuple[int, int]:
+    """Check a projection and its bias; its KV heads, which are `kv_heads` if given, and bits."""
     allowed = _like(arrays, like)
-    kv_heads, d, bits = arrays.take(name, allowed, 3)
+    heads, d, bits = arrays.take(name, allowed, 3)
     if d != head_dim:
         raise HataShapeError(
-            f"{name}: got shape {[kv_heads, d, bits]} ([Hkv, D, r]), but {like} has head "
-            f"size D = {head_dim}"
+            f"{name}: got shape {[heads, d, bits]} ([Hkv, D, r]), but {like} has head size D = "
+            f"{head_dim}"
         )
     arguments.bits_of(name, bits)
-    if arrays.given(bias):
-        arrays.expect(bias, allowed, (kv_heads, bits), name)
-    return kv_heads, bits
+    arrays.expect(bias, allowed, (heads, bits), name)
+    if kv_heads not in (None, heads):
+        raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
+    return heads, bits
 
 
 def _slots(name: str, slots: int) -> None:
@@ -232,9 +211,8 @@ def _slots(name: str, slots: int) -> None:
 
 
 def _norms_and_lengths(arrays: Arrays, batch: int, kv_heads: int, slots: int) -> None:
-    if arrays.given("key_norms"):
-        shape = batch, kv_heads, slots
-        arrays.expect("key_norms", ("float16",), shape, "[B, Hkv, S] of the key codes")
+    shape = batch, kv_heads, slots
+    arrays.expect("key_norms", ("float16",), shape, "[B, Hkv, S] of the key codes")
     for name in ("lengths", "starts"):
         if not arrays.given(name):
             continue
@@ -243,50 +221,37 @@ def _norms_and_lengths(arrays: Arrays, batch: int, kv_heads: int, slots: int) ->
                 f"{name}: got a Python number, expected an int32 or int64 array, [B] or 0-d, on "
                 "the device of the other arguments"
             )
-        shape = arrays.take(name, _LENGTHS, (0, 1))
-        if shape not in ((), (batch,)):
+        got = arrays.take(name, _LENGTHS, 0, 1)
+        if got not in ((), (batch,)):
             raise HataShapeError(
-                f"{name}: got shape {list(shape)}, expected [{batch}] (one per batch row) or a "
-                "0-d array"
+                f"{name}: got shape {list(got)}, expected [{batch}] (one per batch row) or a 0-d "
+                "array"
             )
 
 
 def _attention(arrays: Arrays) -> dict[str, Any]:
     """Check q, keys, values and sink logits; what they say of the problem."""
-    b, h, t, d = arrays.take("q", DATA, 4)
+    b, h, _, d = arrays.take("q", DATA, 4)
     same = (arrays.dtype("q"),)
-    k_shape = arrays.take("keys", same, 4)
-    v_shape = arrays.take("values", same, 4)
-    _, kv_heads, s, _ = k_shape
+    _, kv_heads, s, _ = arrays.take("keys", same, 4)
+    value_dim = arrays.take("values", same, 4)[3]
     arrays.expect("keys", same, (b, kv_heads, s, d), "batch and head size of q")
-    shape = b, kv_heads, s, v_shape[3]
+    shape = b, kv_heads, s, value_dim
     arrays.expect("values", same, shape, "batch, KV heads and slots of keys")
     arguments.multiple("q", h, kv_heads)
     arguments.head_dim("q", d)
-    arguments.head_dim("values", v_shape[3])
+    arguments.head_dim("values", value_dim)
     _slots("keys", s)
-    if arrays.given("sink_logits"):
-        arrays.expect("sink_logits", _like(arrays, "q"), (h,), "heads of q")
-    return {
-        "dtype": same[0],
-        "batch": pow2(b),
-        "heads": h,
-        "kv_heads": kv_heads,
-        "head_dim": d,
-        "value_dim": v_shape[3],
-        "tokens": t,
-        "slots": pow2(s),
-    }
+    arrays.expect("sink_logits", _like(arrays, "q"), (h,), "heads of q")
+    return {"kv_heads": kv_heads, "head_dim": d, "value_dim": value_dim, "slots": pow2(s)}
 
 
 def _nothing_encoded(call: Any) -> None:
     """Check that a call without a projection needs none."""
-    need = None
-    if call.fresh:
-        need = f"{call.fresh} fresh keys are to be encoded; pass one, or fresh=0"
-    elif call.q_codes is None:
+    if call.fresh or call.q_codes is None:
         need = "q is to be encoded; pass one, or q_codes"
-    if need is not None:
+        if call.fresh:
+            need = f"{call.fresh} fresh keys are to be encoded; pass one, or fresh=0"
         raise HataDTypeError(f"projection: got None, expected an array [Hkv, D, r], since {need}")
     for name in ("bias", "query_projection", "query_bias"):
         if getattr(call, name) is not None:
@@ -294,11 +259,6 @@ def _nothing_encoded(call: Any) -> None:
                 f"{name}: got an array, expected None, since nothing is encoded where projection "
                 f"is None; leave {name} out, or pass a projection"
             )
-
-
-def _heads(name: str, heads: int, kv_heads: int) -> None:
-    if heads != kv_heads:
-        raise HataShapeError(f"{name}: got {heads} KV heads, but keys have {kv_heads}")
 
 
 class _Span(NamedTuple):
@@ -339,15 +299,11 @@ def apart(names: Sequence[str], spans: tuple[_Span, ...], addresses: Sequence[in
         for other in spans[i + 1 :]:
             begin = addresses[other.argument]
             stop = begin + other.size
-            if (
-                begin < end
-                and start < stop
-                and (
-                    begin == start
-                    or (span.dense and (start < begin or stop <= end))
-                    or (other.dense and (begin < start or end <= stop))
-                )
-            ):
+            if begin >= end or start >= stop:
+                continue
+            within = span.dense and (start < begin or stop <= end)
+            around = other.dense and (begin < start or end <= stop)
+            if begin == start or within or around:
                 name, shared = names[span.argument], names[other.argument]
                 raise HataShapeError(
                     f"{name}: got memory that {shared} lies in too, expected memory of its own, "

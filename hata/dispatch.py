@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 from hata import checks, registry
 from hata.arrays import framework
-from hata.backend import override
+from hata.backend import override, setting
 from hata.call import Route
 from hata.meta import Meta
 
@@ -126,24 +125,14 @@ def _keep_apart(kind: Any, route: Route, addresses: list[int]) -> None:
         route.apart.add(key)
 
 
-@contextmanager
-def preparing() -> Iterator[None]:
+def preparing() -> AbstractContextManager[None]:
     """Calls in this context compile and load what they need, and run nothing."""
-    token = _preparing.set(True)
-    try:
-        yield
-    finally:
-        _preparing.reset(token)
+    return setting(_preparing, True)
 
 
-@contextmanager
-def within_custom_op() -> Iterator[None]:
+def within_custom_op() -> AbstractContextManager[None]:
     """Calls in this context run, whatever modes are active or threads are compiling."""
-    token = _within_custom_op.set(True)
-    try:
-        yield
-    finally:
-        _within_custom_op.reset(token)
+    return setting(_within_custom_op, True)
 
 
 def is_traced(x: Any) -> bool:

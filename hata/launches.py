@@ -184,21 +184,14 @@ class LaunchingBackend(PlanningBackend):
         """The knobs of an op; `defaults` says what each is."""
         return self._module("defaults").KNOBS[op]
 
-    def write(self, launches: LaunchList, call: Any) -> None:
-        """Write the launches of a call into a list."""
-        self._module(call.OP).write(launches, call)
-
     def kernels(self, call: Any, sm: int | None = None) -> Sequence[Kernel]:
         """Every kernel that a call launches."""
-        return self._written(call, sm).kernels
+        return self.plan(call, sm).kernels
 
-    def plan(self, call: Any) -> LaunchList:
-        """The launches of a call."""
-        return self._written(call, None)
-
-    def _written(self, call: Any, sm: int | None) -> LaunchList:
+    def plan(self, call: Any, sm: int | None = None) -> LaunchList:
+        """The launches of a call, on a GPU of this capability or on the one where it is."""
         launches = self.new_list(call, self.gpu(call.route.device, sm))
-        self.write(launches, call)
+        self._module(call.OP).write(launches, call)
         return launches.close()
 
     def new_list(self, call: Any, gpu: Any) -> LaunchList:

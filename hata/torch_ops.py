@@ -20,10 +20,8 @@ from hata.call import CALLS, Encode, HammingTopK, HashAttend, SparseAttend
 from hata.errors import HataShapeError
 
 # The schema's word for what a field is annotated with.
-_WORDS = (
-    (Any, "Tensor"), (Any | None, "Tensor?"), (int, "SymInt"), (float | None, "float?"),
-    (bool, "bool"),
-)  # fmt: skip
+_WORDS: dict[Any, str] = {Any: "Tensor", Any | None: "Tensor?", int: "SymInt", bool: "bool"}
+_WORDS[float | None] = "float?"
 
 
 def _fake_results(call: Any) -> Any:
@@ -74,7 +72,7 @@ def _schema(kind: Any, fields: tuple[str, ...], written: tuple[str, ...], return
     hints = get_type_hints(kind.__mro__[1])
     parts = []
     for i, name in enumerate(fields):
-        word = next(word for hint, word in _WORDS if hints[name] == hint)
+        word = _WORDS[hints[name]]
         if name in written:
             word = word.replace("Tensor", f"Tensor(a{i}!)")
         parts.append(f"{word} {name}")
