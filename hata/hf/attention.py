@@ -64,13 +64,13 @@ class HashedAttention:
         starts = None
         if mask is not None and step.masked:
             starts = step.of_mask(masks.first_visible, mask)
-        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-        if own is sdpa_attention_forward:
-            # It knows neither, and so does a model that runs it: earlier releases ignore them.
-            softcap = sinks = None
-        if sinks is not None:
-            sinks = sinks.detach()
-        out = _attend(layer, query, starts, kwargs.get("scaling"), softcap, sinks)
+        logits = {"scale": kwargs.get("scaling")}
+        # SDPA knows neither of these, nor does a model that runs it: earlier releases ignore them.
+        if own is not sdpa_attention_forward:
+            sinks = kwargs.get("s_aux")
+            logits["sink_logits"] = None if sinks is None else sinks.detach()
+            logits["softcap"] = kwargs.get("softcap")
+        out = _attend(layer, query, starts, **logits)
         captured = not compiling and query.is_cuda and torch.cuda.is_current_stream_capturing()
         self._record.ran(CAPTURED if captured else HASHED, compiling)
         return out.transpose(1, 2).contiguous(), None
@@ -129,22 +129,18 @@ class HashedAttention:
         return None
 
 
-def _attend(
-    layer: Any, query: torch.Tensor, starts: Any, scale: Any, softcap: Any, sinks: Any
-) -> torch.Tensor:
+def _attend(layer: Any, query: torch.Tensor, starts: Any, **logits: Any) -> torch.Tensor:
     """Hash attention of one query per row over a cache layer, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
     plan, hasher, keys, values = layer.plan, layer.hasher, layer.keys, layer.values
     codes, norms, fresh, lengths = layer.ready()
-    q_codes, k = hasher.query_codes(query), plan.selection.k
+    q_codes = hasher.query_codes(query)
     seen = {"lengths": lengths, "starts": starts, "key_norms": norms}
-    logits = {"scale": scale, "softcap": softcap, "sink_logits": sinks}
     if hasher.key_heads == plan.kv_heads:
-        more = {"q_codes": q_codes, "fresh": fresh, **hasher.attend_options}
-        projection = hasher.attend_projection
-        out = hata.hash_attend(query, keys, values, codes, projection, k, **seen, **logits, **more)
+        more = {"q_codes": q_codes, "fresh": fresh, **hasher.attend_options, **seen, **logits}
+        out = hata.hash_attend(query, keys, values, codes, **more)
     else:
         # One key code per query head: no fused op knows those, the three steps do.
-        indices = hata.hamming_topk(q_codes, codes, k, **seen, **plan.budget)
+        indices = hata.hamming_topk(q_codes, codes, **seen, **plan.budget)
         out = hata.sparse_attend(query, keys, values, indices, **logits)
     layer.attended()
     return out

@@ -90,7 +90,8 @@ class Handle(AbstractContextManager["Handle"]):
         prepare = vars(self._model).get(_PREPARE)
         if isinstance(prepare, _Prepare):
             del vars(self._model)[_PREPARE]
-            vars(self._model).update(prepare.before)
+            if prepare.before is not None:
+                vars(self._model)[_PREPARE] = prepare.before
 
     def report(self) -> Report:
         """What every layer did since it was attached, counted where Python ran it."""
@@ -104,14 +105,13 @@ class Handle(AbstractContextManager["Handle"]):
         self.detach()
 
     def __repr__(self) -> str:
-        hashed = [chosen for chosen in self.selections if chosen is not None]
-        dense = [str(i) for i, chosen in enumerate(self.selections) if chosen is None]
-        left = f" (dense: {', '.join(dense)})" if hashed and dense else ""
         state = "attached" if self._attached else "detached"
+        dense = [str(i) for i, chosen in enumerate(self.selections) if chosen is None]
+        layers = len(self.selections)
+        left = f" (dense: {', '.join(dense)})" if 0 < len(dense) < layers else ""
         return (
-            f"<hata.hf.Handle {state} {self._record.model}: {len(hashed)} of "
-            f"{len(self.selections)} layers planned to hash{left}, {self.encoder!r}, selections "
-            f"({self.source})>"
+            f"<hata.hf.Handle {state} {self._record.model}: {layers - len(dense)} of {layers} "
+            f"layers planned to hash{left}, {self.encoder!r}, selections ({self.source})>"
         )
 
     def __str__(self) -> str:
@@ -204,7 +204,7 @@ class _Prepare:
     def __init__(self, handle: Handle, model: Any) -> None:
         self._handle = handle
         # One that somebody has set on this very model.
-        self.before = {name: vars(model)[name] for name in (_PREPARE,) if name in vars(model)}
+        self.before = vars(model).get(_PREPARE)
         self._own = model.prepare_inputs_for_generation
         self.__signature__ = inspect.signature(self._own)
 

@@ -44,54 +44,48 @@ class Hasher:
     """How a layer hashes, on one device and in one dtype.
 
     Attributes:
-        projection: Of keys, and of queries where those have none of their own, `[C, in, r]`.
-        bias: `[C, r]`, or `None`.
-        query_projection: Of queries, where `hash_attend` can hash them by itself; else `None`.
-        query_bias: Its bias.
         key_heads: Codes of a key: one per KV head, or one per query head.
         plain_keys: Whether `hata.encode` alone hashes a key, so that `hash_attend` can.
-        key_features: What `hata.encode` is given for keys.
         key_signs: The bits of keys `[B, Hkv, n, D]` as 1 and -1, `[B, C, n, r]`, in plain torch.
         query_signs: The same of queries `[B, H, T, D]`.
-        attend_projection: What `hash_attend` is given as the projection, `[Hkv, D, r]`: where it
-            hashes neither keys nor queries, numbers that it does not look at.
-        attend_options: More of what it is given at every step.
+        attend_options: What `hash_attend` is given at every step.
     """
 
     def __init__(self, plan: LayerPlan, keys: _Hash, queries: _Hash | None) -> None:
-        self.projection, self.bias, hidden = keys
-        self.key_heads, _, bits = self.projection.shape
-        self.plain_keys = not hidden and self.key_heads == plan.kv_heads
-        self.attend_projection = self.projection
+        self._keys, self.key_signs, self.query_signs = keys, keys.signs, (queries or keys).signs
+        self.key_heads, _, bits = keys.projection.shape
+        self.plain_keys = not keys.hidden and self.key_heads == plan.kv_heads
+        # Of keys and of queries, where `hash_attend` can hash them by itself.
+        projection, bias, query_projection, query_bias = keys.projection, keys.bias, None, None
         if not self.plain_keys:
-            shape = (plan.kv_heads, plan.head_dim, bits)
-            self.attend_projection = self.projection.new_zeros(shape)
-        self.query_projection = self.query_bias = self._queries = None
-        if queries is not None:
-            if queries.hidden or len(queries.projection) != plan.kv_heads:
-                self._queries = queries
-            else:
-                self.query_projection, self.query_bias, _ = queries
-        self.key_features, self.key_signs = keys.features, keys.signs
-        self.query_signs = (queries or keys).signs
+            # Numbers that it does not look at.
+            projection, bias = projection.new_zeros((plan.kv_heads, plan.head_dim, bits)), None
+        self._queries = queries
+        if queries and not queries.hidden and len(queries.projection) == plan.kv_heads:
+            query_projection, query_bias, _ = queries
+            self._queries = None
         self.attend_options = {
-            "bias": self.bias if self.plain_keys else None,
-            "query_projection": self.query_projection,
-            "query_bias": self.query_bias,
+            "projection": projection,
+            "bias": bias,
+            "query_projection": query_projection,
+            "query_bias": query_bias,
             "dense_below": plan.dense_below,
             **plan.budget,
         }
 
     def encode_keys(self, keys: torch.Tensor, out: Any = None, norms: Any = None) -> torch.Tensor:
         """Codes `[B, C, n, r/8]` of keys `[B, Hkv, n, D]`."""
-        features = self.key_features(keys.detach())
-        return hata.encode(features, self.projection, self.bias, out=out, norms=norms)
+        projection, bias, _ = self._keys
+        return hata.encode(
+            self._keys.features(keys.detach()), projection, bias, out=out, norms=norms
+        )
 
     def query_codes(self, q: torch.Tensor) -> torch.Tensor | None:
         """Codes `[B, Hq, T, r/8]` of queries that `hash_attend` cannot hash, else `None`."""
         if self._queries is None:
             return None
-        return hata.encode(self._queries.features(q), *self._queries[:2])
+        projection, bias, _ = self._queries
+        return hata.encode(self._queries.features(q), projection, bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hasher:
         # Read only: copies of a cache share it.
@@ -103,7 +97,7 @@ class LayerPlan:
 
     Attributes:
         selection: What the layer attends to.
-        budget: Options that `hamming_topk` and `hash_attend` take from it, beside k.
+        budget: Options that `hamming_topk` and `hash_attend` take from it.
         kv_heads: KV heads the projection is for.
         head_dim: Key size the projection is for.
         key_norms: Whether scores are weighted with key norms.
@@ -116,14 +110,12 @@ class LayerPlan:
         self, encoder: Encoder, layer: int, selection: Selection, forced: bool = False
     ) -> None:
         self.selection = selection
-        names = ("ratio", "k_min", "sink", "recent")
+        names = ("k", "ratio", "k_min", "sink", "recent")
         self.budget = {name: getattr(selection, name) for name in names}
-        bits = selection.bits
-        queries = encoder.query(layer, bits)
-        self._arrays = (
-            (encoder.projection(layer, bits), encoder.bias(layer, bits), encoder.hidden[layer]),
-            None if queries is None else (queries.projection, queries.bias, queries.hidden),
-        )
+        bits, hidden = selection.bits, encoder.hidden[layer]
+        self._keys = encoder.projection(layer, bits), encoder.bias(layer, bits), hidden
+        own = encoder.query(layer, bits)
+        self._queries = None if own is None else (own.projection, own.bias, own.hidden)
         self.kv_heads, self.head_dim = encoder.shape.kv_heads, encoder.shape.head_dim
         self.key_norms = encoder.key_norms
         self.dense_below = 0 if forced else max(selection.min_length or 0, covered(selection))
@@ -137,10 +129,8 @@ class LayerPlan:
         """How the layer hashes where `like` is, in its dtype."""
         key = (like.device, like.dtype)
         if key not in self._hashers:
-            keys, queries = self._arrays
-            self._hashers[key] = Hasher(
-                self, _placed(keys, like), None if queries is None else _placed(queries, like)
-            )
+            queries = None if self._queries is None else _placed(self._queries, like)
+            self._hashers[key] = Hasher(self, _placed(self._keys, like), queries)
         return self._hashers[key]
 
 
@@ -156,11 +146,8 @@ def _placed(arrays: tuple[Any, Any, Any], like: torch.Tensor) -> _Hash:
         return found
 
     projection, bias, hidden = arrays
-    return _Hash(
-        place(projection),
-        None if bias is None else place(bias),
-        tuple((place(weight), place(offset)) for weight, offset in hidden),
-    )
+    hidden = tuple((place(weight), place(offset)) for weight, offset in hidden)
+    return _Hash(place(projection), None if bias is None else place(bias), hidden)
 
 
 def covered(selection: Selection) -> int:

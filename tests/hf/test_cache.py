@@ -24,7 +24,8 @@ def in_step(layer, length=None):
     """Whether the codes that a layer counts on are the codes of its keys."""
     length = getattr(layer, "coded", None) if length is None else length
     keys = layer.keys[:, :, :length].contiguous()
-    expected = hata.encode(keys, layer.hasher.projection, layer.hasher.bias)
+    options = layer.hasher.attend_options
+    expected = hata.encode(keys, options["projection"], options["bias"])
     return torch.equal(expected, layer.codes[:, :, :length])
 
 

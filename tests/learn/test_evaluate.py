@@ -54,10 +54,11 @@ def test_codes_choose_what_the_ops_choose(asked, encoders, kind, bits):
     placed = LayerPlan(encoder, 1, Selection(bits=bits, k=1)).on(asked.keys)
     keys, q = asked.keys[None].contiguous(), asked.q.flatten(0, 1)[None].contiguous()
     norms = torch.empty((1, KV, S), dtype=torch.float16) if encoder.key_norms else None
-    k_codes = hata.encode(placed.key_features(keys), placed.projection, placed.bias, norms=norms)
+    k_codes = placed.encode_keys(keys, norms=norms)
     q_codes = placed.query_codes(q)
     if q_codes is None:
-        q_codes = hata.encode(q, placed.query_projection, placed.query_bias)
+        options = placed.attend_options
+        q_codes = hata.encode(q, options["query_projection"], options["query_bias"])
     expected = hata.hamming_topk(q_codes, k_codes, 9, key_norms=norms)[0]
     found = Coded("x", encoder, bits).choose(asked, 9).sort(-1).values
     assert torch.equal(found.int(), expected)
