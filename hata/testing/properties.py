@@ -350,7 +350,7 @@ class Properties(Harness):
         self, kit: Kit, case: Case, op: str, **given: np.ndarray
     ) -> tuple[Arrays, dict[str, Any]]:
         """The arrays, in place, and the other arguments of an op for a case."""
-        values = make_values(case)
+        values = make_values(case, CALLS[op]._fields)
         if op == "hash_attend" and not case.given_codes:
             del values["q_codes"]
         placed, options = place(kit, case, op, values | given), case.options(op)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -154,32 +154,30 @@ def place(kit: Kit, case: Case, op: str, values: dict[str, Any]) -> Arrays:
     return {n: None if values[n] is None else kit.place(values[n], layout) for n, layout in layouts}
 
 
-def make_values(case: Case) -> dict[str, Any]:
-    """The values of every array argument of a case, `None` where it has none; always the same."""
-    rng = np.random.default_rng(case.seed)
+def make_values(case: Case, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The values of a case's array arguments, all or some; `None` where it has none.
+
+    Each has a seed of its own, so that it is the same whenever and with whatever it is asked.
+    """
     dtype = numpy_dtype(case.dtype)
     projection_dtype = np.dtype(np.float32) if case.float32_projection else dtype
     batch, kv_heads, heads = case.batch, case.kv_heads, case.heads
 
-    def normal(shape: tuple[int, ...], kind: np.dtype = dtype, size: float = 1.0) -> np.ndarray:
+    def normal(*shape: int, kind: np.dtype = dtype, size: float = 1.0) -> np.ndarray:
         return (size * rng.standard_normal(shape)).astype(kind)
 
-    def repeated(draw: Callable[[tuple[int, ...]], np.ndarray], *shape: int) -> np.ndarray:
+    def repeated(draw: Callable[..., np.ndarray], *shape: int) -> np.ndarray:
         if case.flavour == "equal":
-            return np.broadcast_to(draw(shape[-1:]), shape).copy()
+            return np.broadcast_to(draw(shape[-1]), shape).copy()
         if case.flavour == "few":
-            return draw((4, shape[-1]))[rng.integers(0, 4, shape[:-1])]
-        return draw(shape)
+            return draw(4, shape[-1])[rng.integers(0, 4, shape[:-1])]
+        return draw(*shape)
 
     vectors = partial(repeated, partial(normal, size=1e-3 if case.flavour == "small" else 1.0))
-    codes = partial(repeated, lambda shape: rng.integers(0, 256, shape, np.uint8))
+    codes = partial(repeated, lambda *shape: rng.integers(0, 256, shape, np.uint8))
 
-    def positions(given: tuple[int, ...] | int | None) -> np.ndarray | None:
-        return None if given is None else np.array(given, case.lengths_dtype)
-
-    norms = None
-    if case.norms:
-        norms = np.abs(normal((batch, kv_heads, case.slots), np.dtype(np.float16), 8.0))
+    def norms() -> np.ndarray:
+        made = np.abs(normal(batch, kv_heads, case.slots, kind=np.dtype(np.float16), size=8.0))
         # Norms that tie, that are zero, and that no norm should be.
         for value, share in (
             (3.0, 0.2),
@@ -188,33 +186,48 @@ def make_values(case: Case) -> dict[str, Any]:
             (65504.0, 0.02),
             (np.nan, 0.02),
         ):
-            norms[rng.random(norms.shape) < share] = value
-    shape = (kv_heads, case.head_dim, case.bits)
-    index_heads = heads if case.per_head else kv_heads
+            made[rng.random(made.shape) < share] = value
+        return made
+
+    def positions(given: tuple[int, ...] | int | None) -> np.ndarray | None:
+        return None if given is None else np.array(given, case.lengths_dtype)
+
+    weights = partial(normal, kv_heads, case.head_dim, case.bits, kind=projection_dtype)
     code_heads, width = kv_heads * case.code_group, case.bits // 8
-    values = {
-        "x": vectors(batch, code_heads, min(case.slots, 50), case.head_dim),
-        "q": vectors(batch, heads, case.tokens, case.head_dim),
-        "keys": vectors(batch, kv_heads, case.slots, case.head_dim),
-        "values": normal((batch, kv_heads, case.slots, case.value_dim)),
-        "projection": normal(shape, projection_dtype),
-        "bias": normal((kv_heads, case.bits), projection_dtype) if case.bias else None,
-        "query_projection": normal(shape, projection_dtype) if case.query_projection else None,
-        "query_bias": normal((kv_heads, case.bits)) if case.query_bias else None,
-        "q_codes": codes(batch, code_heads, case.tokens, width),
-        "key_codes": codes(batch, kv_heads, case.slots, width),
+    key_codes = partial(codes, batch, kv_heads, case.slots, width)
+    draws: dict[str, Callable[[], Any]] = {
+        "x": partial(vectors, batch, code_heads, min(case.slots, 50), case.head_dim),
+        "q": partial(vectors, batch, heads, case.tokens, case.head_dim),
+        "keys": partial(vectors, batch, kv_heads, case.slots, case.head_dim),
+        "values": partial(normal, batch, kv_heads, case.slots, case.value_dim),
+        "projection": weights,
+        "bias": partial(normal, kv_heads, case.bits, kind=projection_dtype),
+        "query_projection": weights,
+        "query_bias": partial(normal, kv_heads, case.bits),
+        "q_codes": partial(codes, batch, code_heads, case.tokens, width),
+        "key_codes": key_codes,
+        # The two ops have two names for them.
+        "k_codes": key_codes,
         "key_norms": norms,
-        "indices": _indices(rng, case, (batch, index_heads, case.tokens)),
-        "sink_logits": normal((heads,), projection_dtype) if case.sinks else None,
-        "lengths": positions(case.lengths),
-        "starts": positions(case.starts),
+        "indices": lambda: _indices(rng, case),
+        "sink_logits": partial(normal, heads, kind=projection_dtype),
+        "lengths": partial(positions, case.lengths),
+        "starts": partial(positions, case.starts),
     }
-    # The two ops have two names for them.
-    return values | {"k_codes": values["key_codes"]}
+    optional = {"key_norms": "norms", "sink_logits": "sinks"}
+    optional |= {name: name for name in ("bias", "query_projection", "query_bias")}
+    values = {}
+    for number, (name, draw) in enumerate(draws.items()):
+        if names is None or name in names:
+            rng = np.random.default_rng([case.seed, number])
+            wanted = name not in optional or getattr(case, optional[name])
+            values[name] = draw() if wanted else None
+    return values
 
 
-def _indices(rng: np.random.Generator, case: Case, shape: tuple[int, int, int]) -> np.ndarray:
+def _indices(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Some distinct positions for every query, padded with -1."""
+    shape = case.batch, case.heads if case.per_head else case.kv_heads, case.tokens
     indices = np.full((*shape, case.k), -1, np.int32)
     for query in np.ndindex(shape):
         count = rng.integers(0, min(case.k, case.slots) + 1)
