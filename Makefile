@@ -25,7 +25,8 @@ INSTALLED := .venv/.installed
 OTHER_TRANSFORMERS := 5.17.0 5.23.0
 OTHER_INSTALLED := $(OTHER_TRANSFORMERS:%=.compat/transformers-%/.installed)
 
-PYTEST := NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
+# torch's models are tiny here: threads of its own would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
 
 MAKEFLAGS += --no-print-directory
 .PHONY: help install tune encoder test test-main test-other test-models lint lint-imports format clean
