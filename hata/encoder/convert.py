@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 
 from hata.encoder import Encoder, Hidden, ModelShape, QueryHash
+from hata.encoder.encoder import of_layers
+from hata.encoder.layer import LayerHash
 from hata.encoder.pickles import UnsafePickle, array, load_plain, shown
 from hata.errors import EncoderError
 
@@ -40,7 +42,7 @@ _SIDES = {"q": "query", "k": "key"}
 _MOST_NETWORK = 17
 
 # A network: weights `[H, in, out]` and biases `[H, out]`, from the first layer to the last.
-Network = list[tuple[np.ndarray, np.ndarray]]
+Network = list[Hidden]
 
 
 def convert(source: str | Path, config: str | Path) -> Encoder:
@@ -94,12 +96,11 @@ def _hata(source: Path, shape: ModelShape) -> Encoder:
             "HATA's weights, or a .pt or .pkl file of HashAttention's"
         )
     _check_layer(max(files), shape)
-    projections: list[Any] = [None] * shape.num_layers
-    for layer, path in files.items():
-        projections[layer] = _tensor(path)
-    bits = next(p.shape[-1] for p in projections if p is not None)
+    projections = {layer: _tensor(path) for layer, path in files.items()}
+    bits = next(iter(projections.values())).shape[-1]
     made = {"recipe": "hata", "source": source.resolve().name}
-    return Encoder(shape, bits, tuple(projections), made=made)
+    every = tuple(projections.get(layer) for layer in range(shape.num_layers))
+    return Encoder(shape, bits, every, made=made)
 
 
 def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Network]]) -> Encoder:
@@ -110,10 +111,8 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
             "as 0.learning_to_hash_transformation_q.0.0.weight"
         )
     _check_layer(max(layers), shape)
-    count = shape.num_layers
-    projections: list[Any] = [None] * count
-    biases, queries = list(projections), list(projections)
-    hidden: list[tuple[Hidden, ...]] = [()] * count
+    found = [LayerHash(None)] * shape.num_layers
+    bits = 0
     for layer, sides in layers.items():
         if missing := {"query", "key"} - {side for side, network in sides.items() if network}:
             raise EncoderError(
@@ -122,22 +121,13 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
             )
         for side, network in sides.items():
             _check_network(source, f"{side} networks of layer {layer}", network)
-        keys = _shared(sides["key"], shape)
-        projections[layer], biases[layer] = keys[-1]
-        hidden[layer] = tuple(Hidden(*one) for one in keys[:-1])
+        *hidden, (projection, bias) = _shared(sides["key"], shape)
         *before, last = sides["query"]
-        queries[layer] = QueryHash(*last, hidden=tuple(Hidden(*one) for one in before))
-    bits = next(p.shape[-1] for p in projections if p is not None)
+        query = QueryHash(*last, hidden=tuple(before))
+        found[layer] = LayerHash(projection, bias, query, tuple(hidden))
+        bits = bits or projection.shape[-1]
     made = {"recipe": "hashattention", "source": source.resolve().name}
-    return Encoder(
-        shape,
-        bits,
-        tuple(projections),
-        tuple(biases),
-        made=made,
-        queries=tuple(queries),
-        hidden=tuple(hidden),
-    )
+    return of_layers(shape, bits, found, made=made)
 
 
 def _shared(network: Network, shape: ModelShape) -> Network:
@@ -150,7 +140,7 @@ def _shared(network: Network, shape: ModelShape) -> Network:
             cut = one.reshape(shape.kv_heads, group, *one.shape[1:])
             if not (cut == cut[:, :1]).all():
                 return network
-    return [(weight[::group], bias[::group]) for weight, bias in network]
+    return [Hidden(weight[::group], bias[::group]) for weight, bias in network]
 
 
 def _of_state(path: Path) -> dict[int, dict[str, Network]]:
@@ -205,7 +195,7 @@ def _stacked(named: dict[tuple[int, str], dict[int, np.ndarray]]) -> Network:
                     f"{number}.{part} of heads {sorted(heads)[:20]}, expected {count} from 0"
                 )
             pair.append(np.stack([heads[head].T for head in range(count)]))
-        network.append((pair[0], pair[1]))
+        network.append(Hidden(*pair))
     return network
 
 
@@ -240,7 +230,7 @@ def _sides(parts: Any, side: str) -> Network:
     for found in (weights, biases):
         if not isinstance(found, list | tuple) or len(found) > _MOST_NETWORK:
             raise TypeError(f"got no list of at most {_MOST_NETWORK} arrays")
-    return [(array(w), array(b)) for w, b in zip(weights, biases, strict=True)]
+    return [Hidden(array(w), array(b)) for w, b in zip(weights, biases, strict=True)]
 
 
 def _number(name: Any, what: str = "") -> int:

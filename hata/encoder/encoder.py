@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from hata.encoder import file as encoder_file
 from hata.encoder.file import FORMAT, FORMAT_2, assembled, flattened
 from hata.encoder.layer import (
     Hidden,
+    LayerHash,
     QueryHash,
     check_bits,
     check_side,
@@ -73,48 +74,46 @@ class Encoder:
                 f"shape: got {short(self.shape)}, expected a ModelShape; make one with "
                 "ModelShape.of(config)"
             )
-        projections = _per_layer("projections", self.projections)
-        count = len(projections)
-        biases = _per_layer("biases", self.biases) or (None,) * count
-        queries = _per_layer("queries", self.queries) or (None,) * count
-        hidden = _per_layer("hidden", self.hidden) or ((),) * count
-        for name, arrays in (("projection", projections), ("bias", biases)):
-            for layer, array in enumerate(arrays):
-                if array is not None:
-                    need_array(f"layers.{layer}.{name}", array)
-        for layer, query in enumerate(queries):
-            if query is not None and not isinstance(query, QueryHash):
+        count = self.shape.num_layers
+        absent = {"biases": (None,) * count, "queries": (None,) * count, "hidden": ((),) * count}
+        found: dict[str, Any] = {}
+        for name in ("projections", *absent):
+            found[name] = _per_layer(name, getattr(self, name)) or absent.get(name, ())
+            if len(found[name]) != count:
                 raise EncoderError(
-                    f"layers.{layer}.query: got {short(query)}, expected a QueryHash or None"
+                    f"{name}: got {len(found[name])} layers, expected {count}, one per layer of "
+                    "the model; put None for a dense layer"
                 )
-        hidden = tuple(hidden_layers(f"layers.{i}.hidden", one) for i, one in enumerate(hidden))
+        found["hidden"] = tuple(
+            hidden_layers(f"layers.{i}.hidden", one) for i, one in enumerate(found["hidden"])
+        )
         if not isinstance(self.key_norms, bool):
             raise EncoderError(f"key_norms: got {short(self.key_norms)}, expected True or False")
         _check_made(self.made)
-        found = {
-            "bits": check_bits(self.bits),
-            "projections": projections,
-            "biases": biases,
-            "queries": queries,
-            "hidden": hidden,
-            "made": dict(self.made),
-        }
+        found |= {"bits": check_bits(self.bits), "made": dict(self.made)}
         for name, value in found.items():
             object.__setattr__(self, name, value)
-        for name in ("projections", "biases", "queries", "hidden"):
-            layers = len(getattr(self, name))
-            if layers != self.shape.num_layers:
-                raise EncoderError(
-                    f"{name}: got {layers} layers, expected {self.shape.num_layers}, one per "
-                    "layer of the model; put None for a dense layer"
-                )
-        for layer in range(count):
-            self._check_layer(layer)
+        for layer, one in enumerate(self._layers()):
+            self._check_layer(f"layers.{layer}.", *one)
 
-    def _check_layer(self, layer: int) -> None:
-        shape, name = self.shape, f"layers.{layer}."
-        projection, bias = self.projections[layer], self.biases[layer]
-        query, hidden = self.queries[layer], self.hidden[layer]
+    def _layers(self) -> list[LayerHash]:
+        layers = zip(self.projections, self.biases, self.queries, self.hidden, strict=True)
+        return [LayerHash(*one) for one in layers]
+
+    def _check_layer(
+        self,
+        name: str,
+        projection: np.ndarray | None,
+        bias: np.ndarray | None,
+        query: QueryHash | None,
+        hidden: tuple[Hidden, ...],
+    ) -> None:
+        shape = self.shape
+        for part, array in (("projection", projection), ("bias", bias)):
+            if array is not None:
+                need_array(f"{name}{part}", array)
+        if query is not None and not isinstance(query, QueryHash):
+            raise EncoderError(f"{name}query: got {short(query)}, expected a QueryHash or None")
         if projection is None:
             if bias is not None:
                 raise EncoderError(
@@ -150,15 +149,8 @@ class Encoder:
                 f"of {heads} heads"
             )
         query_heads(shape.heads, codes)
-        check_side(
-            f"{name}query_",
-            query.projection,
-            query.bias,
-            query.hidden,
-            codes,
-            shape.head_dim,
-            self.bits,
-        )
+        side = query.projection, query.bias, query.hidden
+        check_side(f"{name}query_", *side, codes, shape.head_dim, self.bits)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -217,7 +209,10 @@ class Encoder:
             EncoderError: The name does not end in .safetensors, or cannot be written to.
         """
         file = encoder_file.user_path(path)
-        tensors = flattened(self.projections, self.biases, self.queries, self.hidden)
+        if file.suffix.lower() != ".safetensors":
+            raise EncoderError(
+                f"path: got {file}, expected a name that ends in .safetensors; rename it"
+            )
         more = any(query is not None for query in self.queries)
         header = {
             "format": FORMAT_2 if more else FORMAT,
@@ -230,9 +225,7 @@ class Encoder:
         if more:
             header["activation"] = "silu"
         try:
-            encoder_file.write(file, tensors, header)
-        except EncoderError:
-            raise
+            encoder_file.write(file, flattened(self._layers()), header)
         # A NUL in the name is a ValueError.
         except (OSError, ValueError) as error:
             raise EncoderError(
@@ -256,7 +249,7 @@ class Encoder:
         Raises:
             EncoderError: The layer is dense or absent, or the encoder has fewer bits.
         """
-        projection = self._layer(self.projections, layer)
+        projection = self._of(self.projections, layer)
         if projection is None:
             raise EncoderError(
                 f"layer: got {layer}, which this encoder leaves dense; expected one with a "
@@ -266,19 +259,19 @@ class Encoder:
 
     def bias(self, layer: int, bits: int | None = None) -> np.ndarray | None:
         """The bias of a layer, `[kv_heads, bits]`, or `None` where it has none."""
-        bias = self._layer(self.biases, layer)
+        bias = self._of(self.biases, layer)
         return None if bias is None else bias[..., : self._width(bits)]
 
     def query(self, layer: int, bits: int | None = None) -> QueryHash | None:
         """How a layer's queries are hashed, or `None` where like its keys."""
-        query = self._layer(self.queries, layer)
+        query = self._of(self.queries, layer)
         if query is None:
             return None
         width = self._width(bits)
         bias = None if query.bias is None else query.bias[..., :width]
         return QueryHash(query.projection[..., :width], bias, query.hidden)
 
-    def _layer(self, arrays: tuple[_Part, ...], layer: int) -> _Part:
+    def _of(self, arrays: tuple[_Part, ...], layer: int) -> _Part:
         layer = _index("layer", layer)
         if not 0 <= layer < len(arrays):
             raise EncoderError(f"layer: got {layer}, expected 0 to {len(arrays) - 1}")
@@ -306,6 +299,19 @@ class Encoder:
             f"layers={shape.num_layers}, heads={shape.heads}/{shape.kv_heads}, "
             f"head_dim={shape.head_dim}, bits={self.bits}, key_norms={self.key_norms})"
         )
+
+
+def of_layers(
+    shape: ModelShape,
+    bits: int,
+    layers: Iterable[LayerHash],
+    *,
+    made: Mapping[str, Any],
+    key_norms: bool = False,
+) -> Encoder:
+    """The encoder of these layers."""
+    projections, biases, queries, hidden = zip(*layers, strict=True)
+    return Encoder(shape, bits, projections, biases, key_norms, made, queries, hidden)
 
 
 def _count(text: str) -> int:
@@ -342,16 +348,14 @@ def _assemble(path: Path, header: Mapping[str, str], tensors: Mapping[str, np.nd
             f"({clipped(repr(error))}), expected that of {header['format']}; write it again with "
             "Encoder.save"
         ) from error
-    projections, biases, queries, hidden = assembled(
-        path, tensors, shape.num_layers, more=header["format"] == FORMAT_2
-    )
-    absent = [i for i, projection in enumerate(projections) if projection is None]
+    layers = assembled(path, tensors, shape.num_layers, more=header["format"] == FORMAT_2)
+    absent = [i for i, layer in enumerate(layers) if layer.projection is None]
     if absent != dense:
         raise EncoderError(
             f"encoder: got {path} that declares the dense layers {clipped(repr(dense))} but has no "
             f"projection for {clipped(repr(absent))}; the file is damaged, fetch or write it again"
         )
-    return Encoder(shape, bits, projections, biases, key_norms, made, queries, hidden)
+    return of_layers(shape, bits, layers, key_norms=key_norms, made=made)
 
 
 def _check_made(made: Mapping[str, Any]) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hata.encoder.layer import Hidden, QueryHash
+from hata.encoder.layer import Hidden, LayerHash, QueryHash
 from hata.errors import EncoderError
 from hata.files import swap
 from hata.words import clipped
@@ -29,13 +29,6 @@ _NAME = re.compile(
     r"(?:(projection|bias|query_projection|query_bias)"
     r"|(query_hidden|hidden)\.(\d|1[0-5])\.(weight|bias))"
 )
-
-Layers = tuple[
-    tuple[np.ndarray | None, ...],
-    tuple[np.ndarray | None, ...],
-    tuple[QueryHash | None, ...],
-    tuple[tuple[Hidden, ...], ...],
-]
 
 
 def user_path(given: Any) -> Path:
@@ -122,7 +115,7 @@ def read_tensors(
 
 def assembled(
     path: Path, tensors: Mapping[str, np.ndarray], num_layers: int, *, more: bool
-) -> Layers:
+) -> list[LayerHash]:
     """The parts of every layer, by the names of their tensors.
 
     Args:
@@ -173,55 +166,37 @@ def assembled(
             )
         return None
 
-    layers = range(num_layers)
-    return (
-        tuple(part(layer, "projection") for layer in layers),
-        tuple(part(layer, "bias") for layer in layers),
-        tuple(query(layer) for layer in layers),
-        tuple(hidden(layer, "hidden") for layer in layers),
-    )
+    return [
+        LayerHash(part(i, "projection"), part(i, "bias"), query(i), hidden(i, "hidden"))
+        for i in range(num_layers)
+    ]
 
 
-def flattened(
-    projections: Sequence[np.ndarray | None],
-    biases: Sequence[np.ndarray | None],
-    queries: Sequence[QueryHash | None],
-    hidden: Sequence[Sequence[Hidden]],
-) -> dict[str, np.ndarray]:
+def flattened(layers: Iterable[LayerHash]) -> dict[str, np.ndarray]:
     """The tensors of all layers, by name: the inverse of `assembled`."""
     tensors: dict[str, np.ndarray | None] = {}
-    for layer, projection in enumerate(projections):
-        query = queries[layer]
-        tensors[f"layers.{layer}.projection"] = projection
-        tensors[f"layers.{layer}.bias"] = biases[layer]
-        sides = {"hidden": hidden[layer]}
+    for layer, (projection, bias, query, hidden) in enumerate(layers):
+        sides = [("", projection, bias, hidden)]
         if query is not None:
-            tensors[f"layers.{layer}.query_projection"] = query.projection
-            tensors[f"layers.{layer}.query_bias"] = query.bias
-            sides["query_hidden"] = query.hidden
-        for side, found in sides.items():
-            for number, (weight, bias) in enumerate(found):
-                tensors[f"layers.{layer}.{side}.{number}.weight"] = weight
-                tensors[f"layers.{layer}.{side}.{number}.bias"] = bias
+            sides.append(("query_", query.projection, query.bias, query.hidden))
+        for side, projection, bias, hidden in sides:
+            name = f"layers.{layer}.{side}"
+            tensors |= {f"{name}projection": projection, f"{name}bias": bias}
+            for number, one in enumerate(hidden):
+                for part, array in one._asdict().items():
+                    tensors[f"{name}hidden.{number}.{part}"] = array
     return {name: np.ascontiguousarray(x) for name, x in tensors.items() if x is not None}
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Write the file, whole or not at all: a temporary file beside it, then a rename.
-
-    Equal tensors and headers are equal files.
+    """Write a file, whole or not at all; equal tensors and headers are equal files.
 
     Raises:
-        EncoderError: The name does not end in .safetensors.
         OSError: It is a folder's, or cannot be written to.
         ValueError: The name holds a NUL.
     """
     from safetensors.numpy import save
 
-    if path.suffix.lower() != ".safetensors":
-        raise EncoderError(
-            f"path: got {path}, expected a name that ends in .safetensors; rename it"
-        )
     if path.is_dir():
         raise IsADirectoryError("it is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,22 @@ class QueryHash:
         object.__setattr__(self, "hidden", hidden_layers("query_hidden", self.hidden))
 
 
+class LayerHash(NamedTuple):
+    """How a layer is hashed.
+
+    Attributes:
+        projection: Of keys, `[Hkv, in, r]`; `None` where the layer is dense.
+        bias: `[Hkv, r]`, or `None`.
+        query: How queries are hashed, or `None` where like keys.
+        hidden: Hidden layers of keys, from first to last.
+    """
+
+    projection: np.ndarray | None
+    bias: np.ndarray | None = None
+    query: QueryHash | None = None
+    hidden: tuple[Hidden, ...] = ()
+
+
 def hidden_layers(name: str, given: Any) -> tuple[Hidden, ...]:
     """Hidden layers of pairs of arrays; raises `EncoderError` where they are none."""
     try:

@@ -137,8 +137,7 @@ def _learn(options: argparse.Namespace) -> int:
     from hata.learn.folders import clear, held, prepare
     from hata.learn.plan import Capture, Plan
     from hata.learn.ranks import joined
-    from hata.learn.recipes import settings_of
-    from hata.learn.trainer import learn
+    from hata.learn.trainer import Training
     from hata.learn.weights import fingerprint
 
     check_numbers(options)
@@ -163,7 +162,7 @@ def _learn(options: argparse.Namespace) -> int:
             device=device.partition(":")[0],
         )
         steps = options.steps or recipe.steps
-        settings = settings_of(recipe)
+        settings = recipe.settings()
         plan = Plan(captured, read.layers, recipe.name, settings, bits, steps, options.seed)
         # The other ranks of this run work in the same folders.
         if ranks.rank == 0:
@@ -176,7 +175,7 @@ def _learn(options: argparse.Namespace) -> int:
             fresh = not (found or places.shared)
             prepare(places.store, captured, resume=True, option="--capture", fresh=fresh)
         ranks.meet()
-        outcome = learn(
+        outcome = Training(
             plan,
             recipe,
             read.shape,
@@ -185,10 +184,10 @@ def _learn(options: argparse.Namespace) -> int:
             places.work,
             places.store,
             device,
-            asked=read.asked,
-            ranks=ranks,
-            progress=progress,
-        )
+            ranks,
+            progress,
+            read.asked,
+        ).run()
         if outcome is None:
             return 0
         _write(places, plan, outcome, progress)
@@ -301,7 +300,6 @@ def _rehearse(options: argparse.Namespace) -> int:
     from hata.calibration.options import check_device
     from hata.errors import LearnError
     from hata.learn.arguments import check_codes, check_numbers, shape_of, tokens_of
-    from hata.learn.ranks import Ranks
     from hata.learn.rehearsal import rehearse
 
     check_numbers(options)
@@ -311,20 +309,8 @@ def _rehearse(options: argparse.Namespace) -> int:
         raise LearnError(f"--rehearse: got {options.rehearse}, expected one layer or more")
     config = texts.load_config(options.model)
     check_codes(options.query_codes, shape_of(config))
-    told = rehearse(
-        config,
-        options.rehearse,
-        recipe,
-        bits=bits,
-        steps=options.steps or recipe.steps,
-        sequences=_sequences(options),
-        tokens=tokens_of(options.tokens, config, recipe, TOKENS),
-        queries=options.queries,
-        seed=options.seed,
-        device=Ranks().device(options.device),
-        folder=user_path(options.work) if options.work else None,
-    )
-    print(told)
+    tokens = tokens_of(options.tokens, config, recipe, TOKENS)
+    print(rehearse(options, config, recipe, bits, _sequences(options), tokens))
     return 0
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from hata.encoder import Hidden, QueryHash
+from hata.encoder.layer import LayerHash
 from hata.learn import objectives
-from hata.learn.recipe import Learned, Recipe, Watcher, exported
+from hata.learn.recipe import Recipe, Watcher, exported, minimised
 from hata.learn.samples import LayerSamples
 
 
@@ -49,7 +50,7 @@ class HashAttention(Recipe):
 
     def train(
         self, samples: LayerSamples, bits: int, steps: int, seed: int, watch: Watcher
-    ) -> Learned:
+    ) -> LayerHash:
         """See `Recipe`."""
         generator = torch.Generator().manual_seed(seed)
         size, heads = samples.head_dim, samples.kv_heads
@@ -58,11 +59,7 @@ class HashAttention(Recipe):
         parameters = [*for_keys.parameters(), *for_queries.parameters()]
         optimiser = torch.optim.Adam(parameters, lr=self.rate)
 
-        def export() -> Learned:
-            (projection, bias, hidden) = for_keys.export()
-            return Learned(projection, bias, QueryHash(*for_queries.export()), hidden)
-
-        for step in range(steps):
+        def loss(step: int) -> torch.Tensor:
             batch = samples.batch(step, self.queries, samples.tokens, generator)
             q = for_queries(batch.q.flatten(0, 1)).tanh().unflatten(0, (heads, samples.group))
             keys = for_keys(batch.keys).tanh()
@@ -71,13 +68,15 @@ class HashAttention(Recipe):
             best = logits.topk(min(self.best, logits.shape[-1]), -1).indices
             # Where fewer keys are left than are wanted, none of those left out becomes one.
             wanted = torch.zeros_like(logits).scatter_(-1, best, 1.0).masked_fill(out, 0.0)
-            scores = q @ keys[:, None].mT
-            loss = objectives.matching(scores, wanted, out, self.weight)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            watch(step, loss.detach(), export)
-        return export()
+            return objectives.matching(q @ keys[:, None].mT, wanted, out, self.weight)
+
+        def export() -> LayerHash:
+            *hidden, (projection, bias) = for_keys.export()
+            *before, last = for_queries.export()
+            query = QueryHash(*last, hidden=tuple(before))
+            return LayerHash(projection, bias, query, tuple(hidden))
+
+        return minimised(loss, optimiser, steps, watch, export)
 
     def _edges(self, visible: torch.Tensor, slots: int) -> torch.Tensor:
         """`[Q, S]`: the keys at the start and the end of what each query sees."""
@@ -114,10 +113,7 @@ class Network(nn.Module):
             x = x if i == last else silu(x)
         return x
 
-    def export(self) -> tuple:
-        """Projection, bias and hidden layers, as an encoder holds them."""
-        layers = [
-            (exported(weight), exported(bias.squeeze(1)))
-            for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
-        return (*layers[-1], tuple(Hidden(*one) for one in layers[:-1]))
+    def export(self) -> list[Hidden]:
+        """Its layers, as an encoder holds them; the last one is the projection and its bias."""
+        layers = zip(self.weights, self.biases, strict=True)
+        return [Hidden(exported(weight), exported(bias.squeeze(1))) for weight, bias in layers]

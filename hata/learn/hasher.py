@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hata.encoder import QueryHash
-from hata.learn.recipe import Learned, exported
+from hata.encoder.layer import LayerHash, QueryHash
+from hata.learn.recipe import exported
 
 Sign = Callable[[torch.Tensor], torch.Tensor]
 
@@ -107,7 +107,7 @@ class Hasher(nn.Module):
         x = (q / self.q_unit[..., None]).unsqueeze(2)
         return sign(x @ self.v + self.d).mean((1, 2))
 
-    def export(self) -> Learned:
+    def export(self) -> LayerHash:
         """The layer as an encoder holds it: units and the mean folded into weights and biases."""
         with torch.no_grad():
             projection = exported(self.w / self.k_unit)
@@ -116,7 +116,7 @@ class Hasher(nn.Module):
             bias = exported((self.c - (self.mean * self.k_unit) @ rounded).squeeze(1))
             v, d = self.v / self.q_unit[..., None, None], self.d.squeeze(3)
             query = QueryHash(exported(v.flatten(0, 2)), exported(d.flatten(0, 2)))
-        return Learned(projection, bias, query)
+        return LayerHash(projection, bias, query)
 
 
 def _balanced(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,13 +10,15 @@ to balance and orthogonality, in this order, and balance counts queries and keys
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from hata.encoder.layer import LayerHash
 from hata.learn import objectives
-from hata.learn.recipe import Learned, Recipe, Watcher, exported
+from hata.learn.recipe import Recipe, Watcher, exported, minimised
 from hata.learn.samples import LayerSamples
 
 
@@ -58,7 +60,7 @@ class HataRecipe(Recipe):
 
     def train(
         self, samples: LayerSamples, bits: int, steps: int, seed: int, watch: Watcher
-    ) -> Learned:
+    ) -> LayerHash:
         """See `Recipe`."""
         generator = torch.Generator().manual_seed(seed)
         queries, keys, labels, owner = self._pairs(samples, generator)
@@ -68,17 +70,16 @@ class HataRecipe(Recipe):
             [weights], lr=self.rate, momentum=self.momentum, weight_decay=self.decay
         )
 
-        def export() -> Learned:
-            return Learned(exported(weights))
-
         chosen = owned = torch.empty(0)
-        for step in range(steps):
+
+        def loss(step: int) -> torch.Tensor:
+            nonlocal chosen, owned
             if step % self.epoch == 0:
                 chosen = torch.randperm(len(owner), generator=generator)[: self.chunk]
                 chosen = chosen.to(samples.device)
                 numbers = torch.arange(queries.shape[2], device=samples.device)
                 owned = (owner[chosen] == numbers[:, None]).float()
-            loss = objectives.pairwise(
+            return objectives.pairwise(
                 self._relaxed(queries, weights[:, None]),
                 self._relaxed(keys[:, chosen], weights),
                 labels[..., chosen],
@@ -88,11 +89,11 @@ class HataRecipe(Recipe):
                 balance=self.balance,
                 orthogonality=self.orthogonality,
             )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            watch(step, loss.detach(), export)
-        return export()
+
+        def export() -> LayerHash:
+            return LayerHash(exported(weights))
+
+        return minimised(loss, optimiser, steps, watch, export)
 
     def _relaxed(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return 2 * torch.sigmoid(self.sharpness * (x @ weights)) - 1
@@ -104,30 +105,29 @@ class HataRecipe(Recipe):
 
         A query stands in the second half of its sequence, and makes a pair with every key it sees.
         """
-        queries, keys, labels, owner = [], [], [], []
-        count = 0
-        while count < self.pairs:
-            for read in samples.reads:
-                late = (read.positions >= samples.tokens // 2).nonzero()[:, 0]
-                late = late if len(late) else torch.arange(len(read.positions))[-1:]
-                place = late[int(torch.randint(len(late), (1,), generator=generator))]
-                seen = int(read.positions[place]) + 1
-                q, visible = read.q[:, :, place], read.keys[:, :seen]
-                order = (q @ visible.mT).argsort(-1, descending=True)
-                wanted = max(int(self.best * seen), 1)
-                ranked = torch.full((seen,), -1.0, device=samples.device)
-                ranked[:wanted] = torch.linspace(20, 1, wanted, device=samples.device)
-                labels.append(torch.empty_like(order, dtype=torch.float32))
-                labels[-1].scatter_(-1, order, ranked.expand_as(order))
-                owner.append(torch.full((seen,), len(queries), device=samples.device))
-                queries.append(q)
-                keys.append(visible)
-                count += seen
-                if count >= self.pairs:
-                    break
+        queries, keys, labels = [], [], []
+        sizes: list[int] = []
+        for read in itertools.cycle(samples.reads):
+            if sum(sizes) >= self.pairs:
+                break
+            late = (read.positions >= samples.tokens // 2).nonzero()[:, 0]
+            late = late if len(late) else torch.arange(len(read.positions))[-1:]
+            place = late[int(torch.randint(len(late), (1,), generator=generator))]
+            seen = int(read.positions[place]) + 1
+            q, visible = read.q[:, :, place], read.keys[:, :seen]
+            order = (q @ visible.mT).argsort(-1, descending=True)
+            wanted = max(int(self.best * seen), 1)
+            ranked = torch.full((seen,), -1.0, device=samples.device)
+            ranked[:wanted] = torch.linspace(20, 1, wanted, device=samples.device)
+            label = torch.empty_like(order, dtype=torch.float32)
+            labels.append(label.scatter_(-1, order, ranked.expand_as(order)))
+            queries.append(q)
+            keys.append(visible)
+            sizes.append(seen)
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         return (
             torch.stack(queries, 2),
             torch.cat(keys, 1),
             torch.cat(labels, -1),
-            torch.cat(owner),
+            owner.to(samples.device),
         )

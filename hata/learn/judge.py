@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from hata.encoder import Encoder, ModelShape
+from hata.encoder import ModelShape
+from hata.encoder.encoder import of_layers
+from hata.encoder.layer import LayerHash
 from hata.evaluate.retained import measure
 from hata.evaluate.selectors import Asked, Coded
-from hata.learn.recipe import Learned
 from hata.learn.samples import LayerSamples
 
 QUERIES = 128
@@ -28,7 +30,7 @@ class Judge:
 
     def __init__(self, held_out: LayerSamples, shape: ModelShape, bits: int) -> None:
         read = held_out.reads[0]
-        self._shape = ModelShape(shape.model_type, 1, shape.heads, shape.kv_heads, shape.head_dim)
+        self._shape = dataclasses.replace(shape, num_layers=1)
         self._bits, self._scale = bits, held_out.scale
         last = read.positions[-QUERIES:].to(held_out.device)
         slots = int(last[-1]) + 1
@@ -36,16 +38,9 @@ class Judge:
         self._asked = Asked(0, read.q[:, :, -QUERIES:], read.keys[:, :slots], hidden)
         self._k = max(slots // SHARE, 8)
 
-    def __call__(self, learned: Learned, bits: Sequence[int]) -> dict[str, float]:
+    def __call__(self, learned: LayerHash, bits: Sequence[int]) -> dict[str, float]:
         """The share for each number of bits, `{"64": 0.95, ...}`."""
-        encoder = Encoder(
-            self._shape,
-            self._bits,
-            (learned.projection,),
-            (learned.bias,),
-            queries=(learned.query,),
-            hidden=(learned.hidden,),
-        )
+        encoder = of_layers(self._shape, self._bits, [learned], made={})
         selectors = [Coded(str(n), encoder, n) for n in bits]
         with torch.no_grad():
             found = measure(self._asked, self._scale, selectors, [self._k])

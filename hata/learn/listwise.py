@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hata.encoder.layer import LayerHash
 from hata.learn import objectives
 from hata.learn.hasher import Hasher, Sign, soft_sign, straight_through
-from hata.learn.recipe import Learned, Recipe, Watcher
-from hata.learn.samples import Batch, LayerSamples
+from hata.learn.recipe import Recipe, Watcher, minimised
+from hata.learn.samples import LayerSamples
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Listwise(Recipe):
 
     def train(
         self, samples: LayerSamples, bits: int, steps: int, seed: int, watch: Watcher
-    ) -> Learned:
+    ) -> LayerHash:
         """See `Recipe`."""
         generator = torch.Generator().manual_seed(seed)
         hasher = Hasher(
@@ -72,57 +73,46 @@ class Listwise(Recipe):
             generator=generator,
         )
         prefixes = prefixes_of(bits) if self.nested else (bits,)
+        # Bits that a prefix has more than the one before; splitting once is cheaper to go back
+        # through than slicing every time.
+        more = [last - first for first, last in itertools.pairwise((0, *prefixes))]
         # Products of codes to logits; what a layer needs depends on how sharply it attends.
         start = torch.tensor([math.log(6 / n**0.5) for n in prefixes])
         factors = torch.nn.Parameter(start.repeat(samples.kv_heads, 1).to(samples.device))
         parameters = [*hasher.parameters(), factors]
         optimiser = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.98), fused=True)
-        for step in range(steps):
+
+        def loss(step: int) -> torch.Tensor:
             done = step / steps
             for settings in optimiser.param_groups:
                 settings["lr"] = self.rate * _schedule(step, done)
             before = samples.tokens if step % 2 else math.ceil(samples.tokens * self.short)
             batch = samples.batch(step, self.queries, before, generator, self.keys)
-            loss = self._loss(hasher, factors, prefixes, samples.scale, batch, done, generator)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            watch(step, loss.detach(), hasher.export)
-        return hasher.export()
+            q, keys, visible, hidden = batch
+            target = objectives.group_target(q, keys, samples.scale, hidden)
+            sign = self._sign(done)
+            k_codes, q_codes = hasher.encode_keys(keys, sign), hasher.encode_queries(q, sign)
+            budgets = self._budgets(visible, generator)
+            parts = zip(prefixes, q_codes.split(more, -1), k_codes.split(more, -1), strict=True)
+            scores = torch.zeros((), device=keys.device)
+            total = torch.zeros((), device=keys.device)
+            for i, (last, q_part, k_part) in enumerate(parts):
+                scores = scores + q_part @ k_part.mT
+                root = last**0.5
+                if done < self.listwise:
+                    logits = scores * (factors[:, i].exp() / root)[:, None, None]
+                    total = total + objectives.listwise(logits, target, hidden)
+                else:
+                    kept = objectives.kept_mass(scores, target, hidden, budgets, self.width * root)
+                    total = total - 2 * kept
+            return total
 
-    def _loss(
-        self,
-        hasher: Hasher,
-        factors: torch.Tensor,
-        prefixes: tuple[int, ...],
-        scale: float,
-        batch: Batch,
-        done: float,
-        generator: torch.Generator,
-    ) -> torch.Tensor:
-        q, keys, visible, hidden = batch
-        target = objectives.group_target(q, keys, scale, hidden)
-        sign = self._sign(done)
-        k_codes, q_codes = hasher.encode_keys(keys, sign), hasher.encode_queries(q, sign)
+        return minimised(loss, optimiser, steps, watch, hasher.export)
+
+    def _budgets(self, visible: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         low, high = (math.log2(share) for share in self.budgets)
         shares = 2 ** (low + (high - low) * torch.rand(len(visible), generator=generator))
-        budgets = (visible * shares).long().clamp_min(self.least).minimum(visible)
-        # Bits that a prefix has more than the one before; splitting once is cheaper to go back
-        # through than slicing every time.
-        more = [last - first for first, last in itertools.pairwise((0, *prefixes))]
-        parts = zip(prefixes, q_codes.split(more, -1), k_codes.split(more, -1), strict=True)
-        scores = torch.zeros((), device=keys.device)
-        loss = torch.zeros((), device=keys.device)
-        for i, (last, q_part, k_part) in enumerate(parts):
-            scores = scores + q_part @ k_part.mT
-            root = last**0.5
-            if done < self.listwise:
-                logits = scores * (factors[:, i].exp() / root)[:, None, None]
-                loss = loss + objectives.listwise(logits, target, hidden)
-            else:
-                kept = objectives.kept_mass(scores, target, hidden, budgets, self.width * root)
-                loss = loss - 2 * kept
-        return loss
+        return (visible * shares).long().clamp_min(self.least).minimum(visible)
 
     def _sign(self, done: float) -> Sign:
         soft, sharp = self.sharpness

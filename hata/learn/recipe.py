@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from hata.encoder import Hidden, QueryHash
+from hata.encoder.layer import LayerHash
 from hata.encoder.orthogonal import round_to_bfloat16
 from hata.learn.samples import LayerSamples
 
-
-class Learned(NamedTuple):
-    """A trained layer, as `hata.Encoder` holds it.
-
-    Attributes:
-        projection: Of keys, `[Hkv, in, r]`.
-        bias: `[Hkv, r]`, or `None`.
-        query: How queries are hashed, or `None` where like keys.
-        hidden: Hidden layers of keys.
-    """
-
-    projection: np.ndarray
-    bias: np.ndarray | None = None
-    query: QueryHash | None = None
-    hidden: tuple[Hidden, ...] = ()
-
-
 # Called after each step with its number, its loss, and a function that exports the layer as it is.
 # The loss stays on the device: reading it would make every step wait for the one before.
-Watcher = Callable[[int, torch.Tensor, Callable[[], Learned]], None]
+Watcher = Callable[[int, torch.Tensor, Callable[[], LayerHash]], None]
 
 
 class Recipe(ABC):
@@ -57,7 +42,7 @@ class Recipe(ABC):
     @abstractmethod
     def train(
         self, samples: LayerSamples, bits: int, steps: int, seed: int, watch: Watcher
-    ) -> Learned:
+    ) -> LayerHash:
         """Train one layer.
 
         Args:
@@ -65,8 +50,29 @@ class Recipe(ABC):
             bits: Bits of a code.
             steps: Optimiser steps.
             seed: The same seed, samples and device give the same weights.
-            watch: Called after each step; to be called with the loss.
+            watch: Called after each step.
         """
+
+    def settings(self) -> str:
+        """Its settings, in words."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)  # type: ignore[call-overload]
+
+
+def minimised(
+    loss: Callable[[int], torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    watch: Watcher,
+    export: Callable[[], LayerHash],
+) -> LayerHash:
+    """Take the steps that lower the loss of each, and export the layer."""
+    for step in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        found = loss(step)
+        found.backward()
+        optimiser.step()
+        watch(step, found.detach(), export)
+    return export()
 
 
 def exported(x: torch.Tensor) -> np.ndarray:

@@ -1,9 +1,6 @@
-"""The recipes that there are, and their settings in words."""
+"""The recipes that there are, by name."""
 
 from __future__ import annotations
-
-import dataclasses
-import json
 
 from hata.learn.hashattention import HashAttention
 from hata.learn.hata_recipe import HataRecipe
@@ -13,8 +10,3 @@ from hata.learn.recipe import Recipe
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (Listwise(), HataRecipe(), HashAttention())
 }
-
-
-def settings_of(recipe: Recipe) -> str:
-    """A recipe's settings, in words."""
-    return json.dumps(dataclasses.asdict(recipe), sort_keys=True)  # type: ignore[call-overload]

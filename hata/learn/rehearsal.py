@@ -7,6 +7,7 @@ times are extrapolated to all of them; reading weights from disk is not part of 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import tempfile
 import time
@@ -23,43 +24,29 @@ from hata.learn.folders import CAPTURE, prepare
 from hata.learn.plan import Capture, Plan
 from hata.learn.ranks import Ranks
 from hata.learn.recipe import Recipe
-from hata.learn.recipes import settings_of
-from hata.learn.trainer import learn
+from hata.learn.trainer import Training
+from hata.profile import user_path
 
 
 def rehearse(
-    config: Any,
-    layers: int,
-    recipe: Recipe,
-    *,
-    bits: int,
-    steps: int,
-    sequences: int,
-    tokens: int,
-    queries: int,
-    seed: int,
-    device: str,
-    folder: Path | None,
+    options: argparse.Namespace, config: Any, recipe: Recipe, bits: int, sequences: int, tokens: int
 ) -> str:
     """Try a training, and tell what all layers would take.
 
     Args:
+        options: Of `hata learn`.
         config: The model's configuration.
-        layers: How many layers to try.
         recipe: How to train.
         bits: Bits of a code.
-        steps: Optimiser steps of a layer.
         sequences: Sequences to learn from; one more is read.
         tokens: Length of a sequence.
-        queries: Queries kept of a sequence.
-        seed: Of everything.
-        device: Where to run.
-        folder: Where to put what is captured; a temporary one unless given.
     """
+    queries, seed, device = options.queries, options.seed, Ranks().device(options.device)
+    folder = user_path(options.work) if options.work else None
     every = ModelShape.of(config).num_layers
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    text.num_hidden_layers = layers = min(layers, every)
+    text.num_hidden_layers = layers = min(options.rehearse, every)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     shape = ModelShape.of(config)
@@ -69,7 +56,8 @@ def rehearse(
     read = Capture(
         "rehearsal", "random", str(shape), "random", len(ids), tokens, queries, 0, seed, device
     )
-    plan = Plan(read, tuple(range(layers)), recipe.name, settings_of(recipe), bits, steps, seed)
+    steps = options.steps or recipe.steps
+    plan = Plan(read, tuple(range(layers)), recipe.name, recipe.settings(), bits, steps, seed)
     started = time.monotonic()
     loaded = captured = started
 
@@ -91,7 +79,7 @@ def rehearse(
         store = work / CAPTURE
         prepare(work, plan, resume=False, option="--work")
         prepare(store, read, resume=True, option="--capture")
-        learn(plan, recipe, shape, load, ids, work, store, device, ranks=Ranks(), progress=Clock())
+        Training(plan, recipe, shape, load, ids, work, store, device, Ranks(), Clock()).run()
         disk = sum(path.stat().st_size for path in store.rglob("*") if path.is_file()) / 1e9
     trained = time.monotonic()
     capture, training = captured - loaded, trained - captured

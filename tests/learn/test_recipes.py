@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import hata
-from hata.encoder import Encoder, ModelShape
+from hata.encoder import ModelShape
+from hata.encoder.encoder import of_layers
 from hata.evaluate.retained import measure
 from hata.evaluate.selectors import Asked, Coded
 from hata.learn.hashattention import HashAttention
@@ -25,10 +26,7 @@ RECIPES = {
 def kept(samples, learned, bits, widths):
     """Share of exact top-k's mass that 16 keys of the last queries hold, for each width."""
     shape = ModelShape("", 1, samples.kv_heads * samples.group, samples.kv_heads, samples.head_dim)
-    encoder = Encoder(
-        shape, bits, (learned.projection,), (learned.bias,),
-        queries=(learned.query,), hidden=(learned.hidden,),
-    )  # fmt: skip
+    encoder = of_layers(shape, bits, [learned], made={})
     read = samples.reads[1]
     positions = read.positions[-64:]
     hidden = torch.arange(read.keys.shape[1]) > positions[:, None]
