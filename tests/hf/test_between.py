@@ -214,7 +214,7 @@ def test_models_that_share_layers_are_detached_in_any_order(fresh, prompts, call
 
 
 def test_export_of_a_decode_step(fresh, prompts):
-    model = fresh("llama")
+    model = fresh("llama", num_hidden_layers=1)
 
     class Step(torch.nn.Module):
         def __init__(self):
