@@ -17,16 +17,10 @@ SLOTS_BAR = 1.3
 # What a step is to take on one H200, bfloat16, D 128, r 128, in µs, by batch, heads, KV heads and
 # thousands of keys; and by how much a backend may be slower.
 STEP_BARS_US = {
-    (1, 32, 8, 32): 9.0,
-    (1, 32, 8, 128): 14.0,
-    (1, 32, 8, 512): 32.0,
-    (8, 32, 8, 32): 18.0,
-    (8, 32, 8, 128): 60.0,
-    (32, 32, 8, 32): 62.0,
-    (1, 64, 8, 128): 15.0,
-    (1, 32, 32, 128): 30.0,
+    (1, 32, 8, 32): 9.0, (1, 32, 8, 128): 14.0, (1, 32, 8, 512): 32.0, (8, 32, 8, 32): 18.0,
+    (8, 32, 8, 128): 60.0, (32, 32, 8, 32): 62.0, (1, 64, 8, 128): 15.0, (1, 32, 32, 128): 30.0,
     (8, 32, 32, 32): 58.0,
-}
+}  # fmt: skip
 STEP_SLACK = {"triton": 1.4}
 # Speed of the scan against a plain read of as many bytes, by group size, where codes are many; and
 # what counts as many.
@@ -58,10 +52,10 @@ def most(name: str, wanted: float, measured: float) -> Bar:
 
 
 class Row(NamedTuple):
-    """One measured line: a contender on a shape.
+    """One measured line: a contender on a shape, or one of a step's kernels.
 
     Attributes:
-        family: `"op"`, `"dense"`, `"read"`, or `"kernel"` for one of a step's kernels.
+        family: That of the contender, or `"kernel"`.
         bytes: What a call moves at least; 0: not counted.
         samples: Behind the time.
     """
@@ -81,10 +75,8 @@ class Row(NamedTuple):
 
 def best_dense(rows: Sequence[Row], shape: Shape) -> Row:
     """The fastest dense contender of a shape."""
-    return min(
-        (row for row in rows if row.shape == shape and row.family == "dense"),
-        key=lambda row: row.us.median,
-    )
+    dense = (row for row in rows if row.shape == shape and row.family == "dense")
+    return min(dense, key=lambda row: row.us.median)
 
 
 def find(rows: Sequence[Row], shape: Shape, name: str) -> Row:
@@ -97,26 +89,19 @@ def shapes_of(rows: Sequence[Row]) -> list[Shape]:
     return list(dict.fromkeys(row.shape for row in rows))
 
 
-def times_dense(rows: Sequence[Row], shape: Shape, name: str = "hash_attend") -> float:
-    """How many times faster than the fastest dense contender another one is."""
-    return best_dense(rows, shape).us.median / find(rows, shape, name).us.median
+def times_dense(rows: Sequence[Row], shape: Shape) -> float:
+    """How many times faster than the fastest dense contender hash attention is."""
+    return best_dense(rows, shape).us.median / find(rows, shape, "hash_attend").us.median
 
 
 def slot_ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Time in a cache with empty slots over time in a full one, per op.
-
-    Empty where the shapes are not such a pair.
-    """
+    """Per op, time in a cache with empty slots over time in a full one, where rows have both."""
     shapes = shapes_of(rows)
-    pairs = [
-        (full, spare)
+    return {
+        name: find(rows, spare, name).us.median / find(rows, full, name).us.median
         for full in shapes
         for spare in shapes
         if spare.s > full.s and replace(spare, slots=full.slots) == full
-    ]
-    return {
-        name: find(rows, spare, name).us.median / find(rows, full, name).us.median
-        for full, spare in pairs
         for name in contenders.OPS
     }
 
@@ -125,13 +110,13 @@ def bars(rows: Sequence[Row], device: str, backend: str = "") -> list[Bar]:
     """The bars that these lines can answer."""
     found: list[Bar] = []
     for shape in shapes_of(rows):
+        speed = SPEED_BARS.get(shape.keys)
         if device == "cuda" and shape.dtype == "bfloat16":
             found += _gpu_bars(rows, shape, backend)
-        if device != "cpu" or shape != Shape(1, 32, 8, shape.keys) or shape.keys not in SPEED_BARS:
-            continue
-        ratio, scan = times_dense(rows, shape), find(rows, shape, "hamming_topk").gbs
-        found.append(least(f"{shape.name}: times faster, least", SPEED_BARS[shape.keys], ratio))
-        found.append(least(f"{shape.name}: scan GB/s, least", SCAN_BAR_GBS, scan))
+        elif device == "cpu" and shape == Shape(1, 32, 8, shape.keys) and speed is not None:
+            ratio, scan = times_dense(rows, shape), find(rows, shape, "hamming_topk").gbs
+            found.append(least(f"{shape.name}: times faster, least", speed, ratio))
+            found.append(least(f"{shape.name}: scan GB/s, least", SCAN_BAR_GBS, scan))
     for name, ratio in slot_ratios(rows).items():
         found.append(most(f"empty slots, {name}: ratio, most", SLOTS_BAR, ratio))
     return found

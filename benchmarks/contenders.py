@@ -43,11 +43,6 @@ class Case(NamedTuple):
     indices: Tensor  # [B, Hkv, 1, k]
 
     @property
-    def fresh_key(self) -> Tensor:
-        """`[B, Hkv, 1, D]`, the key of the step's token."""
-        return self.keys[:, :, self.shape.keys - 1 : self.shape.keys]
-
-    @property
     def visible(self) -> tuple[Tensor, Tensor]:
         """Keys and values without the empty slots, as dense attention takes them."""
         n = self.shape.keys
@@ -102,12 +97,12 @@ class Contender(NamedTuple):
 
 def encode(case: Case) -> Contender:
     """Hash what a step brings: its queries and its fresh keys."""
-    codes = torch.empty_like(case.codes[:, :, :1])
-    q, fresh, projection, q_codes = case.q, case.fresh_key, case.projection, case.q_codes.clone()
+    codes, q_codes = torch.empty_like(case.codes[:, :, :1]), case.q_codes.clone()
+    fresh = case.keys[:, :, case.shape.keys - 1 : case.shape.keys]
 
     def call() -> Tensor:
-        hata.encode(fresh, projection, out=codes)
-        return hata.encode(q, projection, out=q_codes)
+        hata.encode(fresh, case.projection, out=codes)
+        return hata.encode(case.q, case.projection, out=q_codes)
 
     return Contender("encode", "op", call, case.shape.encode_bytes)
 
@@ -129,9 +124,7 @@ def hash_attend(case: Case) -> Contender:
     """The whole step, the fresh key's code included."""
     arrays = case.q, case.keys, case.values, case.codes, case.projection
     call = partial(hata.hash_attend, *arrays, case.shape.k, fresh=1, lengths=case.lengths)
-    shape = case.shape
-    size = shape.encode_bytes + shape.code_bytes + shape.gather_bytes
-    return Contender("hash_attend", "op", call, size)
+    return Contender("hash_attend", "op", call, case.shape.step_bytes)
 
 
 def sdpa_gqa(case: Case, name: str = "sdpa enable_gqa", kernel: Any = None) -> Contender:
@@ -159,14 +152,11 @@ def sdpa_packed(case: Case) -> Contender:
 def flashinfer(case: Case) -> Contender:
     """FlashInfer's decode kernel, a row at a time (its plain entry point takes one)."""
     decode = importlib.import_module("flashinfer").single_decode_with_kv_cache
-    q, (keys, values) = case.q, case.visible
+    decode = partial(decode, kv_layout="HND", use_tensor_cores=True)
+    q, (keys, values) = case.q[:, :, 0], case.visible
 
     def call() -> Tensor:
-        rows = [
-            decode(q[b, :, 0], keys[b], values[b], kv_layout="HND", use_tensor_cores=True)
-            for b in range(q.shape[0])
-        ]
-        return torch.stack(rows)[:, :, None]
+        return torch.stack(list(map(decode, q, keys, values)))[:, :, None]
 
     return Contender("flashinfer", "dense", call, case.shape.dense_bytes)
 
@@ -187,25 +177,22 @@ def read_codes(case: Case) -> Contender:
 
 def read_step(case: Case) -> Contender:
     """As many bytes as a step of hash attention moves."""
-    return read("read step", hash_attend(case).bytes, case.q.device.type)
+    return read("read step", case.shape.step_bytes, case.q.device.type)
 
 
 Builder = Callable[[Case], Contender]
 
 OPS: dict[str, Builder] = {
-    "encode": encode,
-    "hamming_topk": hamming_topk,
-    "sparse_attend": sparse_attend,
-    "hash_attend": hash_attend,
+    make.__name__: make for make in (encode, hamming_topk, sparse_attend, hash_attend)
 }
 # The dense contenders of each kind of device; the fastest is what the ratio is taken against.
 DENSE: dict[str, dict[str, Builder]] = {
     "cpu": {"sdpa enable_gqa": sdpa_gqa, "sdpa packed": sdpa_packed},
     "cuda": {
-        f"sdpa {name}": partial(sdpa_gqa, name=f"sdpa {name}", kernel=kernel)
+        name: partial(sdpa_gqa, name=name, kernel=kernel)
         for name, kernel in (
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("sdpa flash", SDPBackend.FLASH_ATTENTION),
         )
     },
 }

@@ -141,6 +141,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.set and args.profile not in (None, "none"):
         parser.error("--set and --profile: got both, expected one of them")
     args.suite = args.suite or ["cpu" if kind == "cpu" else "design"]
+    args.profile = "none" if args.set else args.profile
     return args
 
 
@@ -189,9 +190,8 @@ def _too_large(group: Sequence[Shape], device: str) -> str:
     else:
         free = torch.cuda.mem_get_info(device)[0]
     needed = round(1.2 * sum(shape.resident for shape in group))
-    if needed <= free:
-        return ""
-    return f"{group[0].name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    told = f"{group[0].name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return told if needed > free else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,9 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is not a terminal has no width; tables must not be folded there.
     out = Console(width=None if sys.stdout.isatty() else 110)
     err = Console(stderr=True)
+    fail = partial(err.print, style="bold red", soft_wrap=True, markup=False)
     kind = torch.device(args.device).type
-    if args.set:
-        args.profile = "none"
     if args.profile is not None:
         os.environ["HATA_PROFILE"] = args.profile
         registry.reset()
@@ -215,18 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A GPU's ratios are those of CUDA graphs, which the CPU hardly changes.
     busy = loaded and kind == "cpu"
     settings = {
-        "backend": args.backend,
-        "rounds": args.rounds,
-        "cold": args.cold or kind == "cuda",
-        "set": changes,
-        "busy": busy,
-    }
+        "backend": args.backend, "rounds": args.rounds, "cold": args.cold or kind == "cuda",
+        "set": changes, "busy": busy,
+    }  # fmt: skip
     rows: list[Row] = []
     beyond: list[Bar] = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    bar = Progress(*columns, console=err, transient=True)
+    progress = Progress(*columns, console=err, transient=True)
     try:
-        with bar, torch.no_grad(), hata.use_backend(args.backend):
+        with progress, torch.no_grad(), hata.use_backend(args.backend):
             out.print(tables.heading(args.device, settings), soft_wrap=True)
             if changes:
                 change_defaults(registry.load(args.backend), changes)
@@ -239,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 if not err.is_terminal:
                     err.print(f"{number}/{len(groups)}  {group[0].name}")
-                new = measure(group, args.device, args.rounds, args.cold, bar)
+                new = measure(group, args.device, args.rounds, args.cold, progress)
                 rows += new
                 for shape in bars.shapes_of(new):
                     out.print(tables.shape_table(new, shape, busy))
@@ -248,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if args.backend == "cupy" and not changes:
                     beyond += importlib.import_module("benchmarks.phases").scans_apart(args.rounds)
     except (WrongResult, hata.HataError) as error:
-        err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
+        fail(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -266,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             write_whole(args.json, json.dumps(figures, indent=1) + "\n")
         except OSError as error:
-            err.print(f"error: --json: {error}", style="bold red", soft_wrap=True, markup=False)
+            fail(f"error: --json: {error}")
             return 1
         out.print(f"figures: {args.json.resolve()}", soft_wrap=True)
     return 0

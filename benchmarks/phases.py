@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,10 +53,8 @@ _WORDS, _BLOCKS = 16, 1 << 15
 class Phases(NamedTuple):
     """When phases end, in µs from the start of the first block; NaN for what a kernel has not.
 
-    Attributes:
-        median: Of all blocks.
-        last: Of the slowest block.
-        whole: Time of a launch, by the clock of the benchmarks.
+    `median` is that of all blocks, `last` that of the slowest; `whole` is the time of a launch by
+    the clock of the benchmarks.
     """
 
     median: list[float]
@@ -63,17 +62,21 @@ class Phases(NamedTuple):
     whole: float
 
 
-def clocked() -> Tensor:
-    """Have all kernels of the `cupy` backend that are compiled from now on note their clocks.
+@contextlib.contextmanager
+def traced() -> Iterator[Tensor]:
+    """Run `cupy` with kernels that note their clocks, and keep those kernels from other processes.
 
-    Returns:
+    Yields:
         Where they do, `[blocks, words]` (int64, ns): the start of a block, then its phases.
     """
-    from hata.backends.cupy import compiler
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), hata.use_backend("cupy"):
+        from hata.backends.cupy import compiler
 
-    clocks = torch.zeros((_BLOCKS, _WORDS), dtype=torch.int64, device="cuda")
-    compiler.TRACE = clocks.data_ptr()
-    return clocks
+        # Machine code holds the address of these clocks.
+        os.environ["HATA_CACHE"] = folder
+        clocks = torch.zeros((_BLOCKS, _WORDS), dtype=torch.int64, device="cuda")
+        compiler.TRACE = clocks.data_ptr()
+        yield clocks
 
 
 def measure(call: Callable[[], object], clocks: Tensor, rounds: int) -> Phases:
@@ -97,15 +100,16 @@ def scans(rounds: int) -> list[Bar]:
     """Scans of the design suite that have a bar, against reads of as many bytes."""
     from benchmarks.gpu import reader
 
-    found, clocks = [], clocked()
-    for shape in (shape for group in SUITES["design"] for shape in group):
-        wanted = scan_bar("cupy", shape)
-        if wanted is not None:
-            call = contenders.hamming_topk(contenders.build(shape, "cuda")).call
-            scan = measure(call, clocks, rounds).last[PHASES.index("scan")]
-            read = measure(reader(shape.code_bytes, clocks), clocks, rounds).last[0]
-            name = f"{shape.name}: scan ({scan:.1f} µs), share of read speed"
-            found.append(least(name, wanted, read / scan))
+    found = []
+    with traced() as clocks:
+        for shape in chain.from_iterable(SUITES["design"]):
+            wanted = scan_bar("cupy", shape)
+            if wanted is not None:
+                call = contenders.hamming_topk(contenders.build(shape, "cuda")).call
+                scan = measure(call, clocks, rounds).last[PHASES.index("scan")]
+                read = measure(reader(shape.code_bytes, clocks), clocks, rounds).last[0]
+                name = f"{shape.name}: scan ({scan:.1f} µs), share of read speed"
+                found.append(least(name, wanted, read / scan))
     return found
 
 
@@ -142,17 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     about = (__doc__ or "").partition("\n")[0]
     parser = Parser(prog="python -m benchmarks.phases", description=about)
-    parser.add_argument(
+    option, usual = parser.add_argument, "1x32/8x32K 1x32/8x128K 8x32/8x32K"
+    option(
         "--op", choices=("hash_attend", "hamming_topk"), default="hash_attend",
         help="whose kernel (default: hash_attend)",
     )  # fmt: skip
-    parser.add_argument(
+    option(
         "--shapes", nargs="+", type=options.shape, metavar="BxH/HkvxKEYS",
-        default=[parse("1x32/8x32K"), parse("1x32/8x128K"), parse("8x32/8x32K")],
-        help="bfloat16, 128 bits (default: 1x32/8x32K 1x32/8x128K 8x32/8x32K)",
+        default=[*map(parse, usual.split())], help=f"bfloat16, 128 bits (default: {usual})",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=options.count, default=15, help="launches (default: 15)")
-    parser.add_argument(
+    option("--rounds", type=options.count, default=15, help="launches (default: 15)")
+    option(
         "--scans", type=options.output, metavar="FILE",
         help="hold the scans of the design suite against reads instead, and write them here",
     )  # fmt: skip
@@ -163,9 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.scans is None:
             show(args.op, args.shapes, args.rounds)
         else:
-            with kernels_of_this_process():
-                found = scans(args.rounds)
-            write_whole(args.scans, json.dumps(found))
+            write_whole(args.scans, json.dumps(scans(args.rounds)))
     except (hata.HataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -175,19 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def kernels_of_this_process() -> Iterator[None]:
-    """Run `cupy`, and keep its machine code from others: it holds addresses of this process."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), hata.use_backend("cupy"):
-        os.environ["HATA_CACHE"] = folder
-        yield
-
-
 def show(op: str, shapes: Sequence[Shape], rounds: int) -> None:
     """Measure an op, and print its phases."""
     shapes = [replace(shape, dtype="bfloat16") for shape in shapes]
-    with kernels_of_this_process():
-        clocks = clocked()
+    with traced() as clocks:
         found = []
         for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
             step = contenders.OPS[op](contenders.build(shape, "cuda"))

@@ -56,18 +56,21 @@ class Shape:
     @property
     def resident(self) -> int:
         """Bytes of keys, values and codes."""
-        row = 2 * self.head_dim * ITEMSIZE[self.dtype] + self.bits // 8
-        return self.batch * self.kv_heads * self.s * row
+        return self._rows(self.s) + self.batch * self.kv_heads * self.s * self.bits // 8
+
+    def _rows(self, count: int) -> int:
+        """Bytes of so many rows of keys, and as many of values, for each KV head."""
+        row = 2 * self.head_dim * ITEMSIZE[self.dtype]
+        return self.batch * self.kv_heads * count * row
 
     # What one step must move at least, in bytes. Queries and outputs are counted where they matter.
 
     @property
     def encode_bytes(self) -> int:
         """The step's queries and fresh keys, the projection, and the codes written."""
-        vectors = self.batch * (self.heads + self.kv_heads)
-        item = ITEMSIZE[self.dtype]
-        projection = self.kv_heads * self.head_dim * self.bits * item
-        return vectors * (self.head_dim * item + self.bits // 8) + projection
+        vectors, size = self.batch * (self.heads + self.kv_heads), ITEMSIZE[self.dtype]
+        projection = self.kv_heads * self.head_dim * self.bits * size
+        return vectors * (self.head_dim * size + self.bits // 8) + projection
 
     @property
     def code_bytes(self) -> int:
@@ -77,14 +80,17 @@ class Shape:
     @property
     def gather_bytes(self) -> int:
         """The selected rows of keys and values."""
-        rows = self.batch * self.kv_heads * min(self.k, self.keys)
-        return rows * 2 * self.head_dim * ITEMSIZE[self.dtype]
+        return self._rows(min(self.k, self.keys))
+
+    @property
+    def step_bytes(self) -> int:
+        """All of that: a step of hash attention."""
+        return self.encode_bytes + self.code_bytes + self.gather_bytes
 
     @property
     def dense_bytes(self) -> int:
         """All visible rows of keys and values."""
-        rows = self.batch * self.kv_heads * self.keys
-        return rows * 2 * self.head_dim * ITEMSIZE[self.dtype]
+        return self._rows(self.keys)
 
 
 def short(n: int) -> str:

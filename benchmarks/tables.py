@@ -7,12 +7,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import groupby
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from benchmarks.bars import Bar, Row, best_dense, find, shapes_of, slot_ratios, times_dense
+from benchmarks.bars import Bar, Row, best_dense, find, shapes_of, slot_ratios
 from benchmarks.shapes import Shape, short
 from hata import device as devices
 from hata import registry
@@ -34,49 +35,39 @@ def table_of(title: str, columns: Sequence[str], busy: bool = False) -> Table:
     return table
 
 
-def _mark(busy: bool) -> str:
-    return "*" if busy else ""
-
-
 def shape_table(rows: Sequence[Row], shape: Shape, busy: bool = False) -> Table:
     """All contenders of a shape; ratios are marked where the machine was busy."""
-    dense = best_dense(rows, shape).us.median
+    dense, mark = best_dense(rows, shape).us.median, "*" if busy else ""
     columns = ("", "µs", "p10", "p90", "MB", "GB/s", "best dense / this")
-    table = table_of(shape.name, columns, busy=busy)
+    table = table_of(shape.name, columns, busy)
     table.title_style = "bold"
-    previous = ""
-    for row in rows:
-        if row.shape != shape:
-            continue
-        if previous not in ("", row.family):
-            table.add_section()
-        previous = row.family
-        us = row.us
-        table.add_row(
-            row.name,
-            *(f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-              for value in (us.median, us.p10, us.p90)),
-            f"{row.bytes / 1e6:,.2f}" if row.bytes else "",
-            f"{row.gbs:,.1f}" if row.bytes else "",
-            f"{dense / us.median:,.2f}{_mark(busy)}" if row.family in ("op", "dense") else "",
-        )  # fmt: skip
+    for _, family in groupby((row for row in rows if row.shape == shape), lambda row: row.family):
+        table.add_section()
+        for row in family:
+            us = row.us
+            table.add_row(
+                row.name,
+                *(f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+                  for value in (us.median, us.p10, us.p90)),
+                f"{row.bytes / 1e6:,.2f}" if row.bytes else "",
+                f"{row.gbs:,.1f}" if row.bytes else "",
+                f"{dense / us.median:,.2f}{mark}" if row.family in ("op", "dense") else "",
+            )  # fmt: skip
     return table
 
 
 def summary(rows: Sequence[Row], busy: bool = False) -> Table:
     """One line per shape: what hash attention gains."""
     columns = ("shape", "dense µs", "hash µs", "faster", "scan GB/s", "over a plain read")
-    table = table_of("hash_attend against the fastest dense attention", columns, busy=busy)
+    table = table_of("hash_attend against the fastest dense attention", columns, busy)
+    mark = "*" if busy else ""
     for shape in shapes_of(rows):
-        ours = find(rows, shape, "hash_attend").us.median
+        dense, ours = best_dense(rows, shape).us.median, find(rows, shape, "hash_attend").us.median
         table.add_row(
-            shape.name,
-            f"{best_dense(rows, shape).us.median:,.0f}",
-            f"{ours:,.0f}",
-            f"{times_dense(rows, shape):.1f}x{_mark(busy)}",
+            shape.name, f"{dense:,.0f}", f"{ours:,.0f}", f"{dense / ours:.1f}x{mark}",
             f"{find(rows, shape, 'hamming_topk').gbs:.1f}",
             f"{ours / find(rows, shape, 'read step').us.median:.1f}",
-        )
+        )  # fmt: skip
     return table
 
 
@@ -103,9 +94,8 @@ def markdown(rows: Sequence[Row], busy: bool = False) -> str:
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     profile = registry.profile_in_force()
-    found = asdict(devices.fingerprint(device))
     return {
-        **found,
+        **asdict(devices.fingerprint(device)),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
@@ -127,29 +117,25 @@ def heading(device: str, settings: dict[str, Any]) -> str:
 
 
 def closing_tables(rows: Sequence[Row], bars: Sequence[Bar], busy: bool = False) -> list[Table]:
-    """The gains, the kernels of each step, and the bars."""
+    """The gains, the kernels of each step by themselves, and the bars."""
     tables = [summary(rows, busy)]
-    if any(row.family == "kernel" for row in rows):
-        tables.append(kernel_table(rows))
+    names = list(dict.fromkeys(row.name for row in rows if row.family == "kernel"))
+    if names:
+        title = "kernels of a step by the profiler, µs (each with its own start and end)"
+        table = table_of(title, ("shape", *(name.removeprefix("kernel ") for name in names)))
+        for shape in shapes_of(rows):
+            times = {row.name: row.us.median for row in rows if row.shape == shape}
+            table.add_row(shape.name, *(f"{times[n]:.1f}" if n in times else "" for n in names))
+        tables.append(table)
     if bars:
-        table = table_of("targets", ("bar", "wanted", "measured", ""), busy=busy)
+        table = table_of("targets", ("bar", "wanted", "measured", ""), busy)
+        mark = "*" if busy else ""
         table.columns[-1].justify = "left"
         for bar in bars:
             met = "met" if bar.met else "not met"
-            table.add_row(bar.name, f"{bar.wanted:.4g}", f"{bar.measured:.2f}{_mark(busy)}", met)
+            table.add_row(bar.name, f"{bar.wanted:.4g}", f"{bar.measured:.2f}{mark}", met)
         tables.append(table)
     return tables
-
-
-def kernel_table(rows: Sequence[Row]) -> Table:
-    """The kernels of a step by themselves, one line per shape."""
-    names = list(dict.fromkeys(row.name for row in rows if row.family == "kernel"))
-    title = "kernels of a step by the profiler, µs (each with its own start and end)"
-    table = table_of(title, ("shape", *(name.removeprefix("kernel ") for name in names)))
-    for shape in shapes_of(rows):
-        times = {row.name: row.us.median for row in rows if row.shape == shape}
-        table.add_row(shape.name, *(f"{times[n]:.1f}" if n in times else "" for n in names))
-    return table
 
 
 def figures(

@@ -30,7 +30,7 @@ DEFAULT = {"threads": "all", "block": 64, "split": 1}
 PROBLEM = Problem(
     op="encode", device="cpu", dtype="float32", projection_dtype="float32", head_dim=16, bits=32
 )
-LIMITS = search.Limits(trials=100, seconds=60, sample_seconds=0.0)
+LIMITS = space.Limits(trials=100, seconds=60, sample_seconds=0.0)
 
 
 class Simulated:
@@ -75,12 +75,12 @@ def storage(tmp_path):
 def tune(storage, evaluator, *, resume=False, **options):
     study = studies.open_study(storage, "s", resume=resume)
     options.setdefault("limits", LIMITS)
-    return search.tune(study, SPACE, DEFAULT, evaluator, **options)
+    return search.Search(study, SPACE, DEFAULT, evaluator, **options).run()
 
 
 def test_numbers_and_configurations_are_one_to_one():
     assert SPACE.size == 24
-    for number in SPACE.numbers():
+    for number in range(SPACE.size):
         assert SPACE.number(SPACE.config(number)) == number
         assert SPACE.number_at(SPACE.places(number)) == number
     assert SPACE.config(0) == {"threads": "one", "block": 16, "split": 1}
@@ -101,12 +101,12 @@ def test_the_default_is_tried_first_and_nothing_twice(storage):
     evaluator = Simulated(bowl)
     tune(storage, evaluator, suggestions=[5, 5, 7])
     assert evaluator.checked[:3] == [SPACE.number(DEFAULT), 5, 7]
-    assert sorted(evaluator.checked) == list(SPACE.numbers())
+    assert sorted(evaluator.checked) == list(range(SPACE.size))
 
 
 def test_the_search_ends_after_its_trials(storage):
     evaluator = Simulated(bowl)
-    limits = search.Limits(trials=9, seconds=60, sample_seconds=0)
+    limits = space.Limits(trials=9, seconds=60, sample_seconds=0)
     found = tune(storage, evaluator, limits=limits)
     assert found.trials == len(set(evaluator.checked)) == 9
 
@@ -210,7 +210,7 @@ def test_fault_57_an_interrupted_search_goes_on(storage):
     second = Simulated(bowl)
     found = tune(storage, second, resume=True)
     assert not set(first.checked) & set(second.checked)
-    assert sorted(first.checked + second.checked) == list(SPACE.numbers())
+    assert sorted(first.checked + second.checked) == list(range(SPACE.size))
     assert found.config == SPACE.config(17)
     third = Simulated(bowl)
     assert tune(storage, third, resume=True) == found
@@ -256,7 +256,7 @@ def test_fault_57_a_damaged_database_is_moved_aside(tmp_path, damage):
     url = f"sqlite:///{file}"
     storage, message = studies.open_storage(url)
     assert not message
-    tune(storage, Simulated(bowl), limits=search.Limits(6, 60, 0))
+    tune(storage, Simulated(bowl), limits=space.Limits(6, 60, 0))
     storage.engine.dispose()
     data = bytearray(file.read_bytes())
     if damage == "torn":

@@ -20,7 +20,7 @@ from hata.measure import clock, inputs
 from hata.measure.inputs import Inputs, awkward_problem, sets_for
 from hata.problem import Problem
 from hata.profile import Profile
-from tune import ahead, cost, session, space, trial
+from tune import ahead, cost, search, space, trial
 from tune.__main__ import main
 from tune.ahead import Ahead
 from tune.trial import Checker
@@ -298,7 +298,7 @@ def test_what_a_check_runs_is_compiled_ahead():
         wait=lambda name, entries: waited.extend(entries),
     )
     worker = SimpleNamespace(check=lambda problem, config: None)
-    evaluator = session._Evaluator("mine", worker, compiler, ENCODE)  # type: ignore[arg-type]
+    evaluator = search.Evaluator("mine", worker, compiler, ENCODE)  # type: ignore[arg-type]
     evaluator.expect([{"how": "right"}, {"how": "full"}])
     both = [ENCODE, awkward_problem(ENCODE)]
     assert [problem for problem, _ in asked] == both * 2

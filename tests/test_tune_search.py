@@ -84,7 +84,7 @@ def test_where_time_is_short_every_backend_has_the_same_problems(monkeypatch):
     # One of them cannot run the second problem.
     of_b = [problems[0], *problems[2:]]
     run.task = SimpleNamespace(backends=names, problems={"a": problems, "b": of_b})  # type: ignore[assignment]
-    run.effort, run.settled, run.skipped = space.Effort(1e-9, 1), {}, []
+    run.limits, run.settled, run.skipped = space.Limits(1, 1e-9, 0.06), {}, []
     run.report = SimpleNamespace(advance=lambda: None)  # type: ignore[assignment]
     tuned: list[tuple[str, int]] = []
     monkeypatch.setattr(run, "_look_ahead", lambda queue: None)
@@ -126,11 +126,11 @@ def test_a_large_space_is_searched_from_the_default_and_nothing_is_wasted(tmp_pa
     problem = replace(ENCODE, device="cuda")
     machine = cost.Machine(4e6, 300e6, 3.0, 132)
     evaluator = OnPaper()
-    verdict = search.tune(
+    verdict = search.Search(
         study, LARGE, MIDDLE, evaluator,
         suggestions=propose.suggestions(problem, LARGE, machine, MIDDLE),
-        limits=search.Limits(30, 60, 0.0),
-    )  # fmt: skip
+        limits=space.Limits(30, 60, 0.0),
+    ).run()  # fmt: skip
     assert {k: verdict.config[k] for k in ("n0", "n1", "n2", "way")} == {
         "n0": 8, "n1": 16, "n2": 2, "way": True,
     }  # fmt: skip

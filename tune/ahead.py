@@ -18,10 +18,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from hata import registry
-from hata.backend import Backend, Config
+from hata.backend import Backend
 from hata.device import cpu_cores
 from hata.problem import Problem
-from tune.worker import die_with
+from tune.worker import Case, die_with
 
 # More of them would wait for memory rather than compile.
 MOST_PROCESSES = 12
@@ -32,7 +32,6 @@ PATIENCE = 60.0
 _SPARE_CORES = 2
 _NICE = 5
 
-Entry = tuple[Problem, Config]
 # A backend's name, a problem, and a configuration's items.
 _Key = tuple[str, Problem, tuple]
 
@@ -42,8 +41,8 @@ class Ahead(contextlib.AbstractContextManager):
 
     Args:
         backends: Whose kernels they are; those that list none are left alone.
-        sm: Compute capability of the GPU; `None` where there is none.
-        processes: How many; `None`: as many as there are cores, within reason.
+        sm: Compute capability of the GPU, if there is one.
+        processes: How many, if not as many as there are cores, within reason.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class Ahead(contextlib.AbstractContextManager):
         self._pool: ProcessPoolExecutor | None = None
         self._jobs: dict[_Key, Future] = {}
 
-    def begin(self, name: str, entries: Sequence[Entry]) -> None:
+    def begin(self, name: str, entries: Sequence[Case]) -> None:
         """Have configurations of a backend compiled, after what was asked for before."""
         with self._unless_broken():
             for key in self._keys(name, entries):
                 self._job(key)
 
-    def prefer(self, name: str, entries: Sequence[Entry]) -> None:
+    def prefer(self, name: str, entries: Sequence[Case]) -> None:
         """Have configurations of a backend compiled before whatever else waits."""
         with self._unless_broken():
             keys = self._keys(name, entries)
@@ -70,7 +69,7 @@ class Ahead(contextlib.AbstractContextManager):
             for key in (*keys, *others):
                 self._job(key)
 
-    def wait(self, name: str, entries: Sequence[Entry]) -> None:
+    def wait(self, name: str, entries: Sequence[Case]) -> None:
         """Return when configurations are compiled, or patience is at an end."""
         keys = self._keys(name, entries)
         if any(key not in self._jobs for key in keys):
@@ -83,7 +82,7 @@ class Ahead(contextlib.AbstractContextManager):
             for job in done:
                 job.result()
 
-    def _keys(self, name: str, entries: Sequence[Entry]) -> list[_Key]:
+    def _keys(self, name: str, entries: Sequence[Case]) -> list[_Key]:
         if name not in self._names:
             return []
         return [(name, problem, tuple(config.items())) for problem, config in entries]

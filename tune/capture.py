@@ -30,27 +30,16 @@ _CENTRES = 48
 
 
 class Probe(NamedTuple):
-    """What one layer attends with.
+    """What one layer attends with; `q` holds the last queries of each sequence. All float32."""
 
-    Attributes:
-        q: `[sequences, H, Tq, D]` float32: the last queries of each sequence.
-        keys: `[sequences, Hkv, S, D]` float32.
-        scale: Factor of the logits.
-    """
-
-    q: np.ndarray
-    keys: np.ndarray
+    q: np.ndarray  # [sequences, H, Tq, D]
+    keys: np.ndarray  # [sequences, Hkv, S, D]
     scale: float
 
 
 @dataclass
 class Captured:
-    """Probes of a model, by layer; a layer that cannot be hashed has none.
-
-    Attributes:
-        tokens: Length of the sequences.
-        dense: Layer -> why it stays dense.
-    """
+    """Probes by layer, of sequences of `tokens`; and why the other layers stay dense."""
 
     probes: dict[int, Probe]
     tokens: int
@@ -102,25 +91,22 @@ def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
 
     layout = load_layout(model)
     ids = token_sequences(model, text, sequences, layout.context)
-    q: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    keys: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    scales: dict[int, float] = {}
+    rows: defaultdict[int, list[Probe]] = defaultdict(list)
 
     def keep(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         if layer not in dense:
-            q[layer].append(query[:, :, -QUERIES:].float().cpu().numpy())
-            keys[layer].append(key.float().cpu().numpy())
-            scales[layer] = scale
+            last, keys = (x.float().cpu().numpy() for x in (query[:, :, -QUERIES:], key))
+            rows[layer].append(Probe(last, keys, scale))
 
     seen = recorder.Recorder(keep)
     language_model = recorder.load_model(user_path(model), device)
     dense = hashable.dense_layers(language_model)
     for row in ids:
         recorder.read(language_model, torch.from_numpy(row)[None], seen)
-    probes = {
-        layer: Probe(np.concatenate(q[layer]), np.concatenate(keys[layer]), scale)
-        for layer, scale in scales.items()
-    }
+    probes = {}
+    for layer, read in rows.items():
+        queries, keys, scales = zip(*read, strict=True)
+        probes[layer] = Probe(np.concatenate(queries), np.concatenate(keys), scales[-1])
     return Captured(probes, ids.shape[1], dense)
 
 

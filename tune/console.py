@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -30,16 +29,14 @@ class Report:
     """Tells people what happens."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._console = Console(stderr=True, emoji=False)
+        self._progress = Progress(disable=True)
+        self._task = self._progress.add_task("")
         self._title = ""
 
     def note(self, text: str) -> None:
         """Say something that is not a result."""
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
         """Say something that is a result."""
@@ -47,79 +44,64 @@ class Report:
 
     @contextmanager
     def watching(self, total: int, what: str) -> Iterator[None]:
-        """A progress display around `total` steps."""
-        if not sys.stderr.isatty():
+        """A progress display around `total` steps, where somebody looks."""
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeElapsedColumn(), console=self._console, transient=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._task = self._progress.add_task(what, total=total)
+        with self._progress:
             yield
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as self._progress:
-            self._task = self._progress.add_task(what, total=total)
-            try:
-                yield
-            finally:
-                self._progress = None
 
     def begin(self, title: str) -> None:
         """A step begins."""
         self._title = title
-        if self._progress is not None:
-            self._progress.update(self._task, description=title)
+        self._progress.update(self._task, description=title)
 
     def trial(self, done: int, best: float, failure: Failure | None) -> None:
         """A configuration was measured."""
         if failure is not None:
             self.note(f"  {self._title}: a configuration failed, {failure}")
         gain = f"{1 / best:.2f}x" if best < 1 else "default"
-        if self._progress is not None:
-            text = f"{self._title}  {done} tried, best {gain}"
-            self._progress.update(self._task, description=text)
+        text = f"{self._title}  {done} tried, best {gain}"
+        self._progress.update(self._task, description=text)
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done."""
-        if self._progress is not None:
-            self._progress.advance(self._task, steps)
+        self._progress.advance(self._task, steps)
 
     def done(self, title: str, verdict: Verdict) -> None:
         """A problem is finished."""
         self.advance()
-        gain = verdict.default_us.median / verdict.us.median
+        default, tuned = verdict.default_us.median, verdict.us.median
         self.note(
-            f"  {title}: {verdict.default_us.median:.1f} -> {verdict.us.median:.1f} µs "
-            f"({gain:.2f}x, {verdict.trials} tried, {verdict.stopped})"
+            f"  {title}: {default:.1f} -> {tuned:.1f} µs "
+            f"({default / tuned:.2f}x, {verdict.trials} tried, {verdict.stopped})"
         )
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of results; numbers stand right, and a column that says nothing is left out."""
-        kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-        right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+        columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+        right = [all(map(_is_number, cells)) for _, *cells in columns]
         if sys.stdout.isatty():
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-            for name, is_right in zip(header, right, strict=True):
+            for (name, *_), is_right in zip(columns, right, strict=True):
                 # Where a terminal is narrow, shapes fold and nothing else.
-                table.add_column(
-                    name,
-                    justify="right" if is_right else "left",
-                    no_wrap=name != "shape",
-                    min_width=20 if name == "shape" else None,
-                )
-            for row in rows:
+                folds, justify = name == "shape", "right" if is_right else "left"
+                width = 20 if folds else None
+                table.add_column(name, justify=justify, no_wrap=not folds, min_width=width)
+            for row in zip(*(cells for _, *cells in columns), strict=True):
                 table.add_row(*row)
             Console().print(table)
             return
-        widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(header)]
+        padded = []
+        for column, is_right in zip(columns, right, strict=True):
+            width = max(map(len, column))
+            padded.append([c.rjust(width) if is_right else c.ljust(width) for c in column])
         self.say(title)
-        for row in (header, *rows):
-            cells = [
-                cell.rjust(width) if is_right else cell.ljust(width)
-                for cell, width, is_right in zip(row, widths, right, strict=True)
-            ]
-            self.say(("  " + "  ".join(cells)).rstrip())
+        for row in zip(*padded, strict=True):
+            self.say(("  " + "  ".join(row)).rstrip())
 
 
 def _is_number(text: str) -> bool:
@@ -130,13 +112,10 @@ def _is_number(text: str) -> bool:
 def kernel_row(problem: Problem, backend: str, verdict: Verdict) -> list[str]:
     """A row of the table of kernels; see `KERNEL_HEADER`."""
     default, tuned = verdict.default_us.median, verdict.us.median
-    told = (
-        f"{default:.1f}",
-        f"{tuned:.1f}",
-        f"{default / tuned:.2f}x",
-        f"{100 * verdict.noise:.1f}%",
-    )
-    return [problem.op, shape_text(problem), backend, *told, str(verdict.trials)]
+    return [
+        problem.op, shape_text(problem), backend, f"{default:.1f}", f"{tuned:.1f}",
+        f"{default / tuned:.2f}x", f"{100 * verdict.noise:.1f}%", str(verdict.trials),
+    ]  # fmt: skip
 
 
 def layer_row(

@@ -33,11 +33,10 @@ _SHARE_US = 0.01
 
 
 class Machine(NamedTuple):
-    """Constants of a machine.
+    """Constants of a machine, all cores together.
 
     Attributes:
-        bandwidth: Bytes from memory per µs, all cores together.
-        flops: Float32 multiply-adds per µs, all cores together.
+        bandwidth, flops: Bytes from memory, and float32 multiply-adds, per µs.
         launch_us: What a call costs that has next to nothing to do.
         workers: Cores, or streaming multiprocessors.
     """
@@ -52,10 +51,8 @@ class Work(NamedTuple):
     """What one call has to do.
 
     Attributes:
-        read: Bytes from memory, all in all.
-        flops: Multiply-adds.
-        popcounts: 64-bit popcounts of the direct way.
-        gather: Of the bytes those of selected rows.
+        read, gather: Bytes from memory, all in all and of selected rows.
+        flops, popcounts: Multiply-adds, and 64-bit popcounts of the direct way.
     """
 
     read: float

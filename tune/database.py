@@ -29,10 +29,8 @@ def storage_url(given: str | None, default: Path) -> str:
     Raises:
         StorageError: It means a database that nothing is kept in.
     """
-    if given is None:
-        return _sqlite_url(default)
-    if "://" not in given:
-        return _sqlite_url(user_path(given).absolute())
+    if given is None or "://" not in given:
+        return _sqlite_url(default if given is None else user_path(given).absolute())
     path = sqlite_path(given)
     if path is None and given.lower().startswith("sqlite"):
         raise StorageError(
@@ -85,7 +83,6 @@ def foreign(path: Path) -> str:
             names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
-            # Whoever opens it next says it better.
             return ""
         raise StorageError(
             f"--storage: {path} has been locked by another program for 10 s; end that, or name "

@@ -41,7 +41,7 @@ def suggestions(
 
     if problem.device == "cuda":
         return sorted(neighbours(configs, configs.number(default)), key=predicted)
-    ranked = sorted(configs.numbers(), key=predicted)
+    ranked = sorted(range(configs.size), key=predicted)
     found = ranked[:SUGGESTIONS]
     for name, values in configs.knobs:
         if all(isinstance(value, str) for value in values):
@@ -52,14 +52,13 @@ def suggestions(
 
 def winners(problem: Problem, configs: Space, won: Mapping[Problem, Config]) -> list[int]:
     """Numbers of the configurations that beat the default on the problems most like this one."""
-    found: dict[int, None] = {}
-    for other in sorted(
-        (other for other in won if other.op == problem.op), key=partial(apart, problem)
-    ):
+    found = []
+    others = (other for other in won if other.op == problem.op)
+    for other in sorted(others, key=partial(apart, problem)):
         # Knobs may be others, or have other values, where heads or dtypes are.
         with contextlib.suppress(ValueError):
-            found[configs.number(won[other])] = None
-    return list(found)[:WINNERS]
+            found.append(configs.number(won[other]))
+    return list(dict.fromkeys(found))[:WINNERS]
 
 
 def neighbours(configs: Space, number: int) -> Iterator[int]:
@@ -75,12 +74,9 @@ def neighbours(configs: Space, number: int) -> Iterator[int]:
 
 
 def climb(configs: Space, default: int, ratios: Mapping[int, float]) -> list[int]:
-    """What to try next, given ratios to the default of what was measured; empty at the end.
+    """What to try next, given the number of the default; empty at the end.
 
-    Args:
-        configs: The space.
-        default: Number of the default.
-        ratios: Number -> time over that of the default, of all that were measured, in that order.
+    `ratios` are times over that of the default by number, of all that were measured, in that order.
     """
     base = configs.places(default)
     gains: dict[str, tuple[float, int]] = {}

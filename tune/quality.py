@@ -32,12 +32,7 @@ GUARDS = ((0, 0), (4, 28), (4, 60))
 
 
 class Point(NamedTuple):
-    """A selection at the captured length, and what it keeps.
-
-    Attributes:
-        kept: Retained mass.
-        exact: What exact top-k retains with the same budget.
-    """
+    """A selection at the captured length, its retained mass, and that of exact top-k."""
 
     bits: int
     k: int
@@ -75,6 +70,7 @@ class Gauge:
         return Point(bits, k, sink, recent, retained, float(self._exact[k - 1]))
 
     def _encode(self, bits: int) -> tuple[Any, Any, Any]:
+        """Codes of the probe's queries and keys, and norms of its keys."""
         heads = self._probe.keys.shape[1]
         encoder, layer, put = self._encoder, self._layer, self._kit.put
         query = encoder.query(layer, bits)
@@ -109,18 +105,16 @@ def _masses(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         `mass [sequences, Hkv, Tq, S]`, each row adding up to 1, and `exact [S]`.
     """
-    count, heads, queries, _ = probe.q.shape
+    count, heads, queries, size = probe.q.shape
     kv_heads, slots = probe.keys.shape[1:3]
-    group = heads // kv_heads
+    groups = probe.q.reshape(count, kv_heads, heads // kv_heads, queries, size)
     mass = np.empty((count, kv_heads, queries, slots), np.float32)
     exact = np.zeros(slots)
     hidden = hidden_keys(queries, slots, probe.q)
-    for b in range(count):
-        for h in range(kv_heads):
-            q = probe.q[b, h * group : (h + 1) * group]
-            mass[b, h], total = group_mass(q, probe.keys[b, h], probe.scale, hidden)
-            order = np.argsort(-total, axis=-1)
-            exact += np.cumsum(np.take_along_axis(mass[b, h], order, -1), -1).mean(0)
+    for at in np.ndindex(count, kv_heads):
+        mass[at], total = group_mass(groups[at], probe.keys[at], probe.scale, hidden)
+        order = np.argsort(-total, axis=-1)
+        exact += np.cumsum(np.take_along_axis(mass[at], order, -1), -1).mean(0)
     return mass, exact / (count * kv_heads)
 
 
@@ -142,10 +136,10 @@ def grid(gauge: Gauge, bits: int, tokens: int, guards: Sequence[tuple[int, int]]
 def choose(
     points: Sequence[Point], us: Mapping[tuple[int, int], float], required: float, noise: float
 ) -> Point | None:
-    """The fastest point that keeps `required` of what exact top-k keeps at its budget.
+    """The fastest point that keeps `required` of what exact top-k keeps at its budget, if any does.
 
-    Time depends on bits and budget alone; of points that are equally fast, within `noise`, the one
-    that keeps most is taken. `None` where no point keeps enough.
+    Time depends on bits and budget alone; of points equally fast, within `noise`, the one that
+    keeps most is taken.
     """
     able = [point for point in points if point.quality >= required]
     fastest = min((us[point.bits, point.k] for point in able), default=0.0)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -24,11 +24,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hata.backend import Config
 from hata.measure.clock import timing_of
+from hata.measure.inputs import awkward_problem
+from hata.problem import Problem
 from hata.profile import Timing
+from tune.ahead import Ahead
 from tune.propose import climb
-from tune.space import Space
+from tune.space import Limits, Space
 from tune.studies import RETRIES, owner, result_of
-from tune.worker import CRASH, CandidateFailed, Failure
+from tune.worker import CRASH, CandidateFailed, Case, Failure, Worker
 
 # How near the floor is near enough.
 NEAR_FLOOR = 1.05
@@ -48,14 +51,12 @@ class DefaultFailed(CandidateFailed):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of the search of one problem.
+    """Outcome of the search of one problem: the configuration to use.
 
     Attributes:
-        config, us: The configuration to use, and its time.
-        default_us: Time of the default in the same race.
+        us, default_us: Its time, and the default's in the same race.
         noise: Relative difference that was not believed.
-        rounds: Samples behind the times.
-        trials: Configurations that were measured.
+        rounds, trials: Samples behind the times; configurations that were measured.
         failures: Number of a configuration -> why it cannot be chosen.
         stopped: Why the search ended.
     """
@@ -70,26 +71,32 @@ class Verdict:
     stopped: str
 
 
-class Evaluator(Protocol):
-    """What runs configurations of one problem."""
+def to_compile(problem: Problem, configs: Iterable[Config]) -> list[Case]:
+    """What checking configurations of a problem runs."""
+    both = problem, awkward_problem(problem)
+    return [(problem, config) for config in configs for problem in both]
+
+
+class Evaluator(NamedTuple):
+    """Runs configurations of one problem, on a backend and its worker."""
+
+    name: str
+    worker: Worker
+    ahead: Ahead
+    problem: Problem
+
+    def expect(self, configs: Sequence[Config]) -> None:
+        """Make ready for the configurations that come next."""
+        self.ahead.prefer(self.name, to_compile(self.problem, configs))
 
     def check(self, config: Config) -> Failure | None:
         """What is wrong with a configuration; `None` if its results are right."""
+        self.ahead.wait(self.name, to_compile(self.problem, [config]))
+        return self.worker.check(self.problem, config)
 
     def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
         """Microseconds of each configuration, one sample a round; may raise `CandidateFailed`."""
-        ...
-
-    def expect(self, configs: Sequence[Config]) -> None:
-        """Told which configurations come next, to make ready for them."""
-
-
-class Limits(NamedTuple):
-    """When the search of one problem ends; `sample_seconds` are those of one configuration."""
-
-    trials: int = 40
-    seconds: float = 30.0
-    sample_seconds: float = 0.08
+        return self.worker.race([(self.problem, config) for config in configs], seconds)
 
 
 def decide(
@@ -98,18 +105,17 @@ def decide(
     others: Mapping[int, Sequence[float]],
     default_number: int,
 ) -> tuple[int, float]:
-    """Who wins a race, by the rules above.
+    """The number that wins a race by the rules above, and the noise.
 
-    `again` are samples of the default as if it were another, `others` those of each number. Returns
-    `(number, noise)`: the winner, and the relative difference that was not believed.
+    `again` are samples of the default as if it were another, `others` those of each number.
     """
     base = np.asarray(default, float)
 
     def ratio(samples: Sequence[float]) -> tuple[float, float]:
         ratios = np.asarray(samples, float) / base
         low, middle, high = np.percentile(ratios, (25, 50, 75))
-        # 0.93 is the standard error of a median for normal noise; 2.7 of them leave a false gain
-        # a chance of 1 in 100 among three finalists.
+        # 0.93: the standard error of a median for normal noise; 2.7 of them leave a false gain a
+        # chance of 1 in 100 among three finalists.
         return float(middle), float(2.7 * 0.93 * (high - low) / np.sqrt(len(ratios)))
 
     middle, spread = ratio(again)
@@ -127,22 +133,67 @@ def decide(
 
 
 @dataclass
-class _Search:
-    """The search of one problem, in one study."""
+class Search:
+    """The search of one problem, in one study.
+
+    Attributes:
+        study: Of `open_study`; what it knows is used, and it knows everything afterwards.
+        space, default: The configurations, and the backend's default.
+        evaluator: Runs configurations.
+        limits: When to end.
+        suggestions: Numbers to begin with, after the default.
+        floor_us: Nothing is faster; the search ends near it.
+        on_trial: Called after each measured trial with how many there are, the best ratio to the
+            default, and why this one failed, if it did.
+    """
 
     study: optuna.Study
     space: Space
-    default: int
+    default: Config
     evaluator: Evaluator
     limits: Limits
-    floor_us: float
-    on_trial: Callable[[int, float, Failure | None], None]
+    suggestions: Sequence[int] = ()
+    floor_us: float = 0.0
+    on_trial: Callable[[int, float, Failure | None], None] = lambda *_: None
 
-    def __post_init__(self) -> None:
-        self.stopped = ""
-        self.known: dict[int, dict[str, Any]] = {}
-        self.failures: dict[int, Failure] = {}
-        self.best, self.repeats, self.began = 1.0, 0, time.monotonic()
+    def run(self) -> Verdict:
+        """Find the best configuration.
+
+        Raises:
+            DefaultFailed: the default is wrong or cannot run.
+            KeyboardInterrupt: what was measured is kept, and the running trial queued again.
+        """
+        told = self.study.user_attrs.get("verdict")
+        if told is not None:
+            return _from_json(told)
+        # Results of trials, and why some cannot be chosen, by number of the configuration.
+        self._known: dict[int, dict[str, Any]] = {}
+        self._failures: dict[int, Failure] = {}
+        self._best, self._repeats, self._began = 1.0, 0, time.monotonic()
+        self._base = self.space.number(self.default)
+        self._recall()
+        small = self.space.size <= self.limits.trials
+        self._enqueue([self._base, *self.suggestions, *(range(self.space.size) if small else ())])
+        self._stopped = self._reason_to_stop()
+        while not self._stopped:
+            waiting = len(self._waiting())
+            if waiting:
+                self.study.optimize(self._trial, n_trials=waiting)
+                continue
+            # Failures too, as what was tried and is no gain.
+            ratios = {number: result["ratio"] for number, result in self._known.items()}
+            self._enqueue(climb(self.space, self._base, ratios))
+            if not self._waiting():
+                # Nothing is left that the times suggest: the sampler looks elsewhere.
+                self.study.optimize(self._trial)
+        if self._base in self._failures:
+            raise DefaultFailed(self._failures[self._base])
+        verdict = self._settle()
+        self.study.set_user_attr("verdict", asdict(verdict))
+        return verdict
+
+    def _recall(self) -> None:
+        """Take over what the study knows."""
         deaths: Counter[int] = Counter()
         for trial in self.study.get_trials(deepcopy=False):
             result = result_of(trial)
@@ -156,34 +207,33 @@ class _Search:
             ):
                 deaths[self.space.number_at(trial.params)] += 1
         for number, times in deaths.items():
-            if times > RETRIES and number not in self.known:
-                failure = Failure(CRASH, f"the tuner itself ended {times} times while it ran")
-                self._learn({"number": number, "ratio": _FAILED, "failure": list(failure)})
+            if times > RETRIES and number not in self._known:
+                why = f"the tuner itself ended {times} times while it ran"
+                self._learn(_failed(number, Failure(CRASH, why)))
 
     def _learn(self, result: dict[str, Any]) -> None:
-        self.known[result["number"]] = result
-        if result["failure"]:
-            self.failures[result["number"]] = Failure(*result["failure"])
+        number, failure = result["number"], result["failure"]
+        self._known[number] = result
+        if failure:
+            self._failures[number] = Failure(*failure)
         else:
-            self.best = min(self.best, result["ratio"])
+            self._best = min(self._best, result["ratio"])
 
-    def enqueue(self, numbers: Sequence[int]) -> None:
-        """Queue configurations, once each."""
-        queued = [trial.system_attrs.get("fixed_params") or trial.params for trial in self._waiting]
-        fresh = [number for number in dict.fromkeys(numbers) if number not in self.known]
-        # No more than will be measured; what is enqueued is also expected, and may be compiled.
-        fresh = fresh[: max(self.limits.trials - len(self.known), 0)]
-        self.evaluator.expect([self.space.config(number) for number in fresh])
-        for number in fresh:
-            params = self.space.places(number)
-            if params not in queued:
-                self.study.enqueue_trial(params)
-
-    @property
     def _waiting(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
-    def objective(self, trial: Trial) -> float:
+    def _enqueue(self, numbers: Iterable[int]) -> None:
+        """Queue configurations, once each."""
+        queued = [t.system_attrs.get("fixed_params") or t.params for t in self._waiting()]
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        # No more than will be measured; what is enqueued is also expected, and may be compiled.
+        fresh = fresh[: max(self.limits.trials - len(self._known), 0)]
+        self.evaluator.expect([self.space.config(number) for number in fresh])
+        for params in map(self.space.places, fresh):
+            if params not in queued:
+                self.study.enqueue_trial(params)
+
+    def _trial(self, trial: Trial) -> float:
         """One trial: check, then time; or tell what is known."""
         trial.set_user_attr("owner", owner())
         # Values are in ascending order, so their places are what the sampler should see.
@@ -191,9 +241,9 @@ class _Search:
             name: trial.suggest_int(name, 0, len(values) - 1) for name, values in self.space.knobs
         }
         number = self.space.number_at(places)
-        result = self.known.get(number)
+        result = self._known.get(number)
         if result is None:
-            self.repeats = 0
+            self._repeats = 0
             try:
                 result = self._measure(number)
             except KeyboardInterrupt:
@@ -201,38 +251,34 @@ class _Search:
                 self.study.enqueue_trial(places)
                 raise
             self._learn(result)
-            self.on_trial(len(self.known), self.best, self.failures.get(number))
+            self.on_trial(len(self._known), self._best, self._failures.get(number))
         else:
-            self.repeats += 1
+            self._repeats += 1
         trial.set_user_attr("result", result)
         # On every trial: samplers want to see the same constraints everywhere.
         trial.set_constraint("failed", 1.0 if result["failure"] else -1.0)
-        self.stopped = self._reason_to_stop()
-        if self.stopped:
+        self._stopped = self._reason_to_stop()
+        if self._stopped:
             self.study.stop()
         return result["ratio"]
 
     def _measure(self, number: int) -> dict[str, Any]:
-        config = self.space.config(number)
-        failure = self.evaluator.check(config)
-        if failure is None:
-            default = self.space.config(self.default)
-            racers = [config] if number == self.default else [default, config]
-            try:
-                samples = self.evaluator.race(racers, self.limits.sample_seconds)
-            except CandidateFailed as error:
-                failure = error.failure
-            else:
-                # Of the default to itself: 1.
-                ratio = float(np.median(np.asarray(samples[-1]) / np.asarray(samples[0])))
-                us = float(np.median(samples[-1]))
-                return {"number": number, "ratio": ratio, "us": us, "failure": None}
-        return {"number": number, "ratio": _FAILED, "failure": list(failure)}
+        failure = self.evaluator.check(self.space.config(number))
+        if failure is not None:
+            return _failed(number, failure)
+        racers = map(self.space.config, dict.fromkeys((self._base, number)))
+        try:
+            samples = self.evaluator.race(list(racers), self.limits.sample_seconds)
+        except CandidateFailed as error:
+            return _failed(number, error.failure)
+        # Of the default to itself: 1.
+        ratio, us = np.median(np.divide(samples[-1], samples[0])), np.median(samples[-1])
+        return {"number": number, "ratio": float(ratio), "us": float(us), "failure": None}
 
     def _reason_to_stop(self) -> str:
-        measured = len(self.known)
-        times = [r["us"] for r in self.known.values() if not r["failure"]]
-        if self.default in self.failures:
+        measured = len(self._known)
+        times = [result["us"] for result in self._known.values() if not result["failure"]]
+        if self._base in self._failures:
             return "the default fails"
         if measured >= self.space.size:
             return "every configuration was measured"
@@ -240,105 +286,45 @@ class _Search:
             return f"{measured} configurations were measured"
         if len(times) >= LEAST_TRIALS and min(times) <= NEAR_FLOOR * self.floor_us:
             return "within 5% of the floor"
-        if self.repeats >= REPEATS:
+        if self._repeats >= REPEATS:
             return "the sampler repeats itself"
-        late = time.monotonic() - self.began >= self.limits.seconds
+        late = time.monotonic() - self._began >= self.limits.seconds
         return "its time was up" if late and measured >= LEAST_TRIALS else ""
 
-    def run(self) -> None:
-        """Run trials until there is a reason to stop."""
-        self.stopped = self._reason_to_stop()
-        while not self.stopped:
-            waiting = len(self._waiting)
-            if waiting:
-                self.study.optimize(self.objective, n_trials=waiting)
-                continue
-            # Failures too, as what was tried and is no gain.
-            ratios = {number: result["ratio"] for number, result in self.known.items()}
-            self.enqueue(climb(self.space, self.default, ratios))
-            if not self._waiting:
-                # Nothing is left that the times suggest: the sampler looks elsewhere.
-                self.study.optimize(self.objective)
-
-    def settle(self) -> Verdict:
+    def _settle(self) -> Verdict:
         """The last race."""
-        ranked = sorted(
-            (result["ratio"], number)
-            for number, result in self.known.items()
-            if not result["failure"] and number != self.default and result["ratio"] < 1
-        )
-        finalists = [number for _, number in ranked[:FINALISTS]]
+        ratios = {number: result["ratio"] for number, result in self._known.items()}
+        faster = [n for n, ratio in ratios.items() if n != self._base and ratio < 1]
+        finalists = sorted(faster, key=lambda n: (ratios[n], n))[:FINALISTS]
         seconds = 5 * self.limits.sample_seconds * (len(finalists) + 2)
         while True:
-            racers = [self.default, self.default, *finalists]
+            racers = [self._base, self._base, *finalists]
             try:
                 samples = self.evaluator.race([self.space.config(n) for n in racers], seconds)
                 break
             except CandidateFailed as error:
                 # Somebody who was well before fails now: find out who, and go on without.
-                checked = {
-                    n: self.evaluator.check(self.space.config(n)) for n in dict.fromkeys(racers)
-                }
-                failed = {n: failure for n, failure in checked.items() if failure is not None}
-                self.failures |= failed
-                if self.default in failed or (not failed and not finalists):
-                    raise DefaultFailed(failed.get(self.default, error.failure)) from None
+                failed = {}
+                for n in dict.fromkeys(racers):
+                    if failure := self.evaluator.check(self.space.config(n)):
+                        failed[n] = failure
+                self._failures |= failed
+                if self._base in failed or (not failed and not finalists):
+                    raise DefaultFailed(failed.get(self._base, error.failure)) from None
                 finalists = [n for n in finalists if n not in failed] if failed else []
-        winner, noise = decide(
-            samples[0], samples[1], dict(zip(finalists, samples[2:], strict=True)), self.default
-        )
-        place = 0 if winner == self.default else 2 + finalists.index(winner)
+        base, again, *others = samples
+        rivals = dict(zip(finalists, others, strict=True))
+        winner, noise = decide(base, again, rivals, self._base)
         return Verdict(
-            config=self.space.config(winner), us=timing_of(samples[place]),
-            default_us=timing_of(samples[0]), noise=noise, rounds=len(samples[0]),
-            trials=len(self.known), failures=self.failures, stopped=self.stopped,
+            config=self.space.config(winner), us=timing_of({self._base: base, **rivals}[winner]),
+            default_us=timing_of(base), noise=noise, rounds=len(base),
+            trials=len(self._known), failures=self._failures, stopped=self._stopped,
         )  # fmt: skip
 
 
-def tune(
-    study: optuna.Study,
-    space: Space,
-    default: Config,
-    evaluator: Evaluator,
-    *,
-    suggestions: Sequence[int] = (),
-    limits: Limits | None = None,
-    floor_us: float = 0.0,
-    on_trial: Callable[[int, float, Failure | None], None] = lambda *_: None,
-) -> Verdict:
-    """Find the best configuration of a problem.
-
-    Args:
-        study: Of `open_study`; what it knows is used, and it knows everything afterwards.
-        space: The configurations.
-        default: The backend's default.
-        evaluator: Runs configurations.
-        suggestions: Numbers to begin with, after the default.
-        limits: When to end.
-        floor_us: Nothing is faster; the search ends near it.
-        on_trial: Called after each measured trial with how many there are, the best ratio to the
-            default, and why this one failed, if it did.
-
-    Raises:
-        DefaultFailed: the default is wrong or cannot run.
-        KeyboardInterrupt: what was measured is kept, and the running trial queued again.
-    """
-    limits = limits or Limits()
-    told = study.user_attrs.get("verdict")
-    if told is not None:
-        return _from_json(told)
-    number = space.number(default)
-    search = _Search(study, space, number, evaluator, limits, floor_us, on_trial)
-    first = [number, *suggestions]
-    if space.size <= limits.trials:
-        first += space.numbers()
-    search.enqueue(first)
-    search.run()
-    if number in search.failures:
-        raise DefaultFailed(search.failures[number])
-    verdict = search.settle()
-    study.set_user_attr("verdict", asdict(verdict))
-    return verdict
+def _failed(number: int, failure: Failure) -> dict[str, Any]:
+    """The result of a trial that failed."""
+    return {"number": number, "ratio": _FAILED, "failure": list(failure)}
 
 
 def _from_json(told: Mapping[str, Any]) -> Verdict:

@@ -11,19 +11,17 @@ from collections.abc import Container, Mapping, Sequence
 from datetime import date
 
 from hata.backend import Backend, Config
-from hata.measure.inputs import awkward_problem
 from hata.problem import Problem
 from hata.profile import Entry, Measured, Profile, default_output
 from tune import capture, cost, search, space, studies
 from tune.ahead import Ahead
-from tune.ahead import Entry as ToCompile
 from tune.console import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.propose import suggestions, winners
-from tune.search import Verdict
+from tune.search import Evaluator, Verdict, to_compile
 from tune.selections import Chooser, Chosen
 from tune.space import Space
-from tune.task import Task, check_folder, check_numbers, make_task
-from tune.worker import CandidateFailed, Failure, Worker
+from tune.task import Task, check_folder, make_task
+from tune.worker import CandidateFailed, Worker
 
 # What a machine is taken for where nothing may be measured: a few cores, or a GPU, of a server.
 _NOMINAL = {
@@ -34,6 +32,8 @@ _TIME_UP = "the time was up"
 # Patience with one check, in seconds. A GPU's kernels may have to be compiled.
 _CHECK_SECONDS = {"cpu": 30.0, "cuda": 90.0}
 
+_Search = tuple[Backend, Problem]
+
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code.
@@ -42,9 +42,7 @@ def run(options: argparse.Namespace) -> int:
         HataError: the command line cannot be followed; nothing was written.
         KeyboardInterrupt: what was finished is in the profile and the storage.
     """
-    report = Report()
-    check_numbers(options)
-    task = make_task(options)
+    report, task = Report(), make_task(options)
     for note in task.notes:
         report.note(note)
     session = _Session(task, report)
@@ -59,42 +57,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _apart(config: Config, default: Config) -> str:
-    """A configuration in words: all of it, or where it differs from the default."""
+    """A configuration in words: where it differs from the default, else all of it."""
     told = {name: value for name, value in config.items() if value != default[name]} or config
     return " ".join(f"{name}={value}" for name, value in told.items()) or "no knobs"
-
-
-def to_compile(problem: Problem, configs: Sequence[Config]) -> list[ToCompile]:
-    """What checking configurations of a problem runs."""
-    both = problem, awkward_problem(problem)
-    return [(problem, config) for config in configs for problem in both]
-
-
-class _Evaluator:
-    """A worker, as the search of one problem sees it."""
-
-    def __init__(self, name: str, worker: Worker, ahead: Ahead, problem: Problem) -> None:
-        self._name, self._worker, self._ahead, self._problem = name, worker, ahead, problem
-
-    def expect(self, configs: Sequence[Config]) -> None:
-        self._ahead.prefer(self._name, to_compile(self._problem, configs))
-
-    def check(self, config: Config) -> Failure | None:
-        self._ahead.wait(self._name, to_compile(self._problem, [config]))
-        return self._worker.check(self._problem, config)
-
-    def race(self, configs: Sequence[Config], seconds: float) -> list[list[float]]:
-        return self._worker.race([(self._problem, config) for config in configs], seconds)
 
 
 class _Session:
     def __init__(self, task: Task, report: Report) -> None:
         self.task, self.options, self.report = task, task.options, report
-        usual = space.EFFORT[task.device, task.options.quick]
+        self.device = task.fingerprint.device
+        self.on = f"{', '.join(b.name for b in task.backends)} on {task.fingerprint.describe()}"
+        usual = space.EFFORT[self.device, task.options.quick]
         seconds = usual.seconds if task.options.budget is None else task.options.budget
-        self.effort = space.Effort(seconds, task.options.trials or usual.trials)
-        self.names = ", ".join(backend.name for backend in task.backends)
-        self.device = task.fingerprint.describe()
+        self.limits = usual._replace(trials=task.options.trials or usual.trials, seconds=seconds)
         # By the name of a backend, and a problem.
         self.settled: dict[tuple[str, Problem], Verdict] = {}
         self.chosen = Chosen(None, [])
@@ -112,7 +87,7 @@ class _Session:
             fingerprint=self.task.fingerprint,
             measured=Measured(
                 date=date.today().isoformat(),
-                method="cuda_graph" if self.task.device == "cuda" else "perf_counter",
+                method="cuda_graph" if self.device == "cuda" else "perf_counter",
                 repeats=statistics.median_low([v.rounds for v in verdicts] or [0]),
                 cold_cache=True,
                 noise_pct=round(100 * statistics.median([v.noise for v in verdicts] or [0.0]), 2),
@@ -125,39 +100,36 @@ class _Session:
 
     def tell(self) -> None:
         """Say what would be done."""
-        task, say, rows = self.task, self.report.say, []
-        say(f"device    {self.device}")
-        heads = f"{task.layout.heads}/{task.layout.kv_heads}, D {task.layout.head_dim}"
-        say(f"heads     {task.layout.name}: {heads}")
+        task, layout, say, rows = self.task, self.task.layout, self.report.say, []
+        say(f"device    {task.fingerprint.describe()}")
+        say(f"heads     {layout.name}: {layout.heads}/{layout.kv_heads}, D {layout.head_dim}")
         for backend in task.backends:
             for problem in task.problems[backend.name]:
                 configs, default = Space.of(backend, problem), backend.default(problem)
-                best = suggestions(problem, configs, _NOMINAL[task.device], default)
+                best = suggestions(problem, configs, _NOMINAL[self.device], default)
                 first = _apart(configs.config(best[0]), default) if best else "no knobs"
                 shape = space.shape_text(problem)
                 rows.append([problem.op, shape, backend.name, str(configs.size), first])
         header = ("op", "shape", "backend", "configurations", "first candidate after the default")
         self.report.table(f"{len(rows)} problems", header, rows)
-        trials, seconds = self.effort.trials, self.effort.seconds
+        trials, seconds, _ = self.limits
         say(f"search    at most {trials} configurations each, {seconds:.0f} s in all")
-        source = f"text of {len(task.text):,} characters" if task.model else "the synthetic set"
+        source = f"text of {len(task.text):,} characters" if task.text else "the synthetic set"
         quality = self.options.quality
         say(f"selection bits, k, sink, recent at quality {quality:g}, from {source}")
         say(f"studies   {task.storage}")
         say(f"profile   {task.out} (not written: --dry-run)")
 
     def run(self) -> int:
-        self.storage, message = studies.open_storage(
-            self.task.storage, ours=self.options.storage is None
-        )
+        """Tune, choose, and write; returns the exit code."""
+        task, ours = self.task, self.options.storage is None
+        self.storage, message = studies.open_storage(task.storage, ours=ours)
         if message:
             self.report.note(message)
-        total = sum(map(len, self.task.problems.values()))
-        self.report.note(
-            f"tuning {self.names} on {self.device}: {total} searches in {self.effort.seconds:.0f} s"
-        )
+        total = sum(map(len, task.problems.values()))
+        self.report.note(f"tuning {self.on}: {total} searches in {self.limits.seconds:.0f} s")
         try:
-            with Ahead(self.task.backends, self.task.fingerprint.sm) as self.ahead:
+            with Ahead(task.backends, task.fingerprint.sm) as self.ahead:
                 with self.report.watching(total, "kernels"):
                     self._tune_kernels()
                 self._choose_selections()
@@ -172,7 +144,7 @@ class _Session:
         return 0
 
     def _tune_kernels(self) -> None:
-        patience = _CHECK_SECONDS[self.task.device]
+        patience = _CHECK_SECONDS[self.device]
         with contextlib.ExitStack() as stack:
             workers = {
                 backend.name: stack.enter_context(Worker(backend.name, check_seconds=patience))
@@ -187,34 +159,30 @@ class _Session:
                     del workers[backend.name]
             self._tune_all(self._queue(workers), workers)
 
-    def _tune_all(
-        self, queue: Sequence[tuple[Backend, Problem]], workers: Mapping[str, Worker]
-    ) -> None:
-        seconds_left = self.effort.seconds
-        begun: set[Problem] = set()
-        for number, (backend, problem) in enumerate(queue):
-            start = time.monotonic()
-            seconds = seconds_left / (len(queue) - number)
-            title = self._title(backend, problem)
-            # What one backend has, the others must have too: times are compared.
-            late = seconds <= 0 and self.settled and problem not in begun
-            if late and not self._finished(backend, problem):
-                self.skipped.append(f"{title}: {_TIME_UP}")
-                self.report.advance()
-                continue
-            begun.add(problem)
-            self._look_ahead(queue[number + 1 :])
-            evaluator = _Evaluator(backend.name, workers[backend.name], self.ahead, problem)
-            self._tune(backend, problem, evaluator, max(seconds, 0.1), title)
-            seconds_left -= time.monotonic() - start
-
-    def _queue(self, names: Container[str]) -> list[tuple[Backend, Problem]]:
+    def _queue(self, names: Container[str]) -> list[_Search]:
         """What to tune, in turn, so that where time is short every backend has the same."""
         backends = [backend for backend in self.task.backends if backend.name in names]
         problems = dict.fromkeys(p for b in backends for p in self.task.problems[b.name])
         return [(b, p) for p in problems for b in backends if p in self.task.problems[b.name]]
 
-    def _look_ahead(self, queue: Sequence[tuple[Backend, Problem]]) -> None:
+    def _tune_all(self, queue: Sequence[_Search], workers: Mapping[str, Worker]) -> None:
+        seconds_left = self.limits.seconds
+        begun: set[Problem] = set()
+        for number, (backend, problem) in enumerate(queue):
+            start = time.monotonic()
+            seconds = seconds_left / (len(queue) - number)
+            # What one backend has, the others must have too: times are compared.
+            late = seconds <= 0 and self.settled and problem not in begun
+            if late and not self._finished(backend, problem):
+                self.skipped.append(f"{self._title(backend, problem)}: {_TIME_UP}")
+                self.report.advance()
+                continue
+            begun.add(problem)
+            self._look_ahead(queue[number + 1 :])
+            self._tune(backend, problem, workers[backend.name], max(seconds, 0.1))
+            seconds_left -= time.monotonic() - start
+
+    def _look_ahead(self, queue: Sequence[_Search]) -> None:
         """Have compiled what comes next: one problem's first candidates, and before them defaults.
 
         Candidates share kernels with the default: what was compiled with it is there for all.
@@ -223,13 +191,12 @@ class _Session:
             self.ahead.begin(backend.name, to_compile(problem, [backend.default(problem)]))
         for backend, problem in queue[:1]:
             configs = Space.of(backend, problem)
-            numbers = self._suggestions(backend, problem, configs)[: self.effort.trials]
-            candidates = [configs.config(number) for number in numbers]
-            self.ahead.begin(backend.name, to_compile(problem, candidates))
+            numbers = self._suggestions(backend, problem, configs)[: self.limits.trials]
+            self.ahead.begin(backend.name, to_compile(problem, map(configs.config, numbers)))
 
     def _suggestions(self, backend: Backend, problem: Problem, configs: Space) -> list[int]:
         """What to try first: what won elsewhere, then what looks good on paper."""
-        machine = self.machines.get(backend.name, _NOMINAL[self.task.device])
+        machine = self.machines.get(backend.name, _NOMINAL[self.device])
         tuned = self._tuned(backend).items()
         won = {other: config for other, config in tuned if config != backend.default(other)}
         proposed = suggestions(problem, configs, machine, backend.default(problem))
@@ -244,27 +211,24 @@ class _Session:
 
     def _probe(self, backend: Backend, worker: Worker) -> bool:
         """Measure the machine with a backend; whether that could be done."""
-        self.report.begin(f"measuring this machine with {backend.name}")
+        name, problems = backend.name, self.task.problems[backend.name]
+        self.report.begin(f"measuring this machine with {name}")
         try:
-            self.machines[backend.name] = worker.calibrate(self.task.device)
+            self.machines[name] = worker.calibrate(self.device)
         except CandidateFailed as error:
-            problems = len(self.task.problems[backend.name])
-            self._skip(f"backend {backend.name} fails: {error.failure}", problems)
+            self._skip(f"backend {name} fails: {error.failure}", len(problems))
             return False
-        if self.task.device == "cpu":
+        if self.device == "cpu":
+            # Every op runs once on little data, so that compiling does not eat the time to search.
             # A GPU's kernels are compiled ahead, configuration by configuration.
-            self._compile(backend, worker)
+            self.report.begin(f"compiling {name}")
+            for problem in {p.op: p for p in problems}.values():
+                few = {"slots": min(problem.slots, 256), "k": min(problem.k, 16)}
+                few |= {} if problem.slots else {"tokens": 16}
+                small = dataclasses.replace(problem, **few)
+                # What fails here fails again on the problem itself, and is told there.
+                worker.check(small, backend.default(small))
         return True
-
-    def _compile(self, backend: Backend, worker: Worker) -> None:
-        """Run every op once on little data, so that compiling does not eat the time to search."""
-        self.report.begin(f"compiling {backend.name}")
-        for problem in {p.op: p for p in self.task.problems[backend.name]}.values():
-            few = {"slots": min(problem.slots, 256), "k": min(problem.k, 16)}
-            few |= {} if problem.slots else {"tokens": 16}
-            small = dataclasses.replace(problem, **few)
-            # What fails here fails again on the problem itself, and is told there.
-            worker.check(small, backend.default(small))
 
     def _study_name(self, backend: Backend, problem: Problem) -> str:
         knobs = studies.digest(problem, Space.of(backend, problem).knobs)
@@ -274,28 +238,25 @@ class _Session:
 
     def _finished(self, backend: Backend, problem: Problem) -> bool:
         """Whether an earlier run that is continued has settled a problem."""
-        name = self._study_name(backend, problem)
-        return self.options.resume and studies.is_settled(self.storage, name)
+        study, _ = studies.latest(self.storage, self._study_name(backend, problem))
+        return self.options.resume and study is not None and "verdict" in study.user_attrs
 
-    def _tune(
-        self, backend: Backend, problem: Problem, evaluator: _Evaluator, seconds: float, title: str
-    ) -> None:
-        configs, default = Space.of(backend, problem), backend.default(problem)
-        name, notes = self._study_name(backend, problem), f"{title} on {self.device}"
-        study = studies.open_study(self.storage, name, resume=self.options.resume, notes=notes)
+    def _tune(self, backend: Backend, problem: Problem, worker: Worker, seconds: float) -> None:
+        configs, title = Space.of(backend, problem), self._title(backend, problem)
+        study = studies.open_study(
+            self.storage, self._study_name(backend, problem), resume=self.options.resume,
+            notes=f"{title} on {self.task.fingerprint.describe()}",
+        )  # fmt: skip
         self.report.begin(title)
-        sample_seconds = 0.04 if self.options.quick else 0.06
         try:
-            verdict = search.tune(
-                study,
-                configs,
-                default,
-                evaluator,
+            verdict = search.Search(
+                study, configs, backend.default(problem),
+                Evaluator(backend.name, worker, self.ahead, problem),
+                self.limits._replace(seconds=seconds),
                 suggestions=self._suggestions(backend, problem, configs),
-                limits=search.Limits(self.effort.trials, seconds, sample_seconds),
                 floor_us=cost.floor_us(problem, self.machines[backend.name]),
                 on_trial=self.report.trial,
-            )
+            ).run()  # fmt: skip
         except search.DefaultFailed as error:
             self._skip(f"{title}: the default fails, {error.failure}")
             return
@@ -317,37 +278,37 @@ class _Session:
             return
         noise = statistics.median([verdict.noise for verdict in self.settled.values()])
         found = self._tuned(backend), self.machines[backend.name], noise
-        chooser = Chooser(self.task, self.report, backend, self.ahead, *found)
+        chooser = Chooser(self.task, self.report, self.ahead, backend, *found)
         self.chosen = chooser.run(self.storage)
         self.profile().save(self.task.out)
 
     def _close(self) -> None:
-        report, task = self.report, self.task
-        report.say()
+        say, task = self.report.say, self.task
+        say()
         rows = [
             kernel_row(problem, name if len(task.backends) > 1 else "", verdict)
             for (name, problem), verdict in self.settled.items()
         ]
-        report.table(f"Kernels of {self.names} on {self.device}", KERNEL_HEADER, rows)
+        self.report.table(f"Kernels of {self.on}", KERNEL_HEADER, rows)
         if self.chosen.rows:
-            source = task.layout.name if task.model else "the synthetic set, attach will warn"
-            report.say()
-            report.table(
+            source = task.layout.name if task.text else "the synthetic set, attach will warn"
+            say()
+            self.report.table(
                 f"Selections at quality {self.options.quality:g} ({source}); k is the budget, and "
                 f"µs a step's time, at {capture.TOKENS} tokens; k grows with the context",
                 LAYER_HEADER, self.chosen.rows,
             )  # fmt: skip
         if self.skipped:
-            report.say()
-            report.say(f"Not tuned: {len(self.skipped)} problems")
+            say()
+            say(f"Not tuned: {len(self.skipped)} problems")
             for text in self.skipped[:8]:
-                report.say(f"  {text}")
+                say(f"  {text}")
             if any(text.endswith(_TIME_UP) for text in self.skipped):
-                report.say("The same command with --resume goes on; --budget gives it more time.")
-        report.say()
+                say("The same command with --resume goes on; --budget gives it more time.")
+        say()
         if task.out == default_output(task.fingerprint):
-            report.say("hata finds this profile by itself. To name it: HATA_PROFILE=<file>, or")
+            say("hata finds this profile by itself. To name it: HATA_PROFILE=<file>, or")
         else:
-            report.say(f"Use it with HATA_PROFILE={task.out}, or")
-        report.say(f'  hata.use_profile("{task.out}")')
-        report.say(str(task.out))
+            say(f"Use it with HATA_PROFILE={task.out}, or")
+        say(f'  hata.use_profile("{task.out}")')
+        say(str(task.out))

@@ -1,9 +1,8 @@
 """What is tuned: the problems of a head layout, and the search space of each.
 
 The problems are those of decoding: one token per row against a cache of S keys. A configuration
-never crosses dtypes, head layouts or bits, and takes the nearest neighbour in batch, tokens, slots
-and budget (`hata.problem`), so the grid has every hard combination that a model of the layout can
-meet and a few points along the soft ones:
+never crosses dtypes, head layouts or bits, so the grid has every combination of these that a model
+of the layout can meet, and a few points along batch, tokens, slots and budget:
 
 ========== ======================= ========================== =================
 op         dtypes                  bits                       slots, k
@@ -14,12 +13,9 @@ encode     each (heads of keys)    64, 128, 256               4,096 tokens
 sparse_attend each                 none                       32K; k 512
 ========== ======================= ========================== =================
 
-A GPU serves batches and long contexts, and its kernels differ by how many programs there are to
-fill it with, so its grid is that of `GPU_STEPS`, `GPU_LAYOUTS` and `GPU_LONG`: batches 1 to 32, 8K
-to 512K keys, and the head layouts of other models.
-
-`--quick` keeps a point or two of each op. For a model, its own layout, dtype and context length
-count.
+A GPU serves batches and long contexts, and kernels differ by how many programs fill it, so its grid
+is that of `GPU_STEPS`, `GPU_LAYOUTS` and `GPU_LONG`. `--quick` keeps a point or two of each op. For
+a model, its own layout, dtype and context length count.
 """
 
 from __future__ import annotations
@@ -39,19 +35,21 @@ SLOTS = (32768, 4096, 131072)
 QUICK_BITS = 128
 
 
-class Effort(NamedTuple):
-    """How much is measured: seconds for all kernels, configurations for one problem."""
+class Limits(NamedTuple):
+    """When a search ends: configurations, seconds; and seconds of samples of one configuration."""
 
-    seconds: float
     trials: int
+    seconds: float
+    sample_seconds: float
 
 
-# By device, and whether a short look is asked for. A GPU has many more knobs.
+# Seconds for all problems, by device, and whether a short look is asked for. A GPU has many more
+# knobs.
 EFFORT = {
-    ("cpu", False): Effort(100.0, 40),
-    ("cpu", True): Effort(25.0, 12),
-    ("cuda", False): Effort(270.0, 64),
-    ("cuda", True): Effort(75.0, 40),
+    ("cpu", False): Limits(40, 100.0, 0.06),
+    ("cpu", True): Limits(12, 25.0, 0.04),
+    ("cuda", False): Limits(64, 270.0, 0.06),
+    ("cuda", True): Limits(40, 75.0, 0.04),
 }
 # Decode steps of the common layout on a GPU: batch, slots, bits; the most useful first.
 GPU_STEPS = (
@@ -75,14 +73,7 @@ LEAST_BUDGET = 256
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Heads of a model: what its attention layers look like.
-
-    Attributes:
-        name: What people call it.
-        model_type: As in a transformers configuration.
-        dtype: dtype the model is stored in.
-        context: Longest context, in tokens.
-    """
+    """Heads of a model; `model_type` is transformers', `dtype` stored, `context` in tokens."""
 
     name: str
     model_type: str
@@ -102,8 +93,7 @@ COMMON = Layout("32/8 heads of 128", "synthetic", 32, 32, 8, 128, "bfloat16", 13
 class Space:
     """The configurations of one problem, numbered in the order of its knobs' values.
 
-    The numbers are the ids that settle draws: they depend on the knobs alone, so every process
-    that draws picks the same one.
+    Numbers settle draws: they depend on the knobs alone, so that all processes pick the same one.
     """
 
     knobs: tuple[tuple[str, tuple], ...]
@@ -153,10 +143,6 @@ class Space:
             number = number * len(values) + places[name]
         return number
 
-    def numbers(self) -> range:
-        """All numbers."""
-        return range(self.size)
-
 
 def budget_for(slots: int, device: str = "cpu") -> int:
     """The budget at which a cache of `slots` keys is tuned: 1/64 of it, but not tiny ones."""
@@ -170,10 +156,7 @@ def bits_of(most: int) -> tuple[int, ...]:
 
 
 class Grid(NamedTuple):
-    """Makes the problems of one head layout.
-
-    `norms`: scores are weighted with key norms.
-    """
+    """Makes the problems of one head layout; with `norms`, scores are weighted with key norms."""
 
     layout: Layout
     device: str
@@ -235,13 +218,8 @@ def problems(
 ) -> list[Problem]:
     """The problems to tune, the most useful first, so that a short budget goes to them.
 
-    Args:
-        grid: Makes them.
-        dtypes: Of data, the most important first.
-        bits: Bits of codes that may be selected.
-        of_model: Whether the layout is that of a given model, whose selections need the time of a
-            step for every number of bits.
-        quick: One point of each op only.
+    `dtypes` are those of data, the most important first, and `bits` those of codes that may be
+    selected. Where the layout is `of_model`, selections need a step's time for all bits.
     """
     main = QUICK_BITS if QUICK_BITS in bits else bits[-1]
     if grid.device == "cuda":
@@ -315,15 +293,9 @@ def _gpu_problems(
 def shape_text(problem: Problem) -> str:
     """A problem in a few words, for tables."""
     p = problem
-    sizes = (
-        ("D", p.head_dim),
-        ("r", p.bits),
-        ("B", p.batch if p.batch > 1 else 0),
-        ("T", p.tokens if p.op == "encode" else 0),
-        ("S", p.slots),
-        ("k", p.k),
-    )
-    told = (f"{name} {size}" for name, size in sizes if size)
+    batch, tokens = p.batch if p.batch > 1 else 0, p.tokens if p.op == "encode" else 0
+    sizes = {"D": p.head_dim, "r": p.bits, "B": batch, "T": tokens, "S": p.slots, "k": p.k}
+    told = (f"{name} {size}" for name, size in sizes.items() if size)
     return " ".join((p.dtype, f"{p.heads}/{p.kv_heads}", *told))
 
 

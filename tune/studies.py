@@ -39,19 +39,14 @@ def _quietly(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return make(*args, **options)
 
 
-def _retry() -> RetryHeartbeatStaleTrialCallback:
-    return _quietly(RetryHeartbeatStaleTrialCallback, max_retry=RETRIES)
+_retry = _quietly(RetryHeartbeatStaleTrialCallback, max_retry=RETRIES)
 
 
 def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
-    """Open a database; a broken SQLite file is moved aside.
+    """Open a database of `storage_url`; returns it, and what people should be told, if anything.
 
-    Args:
-        url: Of `tune.database.storage_url`.
-        ours: It is a file of the user's cache folder, so that whatever lies there may be moved.
-
-    Returns:
-        The storage, and what people should be told (`""` for nothing).
+    A broken SQLite file is moved aside; if it is `ours`, one of the user's cache folder, whatever
+    else lies there too.
 
     Raises:
         StorageError: it cannot be opened or written, or is a file of something else.
@@ -77,7 +72,7 @@ def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
     try:
         storage = _quietly(
             RDBStorage, url, heartbeat_interval=HEARTBEAT_SECONDS,
-            heartbeat_stale_trial_callback=_retry(),
+            heartbeat_stale_trial_callback=_retry,
         )  # fmt: skip
     except (SQLAlchemyError, OptunaError, ImportError, LookupError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -102,13 +97,13 @@ def open_study(storage: RDBStorage, name: str, *, resume: bool, notes: str = "")
 
     `notes` say what it is about, for people who look into the database.
     """
-    study = _latest(storage, name) if resume else None
-    if study is not None:
+    study, run = latest(storage, name)
+    if resume and study is not None:
         # The seed's first draws were made before.
         study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
         _requeue_dead(study)
         return study
-    sampler, run = optuna.samplers.TPESampler(seed=SEED), _run(storage, name)
+    sampler = optuna.samplers.TPESampler(seed=SEED)
     while True:
         run += 1
         with contextlib.suppress(DuplicatedStudyError):
@@ -119,22 +114,11 @@ def open_study(storage: RDBStorage, name: str, *, resume: bool, notes: str = "")
             return study
 
 
-def is_settled(storage: RDBStorage, name: str) -> bool:
-    """Whether the latest run of a study has a verdict."""
-    study = _latest(storage, name)
-    return study is not None and "verdict" in study.user_attrs
-
-
-def _latest(storage: RDBStorage, name: str) -> optuna.Study | None:
-    run = _run(storage, name)
-    return optuna.load_study(study_name=f"{name}#{run}", storage=storage) if run else None
-
-
-def _run(storage: RDBStorage, name: str) -> int:
-    """The number of the latest run of a study; 0 if there is none."""
+def latest(storage: RDBStorage, name: str) -> tuple[optuna.Study | None, int]:
+    """The latest run of a study, and its number; `None` and 0 if there is none."""
     split = [found.rpartition("#") for found in optuna.get_all_study_names(storage)]
-    runs = [int(run) for base, _, run in split if base == name and run.isdecimal()]
-    return max(runs, default=0)
+    run = max((int(run) for base, _, run in split if base == name and run.isdecimal()), default=0)
+    return optuna.load_study(study_name=f"{name}#{run}", storage=storage) if run else None, run
 
 
 def owner() -> list[object]:
@@ -159,7 +143,7 @@ def _requeue_dead(study: optuna.Study) -> None:
         host, pid, started = trial.user_attrs.get("owner") or ("", 0, "")
         if host == socket.gethostname() and _started(pid) != started:
             study.tell(trial.number, state=TrialState.FAIL)
-            _retry()(study, trial)
+            _retry(study, trial)
 
 
 def result_of(trial: FrozenTrial) -> dict[str, Any] | None:
@@ -173,17 +157,11 @@ def sweep(
     evaluate: Callable[[Mapping[str, int]], dict[str, Any]],
     on_point: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Evaluate every point of a grid, each once in the life of a study.
+    """What `evaluate` returns for every point of a grid, each run once in the life of a study.
 
-    Args:
-        study: Of `open_study`.
-        points: Knob -> value; the same knobs in each.
-        evaluate: Returns JSON values: `value` (smaller is better), `constraints` (name -> number,
-            positive where violated), and anything else.
-        on_point: Called with how many are done.
-
-    Returns:
-        What `evaluate` returned, in the order of the points.
+    A point says knob -> value. `evaluate` returns JSON values: `value` (smaller is better),
+    `constraints` (name -> number, positive where violated), and anything else. `on_point` is called
+    with how many are done.
     """
     values = {name: sorted({point[name] for point in points}) for name in points[0]}
     found = filter(None, map(result_of, study.get_trials(deepcopy=False)))

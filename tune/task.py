@@ -33,33 +33,29 @@ class Task:
     """What a run is to do.
 
     Attributes:
-        options: The command line.
         fingerprint: The device, with the kernels that are tuned.
-        backends: Those to tune; the first also measures selections.
+        backends, problems: What to tune, by name; the first also measures selections.
         encoder, encoder_key: What selections are chosen with, and its name in the profile.
         text: What the model reads; `""` without a model.
-        problems: For each backend, what to tune.
         storage: URL of the studies.
         notes: What people should be told.
     """
 
     options: argparse.Namespace
-    device: str
     fingerprint: Fingerprint
     backends: list[Backend]
     layout: Layout
     encoder: Encoder
     encoder_key: EncoderKey
     text: str
-    model: str | None
     problems: dict[str, list[Problem]]
     out: Path
     storage: str
     notes: list[str]
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Raise `UsageError` for values that mean nothing, or that do not go together."""
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuse values that mean nothing, or that do not go together."""
     if not 0 < options.quality <= 1:
         raise UsageError(f"--quality: got {options.quality}, expected a share, 0 < Q <= 1")
     if options.trials is not None and options.trials < 1:
@@ -82,8 +78,13 @@ def make_task(options: argparse.Namespace) -> Task:
     Raises:
         HataError: it cannot be done.
     """
+    _check_numbers(options)
     notes: list[str] = []
-    given = _output(options.out) if options.out else None
+    try:
+        out = safe_output(options.out) if options.out else None
+    except ProfileError as error:
+        # The library calls it an output.
+        raise UsageError(f"--out: {str(error).removeprefix('output: ')}") from None
     device, backends = _choose_backends(options.gpu, options.backend, notes)
     layout, text = space.COMMON, ""
     if options.model is not None:
@@ -111,26 +112,16 @@ def make_task(options: argparse.Namespace) -> Task:
     }
     fingerprint = dataclasses.replace(devices.fingerprint(device), kernels=kernels)
     return Task(
-        options=options, device=device, fingerprint=fingerprint, backends=backends, layout=layout,
-        encoder=encoder, encoder_key=encoder_key, text=text, model=options.model,
-        problems=problems, out=given or default_output(fingerprint),
+        options=options, fingerprint=fingerprint, backends=backends, layout=layout,
+        encoder=encoder, encoder_key=encoder_key, text=text, problems=problems,
+        out=out or default_output(fingerprint), notes=notes,
         storage=database.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
-        notes=notes,
     )  # fmt: skip
-
-
-def _output(given: str) -> Path:
-    try:
-        return safe_output(given)
-    except ProfileError as error:
-        # The library calls it an output.
-        raise UsageError(f"--out: {str(error).removeprefix('output: ')}") from None
 
 
 def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str, list[Backend]]:
     """The device to tune for, and the backends that run on it."""
-    if name == "auto":
-        name = None
+    name = None if name == "auto" else name
     here = devices.has_cuda()
     infos = registry.list_backends()
     absent = "; ".join(f"{i.name}: {i.reason}" for i in infos if not i.available)
@@ -151,12 +142,9 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
                 raise BackendUnavailable(f"--backend: {told}") from None
             notes.append(f"backend {told}")
 
-    def on(kind: str) -> list[Backend]:
-        return [backend for backend in usable if kind in backend.devices]
-
     kind, device = gpu.lower(), "cpu"
     if kind == "auto":
-        if here and on("cuda"):
+        if here and any("cuda" in backend.devices for backend in usable):
             device = "cuda"
         elif here and name is None:
             notes.append(f"A GPU is here, but no backend for it ({absent}); tuning the CPU.")
@@ -170,7 +158,7 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
                 f"run this command on a machine with a {gpu} and copy the profile it writes: "
                 "HATA_PROFILE=<file>, or hata.use_profile(<file>)"
             )
-    chosen = on(device)
+    chosen = [backend for backend in usable if device in backend.devices]
     if not chosen and name is not None:
         raise BackendUnavailable(
             f"--backend: {name} runs on {' and '.join(sorted(usable[0].devices))}, but --gpu "

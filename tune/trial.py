@@ -73,8 +73,7 @@ class Checker:
         for name, inputs, judge in self._judges:
             with running(self._backend, inputs.problem.op, config):
                 result = inputs.calls[0]()
-            wrong = judge(result)
-            if wrong:
+            if wrong := judge(result):
                 return name + wrong
         return None
 

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +32,9 @@ from tune.trial import Checker, race
 # Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
 # memory was left.
 WRONG, ERROR, CRASH, HANG, MEMORY = "wrong_result", "error", "crash", "hang", "out_of_memory"
-# A first call compiles; later ones of the same kernel do not take longer than this either.
-FIRST_SECONDS = 180.0
-CHECK_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
-# What an answer of the child is; after `BROKEN` it ends.
-DONE, FAILED, BROKEN = "done", "failed", "broken"
+
+Case = tuple[Problem, Config]
 
 
 class Failure(NamedTuple):
@@ -69,8 +66,8 @@ class Bench:
     def held(self, problem: Problem) -> Checker:
         """A problem's inputs and checks; those of the last few are kept."""
         if problem not in self._held:
-            for old in list(self._held)[: max(len(self._held) - self._keep + 1, 0)]:
-                del self._held[old]
+            while len(self._held) >= self._keep:
+                del self._held[next(iter(self._held))]
                 _ask_gpu("empty_cache")
             inputs = Inputs(self._backend, problem, pool=self._pool)
             self._held[problem] = Checker(self._backend, inputs)
@@ -80,9 +77,7 @@ class Bench:
         """What is wrong with a configuration's results; `None` if nothing is."""
         return self.held(problem).fault(config)
 
-    def race(
-        self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
-    ) -> list[list[float]]:
+    def race(self, entries: Sequence[Case], seconds: float, **rounds: int) -> list[list[float]]:
         """Time checked configurations against each other; see `tune.trial`."""
         self._keep = max(self._keep, len({problem for problem, _ in entries}))
         racers = [(self.held(problem).inputs, config) for problem, config in entries]
@@ -95,7 +90,7 @@ class Bench:
         _ask_gpu("empty_cache")
 
     def calibrate(self, device: str) -> cost.Machine:
-        """The constants of the analytic model."""
+        """The constants of the analytic model; see `tune.cost`."""
         return cost.calibrate(self._backend, device)
 
 
@@ -107,10 +102,7 @@ def _ask_gpu(action: str) -> None:
 
 
 def gpu_fault() -> str | None:
-    """Why no further work can be done on the GPU in this process; `None` if it can.
-
-    After an illegal access every call of the process fails, whoever made it.
-    """
+    """Why all further work of this process on the GPU fails, as after an illegal access, if so."""
     try:
         _ask_gpu("synchronize")
     except RuntimeError as error:
@@ -118,8 +110,8 @@ def gpu_fault() -> str | None:
     return None
 
 
-def _serve(connection: Connection, parent: int, backend: str, options: Mapping[str, Any]) -> None:
-    """Body of the child: answer requests until the parent is gone."""
+def _serve(connection: Connection, parent: int, backend: str, options: dict[str, Any]) -> None:
+    """Body of the child: answer requests until the parent, or the GPU, is gone."""
     # Ctrl-C goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)
@@ -136,31 +128,32 @@ def _serve(connection: Connection, parent: int, backend: str, options: Mapping[s
             return
         try:
             bench = bench or Bench(backend, **options)
-            answer = DONE, getattr(bench, method)(*args, **kwargs)
+            answer = getattr(bench, method)(*args, **kwargs)
         # Kernels are somebody else's code: whatever they raise is an answer.
         except BaseException as error:
-            answer = FAILED, _describe(error)
-        state, failure = answer
-        if state == FAILED and (lost := gpu_fault()) is not None:
+            answer = _failure(error)
+        lost = gpu_fault() if isinstance(answer, Failure) else None
+        if lost is not None:
             # Whatever came next would fail too: the parent starts another process.
-            connection.send((BROKEN, (CRASH, f"{failure[1]}; the GPU is lost to it: {lost}")))
+            answer = Failure(CRASH, f"{answer.detail}; the GPU is lost to it: {lost}")
+        connection.send((answer, lost is None))
+        if lost is not None:
             return
-        connection.send(answer)
-        if state == FAILED and failure[0] == MEMORY and bench is not None:
+        if isinstance(answer, Failure) and answer.kind == MEMORY and bench is not None:
             bench.forget()
 
 
-def _describe(error: BaseException) -> tuple[str, str]:
+def _failure(error: BaseException) -> Failure:
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
     if isinstance(error, MemoryError):
-        return MEMORY, str(error) or "no memory was left"
+        return Failure(MEMORY, str(error) or "no memory was left")
     # torch and CuPy have exceptions for it, the driver has words.
     if "OutOfMemory" in type(error).__name__ or "out of memory" in text:
-        return MEMORY, text
+        return Failure(MEMORY, text)
     if not isinstance(error, HataError):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text += f" ({Path(frame.filename).name}:{frame.lineno})"
-    return ERROR, text
+    return Failure(ERROR, text)
 
 
 def die_with(parent: int) -> None:
@@ -177,26 +170,25 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _sound(answer: Any) -> Any:
+    if isinstance(answer, Failure):
+        raise CandidateFailed(answer)
+    return answer
+
+
 class Worker(contextlib.AbstractContextManager):
     """A `Bench` in a child process.
 
-    Args:
-        backend, options: Of `Bench`.
-        first_seconds: Patience with the first answer about a problem, which may have to compile.
-        check_seconds: Patience with every later one.
+    `first_seconds` are the patience with the first answer about a problem, which may have to
+    compile, and `check_seconds` with every later one; backend and options are those of `Bench`.
     """
 
     def __init__(
-        self,
-        backend: str,
-        *,
-        first_seconds: float = FIRST_SECONDS,
-        check_seconds: float = CHECK_SECONDS,
+        self, backend: str, *, first_seconds: float = 180.0, check_seconds: float = 30.0,
         **options: Any,
-    ) -> None:
-        self._backend = backend
+    ) -> None:  # fmt: skip
+        self._backend, self._options = backend, options
         self._first, self._later = first_seconds, check_seconds
-        self._options = options
         self._process: Any = None
         self._connection: Connection | None = None
         self._seen: set[Problem] = set()
@@ -221,42 +213,27 @@ class Worker(contextlib.AbstractContextManager):
         self._seen.add(problem)
         return None if wrong is None else Failure(WRONG, wrong)
 
-    def race(
-        self, entries: Sequence[tuple[Problem, Config]], seconds: float, **rounds: int
-    ) -> list[list[float]]:
-        """Samples of each entry in microseconds, one a round; see `tune.trial`.
-
-        Raises:
-            CandidateFailed: one of them failed now.
-        """
+    def race(self, entries: Sequence[Case], seconds: float, **rounds: int) -> list[list[float]]:
+        """Samples of each entry in microseconds, one a round; or raises `CandidateFailed`."""
         fresh = any(problem not in self._seen for problem, _ in entries)
         patience = seconds + (self._first if fresh else self._later)
         plain = [(problem, dict(config)) for problem, config in entries]
-        return self._answer(patience, "race", plain, seconds, **rounds)
+        return _sound(self._ask(patience, "race", plain, seconds, **rounds))
 
     def calibrate(self, device: str) -> cost.Machine:
-        """The constants of the analytic model.
-
-        Raises:
-            CandidateFailed: the backend's defaults cannot run.
-        """
-        return self._answer(self._first, "calibrate", device)
-
-    def _answer(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
-        answer = self._ask(patience, method, *args, **kwargs)
-        if isinstance(answer, Failure):
-            raise CandidateFailed(answer)
-        return answer
+        """The constants of the analytic model; raises `CandidateFailed` if the defaults fail."""
+        return _sound(self._ask(self._first, "calibrate", device))
 
     def _ask(self, patience: float, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What a method of the `Bench` answers, or a `Failure`."""
         connection = self.start()
         try:
             connection.send((method, args, kwargs))
             if not connection.poll(patience):
                 self.close()
                 return Failure(HANG, f"no answer within {patience:.0f} s")
-            state, answer = connection.recv()
-            if state == BROKEN:
+            answer, lives_on = connection.recv()
+            if not lives_on:
                 self.close()
         except (EOFError, OSError):
             return Failure(CRASH, self._end())
@@ -264,16 +241,16 @@ class Worker(contextlib.AbstractContextManager):
             # Interrupted between question and answer: the next answer would be the wrong one.
             self.close()
             raise
-        return answer if state == DONE else Failure(*answer)
+        return answer
 
     def start(self) -> Connection:
         """Have the child load its frameworks, without waiting for it."""
         if self._connection is not None:
             return self._connection
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
         given = theirs, os.getpid(), self._backend, self._options
-        self._process = context.Process(target=_serve, args=given, daemon=True, name="hata-tune")
+        self._process = spawn.Process(target=_serve, args=given, daemon=True, name="hata-tune")
         self._process.start()
         theirs.close()
         self._seen.clear()
