@@ -84,19 +84,24 @@ def check_bits(bits: int) -> None:
         )
 
 
-def check_device(name: str, *, spread: bool = True) -> None:
-    """Raise `LearnError` for a device that there is not, or for all of them where one is meant."""
+def device_of(name: str, *, spread: bool = True) -> str:
+    """The device that is meant; `auto` is the GPU where there is one.
+
+    Raises:
+        LearnError: There is none such, or it is all of them where one is meant.
+    """
     import torch
 
     known = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|spread", name)
     if not known or (name == "spread" and not spread):
         names = "cuda, cuda:N or spread" if spread else "cuda or cuda:N"
         raise LearnError(f"--device: got {name!r}, expected auto, cpu, {names}")
-    if name in ("auto", "cpu"):
-        return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count <= int(name.partition(":")[2] or 0):
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    if name != "cpu" and count <= int(name.partition(":")[2] or 0):
         raise LearnError(f"--device: got {name!r}, but torch sees {count} GPUs here; use auto")
+    return name
 
 
 def context_of(config: Any) -> int | None:

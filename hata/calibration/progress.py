@@ -46,24 +46,27 @@ class Progress:
             self._width = 0
 
 
+def blank_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib to draw on, in inches; `None` where that is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
+
+
 def plot(path: Path, histories: Mapping[int, Sequence[Mapping[str, Any]]], title: str) -> bool:
-    """Draw the loss and the held-out quality of every layer.
+    """Draw the loss and the held-out quality of every layer; whether matplotlib is there.
 
     Args:
         path: Image to write.
         histories: Layer -> points with `step`, `loss` and `kept` (bits -> share of exact top-k).
         title: Of the figure.
-
-    Returns:
-        Whether matplotlib is there.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = blank_figure(11, 4)
+    if figure is None:
         return False
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, kept, last = figure.subplots(1, 3)
     ends: dict[str, list[float]] = {}
     for layer, points in sorted(histories.items()):

@@ -45,12 +45,15 @@ class Recorder:
         return own(module, *args, **kwargs)
 
 
-def load_model(model: str | Path, device: str, config: Any = None) -> Any:
+def load_model(
+    model: str | Path, device: str, dtype: str | None = None, *, config: Any = None
+) -> Any:
     """A model as it is, in evaluation mode.
 
     Args:
         model: Its folder; where `config` is given, only a name for errors.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"spread"`: over all GPUs, by accelerate.
+        dtype: Of its weights; unless given float32 on a CPU, elsewhere its own.
         config: Make a model of random weights of this configuration instead.
 
     Raises:
@@ -58,18 +61,16 @@ def load_model(model: str | Path, device: str, config: Any = None) -> Any:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    dtype: Any = torch.float32 if device == "cpu" else "auto"
+    spread = device == "spread"
     try:
         if config is not None:
-            with torch.device("meta" if device == "spread" else device):
-                made = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-            return made.eval()
-        spread = {"device_map": "auto"} if device == "spread" else {}
+            with torch.device("meta" if spread else device):
+                return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             Path(model).expanduser(),
-            dtype=dtype,
+            dtype=dtype or ("float32" if device == "cpu" else "auto"),
             local_files_only=True,
-            **spread,
+            **({"device_map": "auto"} if spread else {}),
         )
         return (loaded if spread else loaded.to(device)).eval()
     # A model folder can be broken in ways only its own code knows.

@@ -30,17 +30,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         HataError: The model cannot be loaded or attached to, or it differs.
     """
-    import torch
-
     import hata.hf
-    from hata.calibration.options import check_device
-    from hata.evaluate.decoding import load
+    from hata.calibration.options import device_of
+    from hata.calibration.recorder import load_model
 
-    check_device(options.device, spread=False)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(options.model, device, options.dtype)
+    model = load_model(options.model, device_of(options.device, spread=False), options.dtype)
     found = hata.hf.check_model(model, options.encoder)
     for one in found:
         told = one.note or f"equal; {one.hashed} steps of layers ran hash attention"

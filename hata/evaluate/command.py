@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from hata.calibration import text as texts
-from hata.calibration.options import add_text_arguments, gather_text, need_text
+from hata.calibration.options import (
+    add_text_arguments,
+    check_bits,
+    check_least,
+    context_of,
+    device_of,
+    gather_text,
+    need_text,
+)
 from hata.errors import CaptureError
 from hata.files import write_whole
 from hata.profile import user_path
@@ -92,39 +100,37 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print each table as soon as it is there, and write all of them."""
     need_text(options)
 
-    import torch
-
     from hata.calibration.hashable import check_config
-    from hata.calibration.options import check_device
     from hata.calibration.progress import Progress
-    from hata.evaluate import abilities, report, tasks
+    from hata.evaluate import report, tasks
+    from hata.evaluate.abilities import Abilities
 
     if unknown := set(options.tasks) - set(tasks.TASKS):
         raise CaptureError(
             f"--tasks: got {sorted(unknown)}, expected some of {', '.join(tasks.TASKS)}"
         )
-    check_device(options.device, spread=False)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(options.device, spread=False)
     places = parse_places(options.at)
     _check(options, places)
     config = texts.load_config(options.model)
     check_config(config)
-    _check_length(config, max(tokens for tokens, _ in places))
+    longest, limit = max(tokens for tokens, _ in places), context_of(config)
+    if limit is not None and longest > limit:
+        raise CaptureError(
+            f"--at: got {longest} tokens, expected at most {limit}, the model's limit"
+        )
     encoders = _encoders(options, config)
     folder = _folder(options.out) if options.out else None
     tokenizer = texts.load_tokenizer(user_path(options.model))
-    longest = max(tokens for tokens, _ in places)
     text = gather_text(options, longest * options.sequences)
     # Said now rather than after minutes.
     read = {
         tokens: texts.sequences(tokenizer, text, options.sequences, tokens, tokens)
         for tokens, _ in places
     }
-    if options.tasks:
-        abilities.check_prompts(options, tokenizer, text, places)
     progress = Progress()
+    abilities = Abilities(options, tokenizer, text, progress)
+    abilities.check(read)
     parts: list[str] = []
 
     def tell(part: str) -> None:
@@ -144,9 +150,7 @@ def run(options: argparse.Namespace) -> int:
             )
         tell(report.retained_tables(found))
     if options.tasks or options.perplexity:
-        for part in abilities.tables(
-            options, encoders, tokenizer, text, read, places, device, progress
-        ):
+        for part in abilities.tables(encoders, read, places, device):
             tell(part)
     if folder is not None:
         if found and not report.plot(folder / "mass.png", found):
@@ -157,8 +161,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]]) -> None:
     """Raise `HataError` for numbers that mean nothing, or that leave nothing to measure."""
-    from hata.calibration.options import check_bits, check_least
-
     check_least(options, LEAST)
     for bits in options.bits:
         check_bits(bits)
@@ -179,17 +181,6 @@ def _check(options: argparse.Namespace, places: Sequence[tuple[int, list[int]]])
                 f"--sink and --recent: got {guards} keys together, expected no more than the "
                 f"budget of {min(budgets)}"
             )
-
-
-def _check_length(config: Any, longest: int) -> None:
-    """Raise `CaptureError` where the model knows no positions that far."""
-    from hata.calibration.options import context_of
-
-    limit = context_of(config)
-    if limit is not None and longest > limit:
-        raise CaptureError(
-            f"--at: got {longest} tokens, expected at most {limit}, the model's limit"
-        )
 
 
 def _folder(out: str) -> Path:
@@ -274,13 +265,9 @@ def _mass(
     from hata.calibration import recorder
     from hata.evaluate import retained, selectors
 
-    compared: list[Any] = []
-    if "exact" in options.methods:
-        compared.append(selectors.Exact())
-    if "pages" in options.methods:
-        compared.append(selectors.Pages())
-    if "window" in options.methods:
-        compared.append(selectors.Window())
+    compared = [
+        make() for method, make in selectors.WITHOUT_CODES.items() if method in options.methods
+    ]
     compared += [selectors.Coded(name, encoder, bits) for name, encoder, bits in encoders]
     model = recorder.load_model(options.model, device)
     found: list[Any] = []

@@ -11,16 +11,13 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, Cache
+from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging
 
 import hata.hf
-from hata.calibration.text import first_line
 from hata.encoder import Encoder
 from hata.errors import CaptureError
 from hata.evaluate.selectors import Asked, Selector
@@ -98,7 +95,7 @@ def simulated(model: Any, selector: Selector, policy: Policy, dense: Collection[
     """Decode steps whose keys a selector chooses, by a mask for the model's own attention.
 
     Args:
-        model: Of `load`.
+        model: Of `hata.calibration.recorder.load_model`.
         selector: What chooses.
         policy: How much.
         dense: Layers that the adapter leaves dense, and that stay so here.
@@ -165,25 +162,6 @@ def _chosen(
     return mask.view(rows, kv_heads, 1, slots).repeat_interleave(group, dim=1)
 
 
-def load(model: str | Path, device: str, dtype: str | None) -> Any:
-    """A model for decoding.
-
-    Raises:
-        CaptureError: It cannot be loaded.
-    """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    wanted: Any = dtype or ("float32" if device == "cpu" else "auto")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            Path(model).expanduser(), dtype=wanted, local_files_only=True
-        )
-        return loaded.to(device).eval()
-    # A model folder can be broken in ways only its own code knows.
-    except Exception as error:
-        raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
-
-
 def prefilled(model: Any, ids: torch.Tensor) -> Cache:
     """A cache of all tokens but the last."""
     with torch.inference_mode():
@@ -199,7 +177,7 @@ def answers(
     """Greedy answers to prompts of one length, for every way, from one prefill.
 
     Args:
-        model: Of `load`.
+        model: Of `hata.calibration.recorder.load_model`.
         ids: `[B, T]`.
         ways: How to decode.
         tokens: Of an answer.
@@ -228,7 +206,7 @@ def losses(
     """Nats per token of the last tokens, fed one by one through the cache, for every way.
 
     Args:
-        model: Of `load`.
+        model: Of `hata.calibration.recorder.load_model`.
         ids: `[B, T]`.
         ways: How to decode.
         last: Tokens that are predicted, each by a step of its own.

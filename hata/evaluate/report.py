@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from hata.calibration.progress import blank_figure
 from hata.evaluate.retained import Kept
 from hata.words import ranges
 
@@ -88,15 +89,11 @@ def plot(path: Path, found: Sequence[Kept]) -> bool:
     Above: the mean over the layers that all selectors have, against the bits of a code. Below:
     layer by layer.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     places = sorted({(one.tokens, one.k) for one in found})
     shared = shared_layers(found)
-    figure = Figure(figsize=(5 * len(places), 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(5 * len(places), 8)
+    if figure is None:
+        return False
     above, below = figure.subplots(2, len(places), squeeze=False, sharey="row")
     for means, layers, (tokens, k) in zip(above, below, places, strict=True):
         here = [

@@ -9,7 +9,7 @@ were chosen. Exact top-k ranks by the sum of q.k and not by mass, so kept may ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,22 +21,6 @@ from hata.evaluate.mass import group_mass, hidden_keys
 from hata.evaluate.selectors import Asked, Exact, Selector
 
 QUERIES = 256
-
-
-@dataclass
-class Sums:
-    """Running sums over sequences of one selector at one budget, by layer."""
-
-    mass: dict[int, float] = field(default_factory=dict)
-    exact: dict[int, float] = field(default_factory=dict)
-    hits: dict[int, float] = field(default_factory=dict)
-    count: dict[int, int] = field(default_factory=dict)
-
-    def add(self, layer: int, mass: float, exact: float, hits: float) -> None:
-        """One sequence of one layer."""
-        for table, value in ((self.mass, mass), (self.exact, exact), (self.hits, hits)):
-            table[layer] = table.get(layer, 0.0) + value
-        self.count[layer] = self.count.get(layer, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,8 @@ def evaluate(
     Raises:
         CaptureError: No layer can be hashed, or one attends with what is not finite.
     """
-    sums: dict[tuple[str, int, int], Sums] = {}
+    # Of each selector and budget, by layer: mass, exact top-k's mass, recall, and their number.
+    sums: dict[tuple[str, int, int], dict[int, np.ndarray]] = {}
     dense = hashable.dense_layers(model)
 
     def visit(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
@@ -125,21 +110,20 @@ def evaluate(
         hidden = hidden_keys(last.shape[2], keys.shape[2], keys)
         asked = Asked(layer, last, keys[0].float(), hidden)
         for name, found in measure(asked, scale, selectors, budgets).items():
-            sums.setdefault(name, Sums()).add(layer, *found)
+            layers = sums.setdefault(name, {})
+            layers[layer] = layers.get(layer, 0.0) + np.array([*found, 1.0])
 
     shown = recorder.Recorder(visit)
     for number, row in enumerate(ids, 1):
         recorder.read(model, torch.from_numpy(row)[None], shown)
         on_sequence(number)
-    return [
-        Kept(
-            name,
-            bits,
-            ids.shape[1],
-            k,
-            {layer: total.mass[layer] / n for layer, n in sorted(total.count.items())},
-            {layer: total.mass[layer] / total.exact[layer] for layer in sorted(total.count)},
-            {layer: total.hits[layer] / n for layer, n in sorted(total.count.items())},
-        )
-        for (name, bits, k), total in sums.items()
-    ]
+    kept = []
+    for (name, bits, k), layers in sums.items():
+        shares: list[dict[int, float]] = [{}, {}, {}]
+        for layer, (mass, exact, recall, count) in sorted(layers.items()):
+            for share, value in zip(
+                shares, (mass / count, mass / exact, recall / count), strict=True
+            ):
+                share[layer] = float(value)
+        kept.append(Kept(name, bits, ids.shape[1], k, *shares))
+    return kept

@@ -7,6 +7,7 @@ to. None of them has sinks or recent keys for granted, except where that is its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -174,3 +175,11 @@ def lowest_first(scores: torch.Tensor, k: int) -> torch.Tensor:
     room = k - above.sum(-1, keepdim=True)
     taken = above | (level & (level.cumsum(-1) <= room))
     return taken.nonzero()[:, -1].view(*scores.shape[:-1], k)
+
+
+# Those that need no encoder, by the names that the command line has for them.
+WITHOUT_CODES: dict[str, Callable[[], Selector]] = {
+    "exact": Exact,
+    "pages": Pages,
+    "window": Window,
+}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hata.calibration.options import check_bits, check_least, context_of
+from hata.calibration.progress import blank_figure
 from hata.calibration.text import first_line
 from hata.encoder import ModelShape
 from hata.errors import CaptureError, HataError, LearnError
@@ -101,12 +102,11 @@ def _check_file(option: str, path: Path) -> None:
 
 
 def _check_image(path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        # Then there is no plot, which is said at the end.
+    figure = blank_figure(1, 1)
+    # Without matplotlib there is no plot, which is said at the end.
+    if figure is None:
         return
-    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in known:
         raise LearnError(
             f"--plot: got {path}, expected a name that ends in one of {', '.join(known)}"

@@ -131,7 +131,7 @@ def _learn(options: argparse.Namespace) -> int:
     need_text(options)
 
     from hata.calibration import recorder
-    from hata.calibration.options import check_device
+    from hata.calibration.options import device_of
     from hata.calibration.progress import Progress
     from hata.learn.arguments import check_numbers, places_of
     from hata.learn.folders import clear, held, prepare
@@ -141,7 +141,7 @@ def _learn(options: argparse.Namespace) -> int:
     from hata.learn.weights import fingerprint
 
     check_numbers(options)
-    check_device(options.device)
+    options.device = device_of(options.device)
     recipe, bits = _recipe(options)
     places = places_of(options)
     path = user_path(options.model)
@@ -260,7 +260,7 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     from hata.learn.recipes import RECIPES
 
     recipe: Any = RECIPES[options.recipe]
-    if options.recipe == "listwise" and _on_cpu(options):
+    if options.recipe == "listwise" and options.device == "cpu":
         recipe = dataclasses.replace(recipe, keys=CPU_KEYS, steps=CPU_STEPS)
     if options.no_nested:
         if options.recipe != "listwise":
@@ -282,28 +282,22 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, int]:
     return recipe, BITS[options.recipe] if options.bits is None else options.bits
 
 
-def _on_cpu(options: argparse.Namespace) -> bool:
-    from hata.learn.ranks import Ranks
-
-    return Ranks().device(options.device) == "cpu"
-
-
 def _sequences(options: argparse.Namespace) -> int:
     """How many to learn from."""
     if options.sequences is not None:
         return options.sequences
-    return CPU_SEQUENCES if _on_cpu(options) else SEQUENCES
+    return CPU_SEQUENCES if options.device == "cpu" else SEQUENCES
 
 
 def _rehearse(options: argparse.Namespace) -> int:
     """Try some layers of random weights."""
-    from hata.calibration.options import check_device
+    from hata.calibration.options import device_of
     from hata.errors import LearnError
     from hata.learn.arguments import check_codes, check_numbers, shape_of, tokens_of
     from hata.learn.rehearsal import rehearse
 
     check_numbers(options)
-    check_device(options.device)
+    options.device = device_of(options.device)
     recipe, bits = _recipe(options)
     if options.rehearse < 1:
         raise LearnError(f"--rehearse: got {options.rehearse}, expected one layer or more")

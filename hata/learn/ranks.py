@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
@@ -44,9 +43,7 @@ class Ranks:
             dist.barrier()
 
     def device(self, name: str) -> str:
-        """The device of this rank: `auto` becomes its own GPU, or the CPU."""
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+        """The device of this rank: of several GPUs its own."""
         return f"cuda:{self.local}" if name == "cuda" and self.count > 1 else name
 
 

@@ -41,7 +41,7 @@ def rehearse(
         sequences: Sequences to learn from; one more is read.
         tokens: Length of a sequence.
     """
-    queries, seed, device = options.queries, options.seed, Ranks().device(options.device)
+    queries, seed, device = options.queries, options.seed, options.device
     folder = user_path(options.work) if options.work else None
     every = ModelShape.of(config).num_layers
     config = copy.deepcopy(config)
@@ -63,7 +63,7 @@ def rehearse(
 
     def load() -> Any:
         nonlocal loaded
-        model = recorder.load_model("rehearsal", device, config)
+        model = recorder.load_model("rehearsal", device, config=config)
         loaded = time.monotonic()
         return model
 

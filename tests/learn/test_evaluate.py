@@ -229,7 +229,7 @@ def test_prompts_without_room(length, text, expected):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return decoding.load(tiny, "cpu", None)
+    return recorder.load_model(tiny, "cpu")
 
 
 def test_all_keys_decode_as_dense_attention(model, encoders):

@@ -243,7 +243,7 @@ def test_the_tuner_leaves_layers_dense_that_cannot_be_hashed(folder_of, tool, tm
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_selector_decodes_as_the_adapter_does(folder_of, implementation):
-    model = decoding.load(folder_of("Llama"), "cpu", None)
+    model = recorder.load_model(folder_of("Llama"), "cpu")
     model.set_attn_implementation(implementation)
     ids = ids_of(60)
     encoder = Encoder.random(model.config, 32)
@@ -261,7 +261,7 @@ def test_a_selector_decodes_as_the_adapter_does(folder_of, implementation):
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss", "DeepseekV32", "Gemma4"])
 def test_a_budget_of_all_keys_is_the_models_own_attention(folder_of, name):
     """Its windows, caps, sinks and selections stay where a mask is laid over them."""
-    model = decoding.load(folder_of(name), "cpu", None)
+    model = recorder.load_model(folder_of(name), "cpu")
     ids = ids_of(60)
     ways = [decoding.dense(), decoding.simulated(model, Exact(), decoding.Policy(1.0, 0, 0, 0, 64))]
     nats = decoding.losses(model, ids, ways, 4)
