@@ -98,11 +98,10 @@ def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
             last, keys = (x.float().cpu().numpy() for x in (query[:, :, -QUERIES:], key))
             rows[layer].append(Probe(last, keys, scale))
 
-    seen = recorder.Recorder(keep)
     language_model = recorder.load_model(user_path(model), device)
     dense = hashable.dense_layers(language_model)
     for row in ids:
-        recorder.read(language_model, torch.from_numpy(row)[None], seen)
+        recorder.read(language_model, torch.from_numpy(row)[None], keep)
     probes = {}
     for layer, read in rows.items():
         queries, keys, scales = zip(*read, strict=True)

@@ -31,17 +31,16 @@ def check_config(config: Any) -> None:
     Args:
         config: Of a decoder. A model is made of it that has no weights.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-        # Configurations can be wrong in ways only the model's own code knows.
-        except Exception as error:
-            raise CaptureError(
-                f"--model: no model can be made of its config.json: {first_line(error)}"
-            ) from None
-        _dense(made, _attached(made))
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            made = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    # Configurations can be wrong in ways only the model's own code knows.
+    except Exception as error:
+        raise CaptureError(
+            f"--model: no model can be made of its config.json: {first_line(error)}"
+        ) from None
+    dense_layers(made)
 
 
 def dense_layers(model: Any) -> dict[int, str]:
@@ -55,7 +54,14 @@ def dense_layers(model: Any) -> dict[int, str]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _dense(model, _attached(model))
+        layers = _attached(model)
+    dense = {layer: why for layer, why in layers.items() if why}
+    if len(dense) == len(layers):
+        raise CaptureError(
+            f"--model: no layer of {type(model).__name__} can be hashed: "
+            f"{'; '.join(dict.fromkeys(dense.values()))}"
+        )
+    return dense
 
 
 def _attached(model: Any) -> dict[int, str]:
@@ -94,13 +100,3 @@ def _why(layer: LayerReport) -> str:
     if not layer.dense:
         return NEVER_CALLED
     return next((why for why in layer.dense if why not in (PREFILL, SHORT)), NOT_CACHED)
-
-
-def _dense(model: Any, layers: dict[int, str]) -> dict[int, str]:
-    dense = {layer: why for layer, why in layers.items() if why}
-    if len(dense) == len(layers):
-        raise CaptureError(
-            f"--model: no layer of {type(model).__name__} can be hashed: "
-            f"{'; '.join(dict.fromkeys(dense.values()))}"
-        )
-    return dense

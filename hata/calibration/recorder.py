@@ -23,28 +23,6 @@ from hata.hf.intercept import Function, Interception
 Visitor = Callable[[int, torch.Tensor, torch.Tensor, float], None]
 
 
-class Recorder:
-    """A handler of attention calls that shows what they are given.
-
-    Attributes:
-        visit: Called for every layer of every forward pass.
-    """
-
-    def __init__(self, visit: Visitor) -> None:
-        self.visit = visit
-
-    def __call__(
-        self, own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        """See `hata.hf.intercept.Handler`."""
-        query, key = args[:2]
-        if query.shape[2] == key.shape[2]:
-            scaling = kwargs.get("scaling")
-            scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
-            self.visit(module.layer_idx, query, key, scale)
-        return own(module, *args, **kwargs)
-
-
 def load_model(
     model: str | Path, device: str, dtype: str | None = None, *, config: Any = None
 ) -> Any:
@@ -78,22 +56,33 @@ def load_model(
         raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
 
 
-def read(model: Any, ids: torch.Tensor, recorder: Recorder) -> None:
+def read(model: Any, ids: torch.Tensor, visit: Visitor) -> None:
     """Let a model read one batch, without a cache and without its output layer.
 
     Args:
         model: Of `load_model`.
         ids: `[B, T]`.
-        recorder: Is shown every layer.
+        visit: Is shown every layer.
 
     Raises:
         CaptureError: It has no attention that can be seen.
     """
+
+    def attend(
+        own: Function, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        query, key = args[:2]
+        if query.shape[2] == key.shape[2]:
+            scaling = kwargs.get("scaling")
+            scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+            visit(module.layer_idx, query, key, scale)
+        return own(module, *args, **kwargs)
+
     try:
         found = models.attention_modules(models.inside(model).get_decoder())
     except AttachError as error:
         raise CaptureError(f"--{error}") from None
-    taken = Interception({module: recorder for modules in found.values() for module in modules})
+    taken = Interception({module: attend for modules in found.values() for module in modules})
     try:
         with torch.inference_mode():
             model.base_model(input_ids=ids.to(model.device), use_cache=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,20 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
     out = _LeftOut(without)
     for name in paths:
         path = user_path(name)
-        if _is_folder(path):
-            texts += _folder_texts(path, out)
-            continue
-        if out.holds(path):
-            continue
-        try:
-            texts.append(_read(path))
-        except UnicodeDecodeError:
-            raise CaptureError(f"--text: {path} is not UTF-8 text; name text files") from None
+        with _readable(path):
+            folder = path.is_dir()
+            files = _files_below(path, out) if folder else [path] * (not out.holds(path))
+        if folder and not files:
+            raise CaptureError(f"--text: got folder {path} without text files; name files")
+        for file in files:
+            try:
+                with _readable(file):
+                    texts.append(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                if not folder:
+                    raise CaptureError(
+                        f"--text: {path} is not UTF-8 text; name text files"
+                    ) from None
     if absent := out.absent():
         raise CaptureError(
             f"--without: got {', '.join(map(repr, absent))}, but nothing of --text is named so; "
@@ -73,44 +79,23 @@ class _LeftOut:
         return [name for name in self._names if name not in self._met]
 
 
-def _is_folder(path: Path) -> bool:
+def _files_below(folder: Path, out: _LeftOut) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not out.holds(path.relative_to(folder)) and path.suffix in SUFFIXES and path.is_file()
+    ]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of what cannot be read that it cannot."""
     try:
-        return path.is_dir()
+        yield
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _folder_texts(folder: Path, out: _LeftOut) -> list[str]:
-    try:
-        found = [
-            p
-            for p in sorted(folder.rglob("*"))
-            if not out.holds(p.relative_to(folder)) and p.suffix in SUFFIXES and p.is_file()
-        ]
-    except OSError as error:
-        raise _unreadable(folder, error) from None
-    if not found:
-        raise CaptureError(f"--text: got folder {folder} without text files; name files")
-    texts = []
-    for file in found:
-        try:
-            texts.append(_read(file))
-        except UnicodeDecodeError:
-            continue
-    return texts
-
-
-def _unreadable(path: Path, error: OSError) -> CaptureError:
-    return CaptureError(
-        f"--text: {path} cannot be read ({error.strerror or error}); check the path"
-    )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise _unreadable(path, error) from None
+        raise CaptureError(
+            f"--text: {path} cannot be read ({error.strerror or error}); check the path"
+        ) from None
 
 
 def load_tokenizer(path: Path) -> Callable[[str], list[int]]:
@@ -148,7 +133,11 @@ def sequences(
     """
     window = tokens * _CHARACTERS
     starts = np.linspace(0, max(len(text) - window, 0), count).astype(int).tolist()
-    if not _apart(encode, text, starts, tokens):
+    # Where one that starts at one of these characters reaches the next one, text is short.
+    if not all(
+        then - start >= window or len(encode(text[start:then])) >= tokens
+        for start, then in itertools.pairwise(starts)
+    ):
         return _evenly(encode(text), count, tokens)
     found: list[list[int]] = []
     for start in starts:
@@ -164,17 +153,6 @@ def sequences(
             "or longer files"
         )
     return np.array([ids for ids in found if len(ids) == length], np.int64)
-
-
-def _apart(
-    encode: Callable[[str], list[int]], text: str, starts: Sequence[int], tokens: int
-) -> bool:
-    """Whether no sequence that starts at one of these characters reaches the next one."""
-    window = tokens * _CHARACTERS
-    return all(
-        then - start >= window or len(encode(text[start:then])) >= tokens
-        for start, then in itertools.pairwise(starts)
-    )
 
 
 def _evenly(ids: Sequence[int], count: int, tokens: int) -> np.ndarray:
@@ -245,17 +223,25 @@ def python_sources(
     root = Path(np.__file__).resolve().parent.parent
     files = [path for path in sorted(root.rglob("*.py")) if not out.holds(path.relative_to(root))]
     order = np.random.default_rng(seed).permutation(len(files))
-    texts: list[str] = []
+    return _enough(_readable_texts(files[number] for number in order), characters), out.absent()
+
+
+def _readable_texts(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        with suppress(OSError, UnicodeDecodeError):
+            yield path.read_text(encoding="utf-8")
+
+
+def _enough(texts: Iterable[str], characters: int) -> str:
+    """As many of them as have so many characters together."""
+    found: list[str] = []
     size = 0
-    for number in order:
+    for text in texts:
+        found.append(text)
+        size += len(text)
         if size >= characters:
             break
-        try:
-            texts.append(files[number].read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError):
-            continue
-        size += len(texts[-1])
-    return "\n".join(texts), out.absent()
+    return "\n".join(found)
 
 
 def dataset_text(name: str, characters: int) -> str:
@@ -271,15 +257,9 @@ def dataset_text(name: str, characters: int) -> str:
             f"--dataset: got {name!r}, which needs the datasets library; pip install datasets, use "
             '"python", or name files with --text'
         ) from None
-    texts: list[str] = []
-    size = 0
     try:
-        for row in load_dataset(name, split="train", streaming=True):
-            texts.append(row["text"])
-            size += len(texts[-1])
-            if size >= characters:
-                break
+        rows = load_dataset(name, split="train", streaming=True)
+        return _enough((row["text"] for row in rows), characters)
     # A data set can fail in as many ways as there are places to fetch one from.
     except Exception as error:
         raise CaptureError(f"--dataset: {name} cannot be read: {first_line(error)}") from None
-    return "\n".join(texts)

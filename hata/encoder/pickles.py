@@ -148,12 +148,8 @@ class _Plain(pickle.Unpickler):
             )
         return _Name(name)
 
-
-class _Storage(_Plain):
-    """Reads a storage inside a tensor, which says what it is in a persistent id."""
-
     def persistent_load(self, pid: Any) -> Any:
-        """See `pickle.Unpickler`."""
+        """See `pickle.Unpickler`: what a storage inside a tensor says of itself."""
         return Record("storage", pid if isinstance(pid, tuple) else ())
 
 
@@ -162,7 +158,7 @@ def shown(text: object) -> str:
     return ascii(str(text)[:100])[1:-1]
 
 
-def _load(file: BinaryIO, size: int, reader: type[_Plain] = _Plain) -> Any:
+def _load(file: BinaryIO, size: int) -> Any:
     """One pickle; the memo's size is what its numbers say, so they are looked at before."""
     start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
@@ -171,7 +167,7 @@ def _load(file: BinaryIO, size: int, reader: type[_Plain] = _Plain) -> Any:
         if not 0 <= argument <= size:
             raise UnsafePickle(f"with a memo of {argument} entries in {size} bytes; it is damaged")
     file.seek(start)
-    return reader(file).load()
+    return _Plain(file).load()
 
 
 def _reconstructed(x: Record) -> np.ndarray:
@@ -243,7 +239,7 @@ def _storage(x: Any) -> np.ndarray:
     if not isinstance(x, Record) or x.name != "_load_from_bytes" or not isinstance(raw, bytes):
         raise ValueError("got a tensor without a storage")
     file = io.BytesIO(raw)
-    magic, protocol, _, held, _ = (_load(file, len(raw), _Storage) for _ in range(5))
+    magic, protocol, _, held, _ = (_load(file, len(raw)) for _ in range(5))
     if (magic, protocol) != (_MAGIC, _PROTOCOL):
         raise ValueError("got a storage of another format")
     kind = held.args[1] if isinstance(held, Record) and len(held.args) > 1 else None

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hata.calibration import recorder
 from hata.calibration.hashable import dense_layers
 from hata.calibration.progress import Progress
-from hata.calibration.recorder import load_model
 from hata.encoder import Encoder
 from hata.errors import CaptureError
 from hata.evaluate import decoding, report, tasks
@@ -62,7 +62,7 @@ class Abilities:
             device: Where to run the model.
         """
         options = self.options
-        model = load_model(options.model, device, options.dtype)
+        model = recorder.load_model(options.model, device, options.dtype)
         dense = dense_layers(model)
         batch = options.batch or (1 if device == "cpu" else 20)
         # Layers that an encoder leaves dense, beyond those that are dense in all rows.

@@ -113,9 +113,8 @@ def evaluate(
             layers = sums.setdefault(name, {})
             layers[layer] = layers.get(layer, 0.0) + np.array([*found, 1.0])
 
-    shown = recorder.Recorder(visit)
     for number, row in enumerate(ids, 1):
-        recorder.read(model, torch.from_numpy(row)[None], shown)
+        recorder.read(model, torch.from_numpy(row)[None], visit)
         on_sequence(number)
     kept = []
     for (name, bits, k), layers in sums.items():

@@ -112,20 +112,13 @@ def capture(
     """
     wanted = set(layers)
     dense = hashable.dense_layers(model)
-    for sequence in sequences:
+
+    def read(sequence: int) -> None:
         first = asked[sequence] if sequence < len(asked) else None
         where = torch.from_numpy(positions(ids.shape[1], queries, seed, sequence, first))
         seen: set[int] = set()
 
-        def keep(
-            layer: int,
-            q: torch.Tensor,
-            keys: torch.Tensor,
-            scale: float,
-            sequence: int = sequence,
-            where: torch.Tensor = where,
-            seen: set[int] = seen,
-        ) -> None:
+        def keep(layer: int, q: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
             if layer not in wanted or layer in dense:
                 return
             seen.add(layer)
@@ -139,7 +132,7 @@ def capture(
             with _written(file_of(folder, layer, sequence)) as part:
                 save_file(tensors, part, metadata={"scale": repr(scale)})
 
-        recorder.read(model, torch.from_numpy(ids[sequence])[None], recorder.Recorder(keep))
+        recorder.read(model, torch.from_numpy(ids[sequence])[None], keep)
         absent = {layer: dense.get(layer, NO_ATTENTION) for layer in sorted(wanted - seen)}
         if not seen:
             why = next(iter(absent.values()), "none was asked for")
@@ -151,6 +144,9 @@ def capture(
         # found to be stays known.
         with _written(_note(folder, sequence)) as part:
             part.write_text(json.dumps(refused(folder, sequence) | absent))
+
+    for sequence in sequences:
+        read(sequence)
         on_sequence(sequence)
 
 

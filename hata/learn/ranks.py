@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ _T = TypeVar("_T")
 _PATIENCE = timedelta(hours=12)
 
 
+@dataclass(frozen=True)
 class Ranks:
     """This process's place among them.
 
@@ -30,8 +32,9 @@ class Ranks:
         local: Which one it is on its machine: the number of its GPU.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local: int = 0) -> None:
-        self.rank, self.count, self.local = rank, count, local
+    rank: int = 0
+    count: int = 1
+    local: int = 0
 
     def share(self, work: Sequence[_T]) -> list[_T]:
         """This rank's part of the work."""

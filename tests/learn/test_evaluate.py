@@ -316,7 +316,6 @@ def test_faults_are_named_before_anything_is_measured(
     tiny, text, capsys, monkeypatch, more, expected
 ):
     monkeypatch.setattr(recorder, "load_model", None)
-    monkeypatch.setattr(decoding, "load", None)
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu"]
     assert cli.main([*words, *more]) == 2
     told = capsys.readouterr()

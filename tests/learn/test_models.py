@@ -136,7 +136,7 @@ def test_what_is_read_is_what_the_model_itself_reads(folder_of, name):
     model.base_model.register_forward_hook(
         lambda module, args, output: outputs.append(output.last_hidden_state)
     )
-    recorder.read(model, ids, recorder.Recorder(lambda layer, *rest: seen.append(layer)))
+    recorder.read(model, ids, lambda layer, *rest: seen.append(layer))
     own = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32)
     assert model.config._attn_implementation == own.config._attn_implementation
     with torch.inference_mode():
@@ -150,10 +150,10 @@ def test_an_attached_model_is_read_alike(folder_of):
     found = [], []
     model = recorder.load_model(folder_of("Llama"), "cpu")
     ids = ids_of(40)
-    recorder.read(model, ids, recorder.Recorder(lambda *shown: found[0].append(shown)))
+    recorder.read(model, ids, lambda *shown: found[0].append(shown))
     with hata.hf.attach(model, selection=hata.Selection(bits=32, k=8, dense_layers=0)):
         before = model.generate(ids, max_new_tokens=4, do_sample=False)
-        recorder.read(model, ids, recorder.Recorder(lambda *shown: found[1].append(shown)))
+        recorder.read(model, ids, lambda *shown: found[1].append(shown))
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), before)
     for one, other in zip(*found, strict=True):
         assert (one[0], one[3]) == (other[0], other[3])
