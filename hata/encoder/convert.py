@@ -18,6 +18,7 @@ Pickles are opened by readers that run no code (`hata.encoder.pickles`, torch's 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -37,6 +38,7 @@ _PART = re.compile(
     r"(?:.*\.)?([^.]+)\.learning_to_hash_transformation_([qk])\.([^.]+)\.([^.]+)\.(weight|bias)"
 )
 _SIDES = {"q": "query", "k": "key"}
+_EXPECTED = "a folder of HATA's weights, or a .pt or .pkl file of HashAttention's"
 
 # More layers than an encoder file may hold are of no use.
 _MOST_NETWORK = 17
@@ -65,16 +67,12 @@ def convert(source: str | Path, config: str | Path) -> Encoder:
     except (OSError, ValueError) as error:
         folder, file, reason = False, False, f"cannot be looked at ({error})"
     if not folder and not file:
-        raise EncoderError(
-            f"source: got {source}, which {reason}; expected a folder of HATA's weights, or a .pt "
-            "or .pkl file of HashAttention's"
-        )
+        raise EncoderError(f"source: got {source}, which {reason}; expected {_EXPECTED}")
     if folder:
         encoder = _hata(source, shape)
-    elif source.suffix.lower() in (".pkl", ".pickle"):
-        encoder = _networks(source, shape, _of_pickle(source))
     else:
-        encoder = _networks(source, shape, _of_state(source))
+        pickled = source.suffix.lower() in (".pkl", ".pickle")
+        encoder = _networks(source, shape, (_of_pickle if pickled else _of_state)(source))
     _check_zeros(source, encoder)
     return encoder
 
@@ -92,8 +90,7 @@ def _hata(source: Path, shape: ModelShape) -> Encoder:
             files[layer] = path
     if not files:
         raise EncoderError(
-            f"source: got {source}, which holds no hash_weight_layer_N.pt; expected a folder of "
-            "HATA's weights, or a .pt or .pkl file of HashAttention's"
+            f"source: got {source}, which holds no hash_weight_layer_N.pt; expected {_EXPECTED}"
         )
     _check_layer(max(files), shape)
     projections = {layer: _tensor(path) for layer, path in files.items()}
@@ -119,8 +116,13 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
                 f"source: got {source} without the {missing.pop()} networks of layer {layer}; "
                 "the file is damaged, fetch it again"
             )
-        for side, network in sides.items():
-            _check_network(source, f"{side} networks of layer {layer}", network)
+        for side, (weight, bias) in ((s, one) for s, network in sides.items() for one in network):
+            if weight.ndim != 3 or bias.shape != (weight.shape[0], weight.shape[2]):
+                raise EncoderError(
+                    f"source: got {source} in which the {side} networks of layer {layer} have "
+                    f"weights of shape {weight.shape} and biases of shape {bias.shape}, expected "
+                    "(heads, in, out) and (heads, out)"
+                )
         *hidden, (projection, bias) = _shared(sides["key"], shape)
         *before, last = sides["query"]
         query = QueryHash(*last, hidden=tuple(before))
@@ -133,13 +135,12 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
 def _shared(network: Network, shape: ModelShape) -> Network:
     """The network of one head per group, where all of a group are equal."""
     group = shape.heads // shape.kv_heads
-    for arrays in network:
-        for one in arrays:
-            if len(one) != shape.heads:
-                return network
-            cut = one.reshape(shape.kv_heads, group, *one.shape[1:])
-            if not (cut == cut[:, :1]).all():
-                return network
+    for one in itertools.chain.from_iterable(network):
+        if len(one) != shape.heads:
+            return network
+        cut = one.reshape(shape.kv_heads, group, *one.shape[1:])
+        if not (cut == cut[:, :1]).all():
+            return network
     return [Hidden(weight[::group], bias[::group]) for weight, bias in network]
 
 
@@ -184,19 +185,17 @@ def _stacked(named: dict[tuple[int, str], dict[int, np.ndarray]]) -> Network:
     # Between two layers stands an activation, which has no weights but counts.
     if numbers != list(range(0, 2 * len(numbers), 2)):
         raise ValueError(f"got network layers {numbers[:20]}, expected 0, 2, 4 and so on")
-    count = len(named[next(iter(named))])
-    network = []
-    for number in numbers:
-        pair = []
-        for part in ("weight", "bias"):
-            heads = named.get((number, part), {})
-            if sorted(heads) != list(range(count)):
-                raise ValueError(
-                    f"{number}.{part} of heads {sorted(heads)[:20]}, expected {count} from 0"
-                )
-            pair.append(np.stack([heads[head].T for head in range(count)]))
-        network.append(Hidden(*pair))
-    return network
+    count = len(next(iter(named.values())))
+
+    def stacked(number: int, part: str) -> np.ndarray:
+        heads = named.get((number, part), {})
+        if sorted(heads) != list(range(count)):
+            raise ValueError(
+                f"{number}.{part} of heads {sorted(heads)[:20]}, expected {count} from 0"
+            )
+        return np.stack([heads[head].T for head in range(count)])
+
+    return [Hidden(stacked(number, "weight"), stacked(number, "bias")) for number in numbers]
 
 
 def _of_pickle(path: Path) -> dict[int, dict[str, Network]]:
@@ -277,24 +276,13 @@ def _floats(tensor: Any, what: str) -> np.ndarray:
         ) from error
 
 
-def _check_network(source: Path, what: str, network: Network) -> None:
-    """Raise `EncoderError` unless weights are `[H, in, out]` and biases `[H, out]`."""
-    for weight, bias in network:
-        if weight.ndim != 3 or bias.shape != (weight.shape[0], weight.shape[2]):
-            raise EncoderError(
-                f"source: got {source} in which the {what} have weights of shape {weight.shape} "
-                f"and biases of shape {bias.shape}, expected (heads, in, out) and (heads, out)"
-            )
-
-
 def _check_zeros(source: Path, encoder: Encoder) -> None:
     """Raise `EncoderError` where a head's projection is all zeros."""
-    for layer, projection in enumerate(encoder.projections):
-        query = encoder.queries[layer]
-        for name, found in (
-            ("projection", projection),
-            ("query projection", None if query is None else query.projection),
-        ):
+    for layer, (projection, query) in enumerate(
+        zip(encoder.projections, encoder.queries, strict=True)
+    ):
+        sides = {"projection": projection, "query projection": query and query.projection}
+        for name, found in sides.items():
             if found is not None and not found.any(axis=(1, 2)).all():
                 raise EncoderError(
                     f"source: got {source} whose {name} of layer {layer} is all zeros for a head, "

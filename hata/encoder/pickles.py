@@ -84,17 +84,12 @@ def array(x: Any) -> np.ndarray:
     """
     if isinstance(x, Record) and x.name == "_rebuild_parameter" and x.args:
         x = x.args[0]
-    readers = {
-        "_reconstruct": _reconstructed,
-        "_frombuffer": _of_buffer,
-        "_rebuild_tensor_v2": _tensor,
-    }
-    if not isinstance(x, Record) or x.name not in readers:
-        found = x.name if isinstance(x, Record) else type(x).__name__
-        raise ValueError(f"got {found} where an array or a tensor belongs")
+    name = x.name if isinstance(x, Record) else type(x).__name__
+    if not isinstance(x, Record) or name not in _READERS:
+        raise ValueError(f"got {name} where an array or a tensor belongs")
     # What is too large for float32 becomes infinite, which the encoder refuses by name.
     with np.errstate(over="ignore"):
-        return readers[x.name](x).astype(np.float32)
+        return _READERS[name](x).astype(np.float32)
 
 
 class Record:
@@ -264,3 +259,10 @@ def _check_sizes(name: str, sizes: Any) -> None:
         or not all(type(n) is int and 0 <= n < 1 << 48 for n in sizes)
     ):
         raise ValueError(f"got a {name} of something else than whole numbers")
+
+
+_READERS = {
+    "_reconstruct": _reconstructed,
+    "_frombuffer": _of_buffer,
+    "_rebuild_tensor_v2": _tensor,
+}

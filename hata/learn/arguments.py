@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from hata.calibration.text import first_line
 from hata.encoder import ModelShape
 from hata.errors import CaptureError, HataError, LearnError
 from hata.learn.folders import CAPTURE, work_of
+from hata.learn.plan import BITS, CPU_KEYS, CPU_SEQUENCES, CPU_STEPS, SEQUENCES, TOKENS
 from hata.learn.recipe import Recipe
+from hata.learn.recipes import RECIPES
 from hata.profile import user_path
 
 # Seeds of layers are made of it, and torch takes 64 bits.
@@ -113,11 +116,12 @@ def _check_image(path: Path) -> None:
         )
 
 
-def shape_of(config: Any) -> ModelShape:
-    """The sizes of a model.
+def shape_of(config: Any, codes: int | None) -> ModelShape:
+    """The sizes of a model, among whose query heads the codes of a KV head share out.
 
     Raises:
         CaptureError: Its configuration names none that fit one another.
+        LearnError: The codes do not.
     """
     try:
         shape = ModelShape.of(config)
@@ -129,32 +133,23 @@ def shape_of(config: Any) -> ModelShape:
             f"--model: its config.json has no usable sizes ({first_line(error)}); expected that of "
             "a decoder"
         ) from None
-    if shape.heads % shape.kv_heads:
-        raise CaptureError(
-            f"--model: got {shape.heads} heads for {shape.kv_heads} KV heads in config.json, "
-            "expected a multiple"
-        )
-    return shape
-
-
-def check_codes(codes: int | None, shape: ModelShape) -> None:
-    """Raise `LearnError` unless the codes of a KV head share out among its query heads."""
     group = shape.heads // shape.kv_heads
     if codes is not None and codes % group:
         raise LearnError(
             f"--query-codes: got {codes}, expected a multiple of {group}, the query heads of a KV "
             "head"
         )
+    return shape
 
 
-def tokens_of(asked: int | None, config: Any, recipe: Recipe, most: int) -> int:
-    """Length of a sequence: what is asked, else the model's context up to `most`.
+def tokens_of(options: argparse.Namespace, config: Any, recipe: Recipe) -> int:
+    """Length of a sequence: what is asked, else the model's context up to `TOKENS`.
 
     Raises:
         LearnError: The model cannot read as many, or the recipe not learn from as few.
     """
     context = context_of(config)
-    tokens = asked or min(most, context or most)
+    tokens = options.tokens or min(TOKENS, context or TOKENS)
     if context is not None and tokens > context:
         raise LearnError(
             f"--tokens: got {tokens}, but the model reads up to {context} "
@@ -166,3 +161,59 @@ def tokens_of(asked: int | None, config: Any, recipe: Recipe, most: int) -> int:
             f"{recipe.name}"
         )
     return tokens
+
+
+def recipe_of(options: argparse.Namespace) -> tuple[Recipe, int]:
+    """The recipe with its settings, and the bits of a code."""
+    recipe: Any = RECIPES[options.recipe]
+    if options.recipe == "listwise" and options.device == "cpu":
+        recipe = dataclasses.replace(recipe, keys=CPU_KEYS, steps=CPU_STEPS)
+    if options.no_nested:
+        if options.recipe != "listwise":
+            raise LearnError(
+                f"--no-nested: got it for recipe {options.recipe}, whose codes are never nested; "
+                "leave it out, or use recipe listwise"
+            )
+        recipe = dataclasses.replace(recipe, nested=False)
+    for name in ("query_codes", "keys"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if options.recipe != "listwise" or value < 1:
+            raise LearnError(
+                f"--{name.replace('_', '-')}: got {value} for recipe {options.recipe}, expected a "
+                "positive number with recipe listwise"
+            )
+        recipe = dataclasses.replace(recipe, **{name: value})
+    return recipe, BITS[options.recipe] if options.bits is None else options.bits
+
+
+def sequences_of(options: argparse.Namespace) -> int:
+    """How many to learn from."""
+    if options.sequences is not None:
+        return options.sequences
+    return CPU_SEQUENCES if options.device == "cpu" else SEQUENCES
+
+
+def parse_layers(words: str | None, count: int) -> tuple[int, ...]:
+    """`"0,2-4"` -> `(0, 2, 3, 4)`; without words, all.
+
+    Raises:
+        CaptureError: It is no such list, or a layer is not there.
+    """
+    if words is None:
+        return tuple(range(count))
+    found: set[int] = set()
+    try:
+        for part in words.split(","):
+            first, _, last = part.partition("-")
+            low, high = int(first), int(last or first)
+            if not 0 <= low <= high < count:
+                raise ValueError(part)
+            found.update(range(low, high + 1))
+    except ValueError:
+        raise CaptureError(
+            f"--layers: got {words[:80]!r}, expected numbers and ranges within 0-{count - 1}, such "
+            f"as 2-{count - 1} or 0,{count - 1}"
+        ) from None
+    return tuple(sorted(found))

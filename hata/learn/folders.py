@@ -36,7 +36,7 @@ _FINGERPRINTS = {
     "text": "the tokens read of --text or --dataset are",
 }
 _MARKS = re.compile(r"plan\.(json|part\d+)")
-_LAYER_FILES = re.compile(r"layer_\d+\.safetensors|\.layer_\d+\.safetensors\.\w+")
+_LAYER_FILES = re.compile(r"layer_\d+\.safetensors|\.layer_\d+\.safetensors\.[\w.]+")
 _LAYER_FOLDERS = re.compile(r"layer_\d+")
 _SEQUENCE_FILES = re.compile(r"sequence_\d+\.(safetensors|json|part\d*)")
 

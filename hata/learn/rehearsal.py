@@ -18,32 +18,31 @@ import numpy as np
 import torch
 
 from hata.calibration import recorder
+from hata.calibration import text as texts
+from hata.calibration.options import device_of
 from hata.calibration.progress import Progress
 from hata.encoder import ModelShape
+from hata.errors import LearnError
+from hata.learn.arguments import check_numbers, recipe_of, sequences_of, shape_of, tokens_of
 from hata.learn.folders import CAPTURE, prepare
 from hata.learn.plan import Capture, Plan
 from hata.learn.ranks import Ranks
-from hata.learn.recipe import Recipe
 from hata.learn.trainer import Training
 from hata.profile import user_path
 
 
-def rehearse(
-    options: argparse.Namespace, config: Any, recipe: Recipe, bits: int, sequences: int, tokens: int
-) -> str:
-    """Try a training, and tell what all layers would take.
-
-    Args:
-        options: Of `hata learn`.
-        config: The model's configuration.
-        recipe: How to train.
-        bits: Bits of a code.
-        sequences: Sequences to learn from; one more is read.
-        tokens: Length of a sequence.
-    """
-    queries, seed, device = options.queries, options.seed, options.device
+def rehearse(options: argparse.Namespace) -> str:
+    """Try a training as the command line says, and tell what all layers would take."""
+    check_numbers(options)
+    options.device = device = device_of(options.device)
+    recipe, bits = recipe_of(options)
+    if options.rehearse < 1:
+        raise LearnError(f"--rehearse: got {options.rehearse}, expected one layer or more")
+    config = texts.load_config(options.model)
+    every = shape_of(config, options.query_codes).num_layers
+    tokens = tokens_of(options, config, recipe)
+    queries, seed = options.queries, options.seed
     folder = user_path(options.work) if options.work else None
-    every = ModelShape.of(config).num_layers
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers = min(options.rehearse, every)
@@ -52,7 +51,7 @@ def rehearse(
     shape = ModelShape.of(config)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, text.vocab_size, (sequences + 1, tokens))
+    ids = rng.integers(0, text.vocab_size, (sequences_of(options) + 1, tokens))
     read = Capture(
         "rehearsal", "random", str(shape), "random", len(ids), tokens, queries, 0, seed, device
     )

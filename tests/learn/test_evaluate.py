@@ -345,7 +345,7 @@ def test_what_was_measured_is_told_before_anything_fails(tiny, text, tmp_path, c
     def fails(*_):
         raise CaptureError("planted failure")
 
-    monkeypatch.setattr(decoding, "load", fails)
+    monkeypatch.setattr(decoding, "losses", fails)
     words = ["eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--at"]
     words += ["256:32", "--sequences", "1", "--perplexity", "3", "--bits", "32"]
     assert cli.main([*words, "--out", str(tmp_path)]) == 1

@@ -16,7 +16,7 @@ from hata.calibration.text import python_sources, read_text, sequences
 from hata.encoder import Encoder
 from hata.errors import CaptureError
 from hata.learn import capture
-from hata.learn.command import parse_layers
+from hata.learn.arguments import parse_layers
 
 
 def arguments(model, text, out, **changes):
