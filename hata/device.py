@@ -20,13 +20,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import metadata
-from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hata import plugins
 from hata.errors import HataDeviceError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Whose versions matter to a kernel's speed, by device kind.
 _PACKAGES = {
@@ -179,6 +180,8 @@ def default_device() -> str:
 @lru_cache
 def package_version(distribution: str) -> str | None:
     """Version of an installed distribution, `None` if absent. Imports nothing of it."""
+    from importlib import metadata
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from hata.errors import HataError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 def named(group: str, taken: Container[str]) -> dict[str, EntryPoint]:
     """The entry points of a group by name, in order, without names that are taken."""
+    # It takes as long to import as all of hata.
+    from importlib.metadata import entry_points
+
     points = sorted(entry_points(group=group), key=lambda point: point.name)
     return {point.name: point for point in points if point.name not in taken}
 

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hata import device as devices
@@ -33,6 +32,8 @@ from hata.errors import BackendUnavailable, HataDTypeError, HataError, UnknownBa
 from hata.problem import Problem
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from hata.profile import Match, Profile
 
 BUILT_IN = {
@@ -102,6 +103,8 @@ def class_of(name: str) -> type[Backend]:
         BackendUnavailable: it cannot be imported, or is no backend.
     """
     if name in BUILT_IN:
+        from importlib.metadata import EntryPoint
+
         known = {name: EntryPoint(name, BUILT_IN[name], ENTRY_POINTS)}
     else:
         known = _plugins()

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import inspect
 import json
 import re
@@ -52,10 +53,14 @@ def plug_in(tmp_path, monkeypatch):
     """Install a plug-in: `plug_in(name, source, class name)`."""
     points = []
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        "hata.plugins.entry_points",
-        lambda *, group: [point for point in points if point.group == group],
-    )
+    others = importlib.metadata.entry_points
+
+    def entry_points(**asked):
+        if asked.get("group", "").startswith("hata."):
+            return [point for point in points if point.group == asked["group"]]
+        return others(**asked)
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
 
     def install(name, source, attribute="Mine"):
         module = f"plug_in_{len(list(tmp_path.iterdir()))}_{tmp_path.name.replace('-', '_')}"

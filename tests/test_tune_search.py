@@ -144,7 +144,10 @@ def test_a_large_space_is_searched_from_the_default_and_nothing_is_wasted(tmp_pa
 def test_shares_that_do_not_fill_a_gpu_look_slow():
     machine = cost.Machine(bandwidth=4e6, flops=300e6, launch_us=3.0, workers=132)
     problem = STEPS.step("bfloat16", 128, 131072, 2048)
-    us = [cost.predict_us(problem, {"num_splits": n, "attend_splits": 32}, machine) for n in (1, 4, 16, 32)]
+    us = [
+        cost.predict_us(problem, {"num_splits": n, "attend_splits": 32}, machine)
+        for n in (1, 4, 16, 32)
+    ]
     assert us == sorted(us, reverse=True)
     floor = cost.floor_us(problem, machine)
     assert 3.0 < floor < min(us)
