@@ -52,12 +52,9 @@ def most(name: str, wanted: float, measured: float) -> Bar:
 
 
 class Row(NamedTuple):
-    """One measured line: a contender on a shape, or one of a step's kernels.
+    """One measured line: a contender on a shape, or of the family `"kernel"` one of a step's.
 
-    Attributes:
-        family: That of the contender, or `"kernel"`.
-        bytes: What a call moves at least; 0: not counted.
-        samples: Behind the time.
+    A call moves `bytes` at least (0: not counted); `samples` are how many the time stands on.
     """
 
     shape: Shape

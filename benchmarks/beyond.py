@@ -28,13 +28,10 @@ def _medians(calls: list[Callable[[], object]], rounds: int, device: str = "cuda
 
 
 def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
-    """`hamming_topk`, scan included, against `torch.topk` of as many scores.
+    """`hamming_topk`, scan included, against `torch.topk` of as many scores, which must agree.
 
     Scores are distances of drawn codes, in the type that torch is fastest with; the budget is 1/64
     of the keys, and torch need not sort.
-
-    Raises:
-        WrongResult: a distance of the selected keys is not that of torch's.
     """
     found = []
     for batch, heads, slots in _READY:
@@ -72,12 +69,7 @@ def distances(q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def bars(rounds: int) -> list[Bar]:
-    """All of it, from `rounds` samples of each time.
-
-    Raises:
-        WrongResult: all keys are equal, and others than the first are selected; or as of
-            `beside_torch`.
-    """
+    """All of it, from `rounds` samples of each time; raises `WrongResult`."""
     keys = torch.randn(1, 8, 128 * 1024, 128, dtype=torch.bfloat16, device="cuda")
     projection = torch.randn(8, 128, 128, dtype=torch.bfloat16, device="cuda")
     codes = torch.empty(1, 8, 128 * 1024, 16, dtype=torch.uint8, device="cuda")

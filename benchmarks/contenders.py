@@ -1,7 +1,6 @@
-"""The callables that are timed.
+"""The callables that are timed, in a table of builders for each family.
 
-Each family is a table of named builders; a builder takes a `Case` (the arrays of one step) and
-returns a `Contender`. Another dense kernel is one more function in a table.
+A builder makes a `Contender` of a `Case`. Another dense kernel is one more function in a table.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -82,12 +82,7 @@ def build(shape: Shape, device: str, seed: int = 0) -> Case:
 
 
 class Contender(NamedTuple):
-    """Something to time.
-
-    Attributes:
-        family: `"op"`, `"dense"` or `"read"`.
-        bytes: What it must read and write at least.
-    """
+    """Something to time, of the family `"op"`, `"dense"` or `"read"`; it moves `bytes` at least."""
 
     name: str
     family: str
@@ -161,23 +156,14 @@ def flashinfer(case: Case) -> Contender:
     return Contender("flashinfer", "dense", call, case.shape.dense_bytes)
 
 
-def read(name: str, size: int, device: str) -> Contender:
-    """A read-only pass over `size` contiguous bytes: what memory allows at best."""
+def read(case: Case, name: str, size_of: Callable[[Shape], int]) -> Contender:
+    """A read-only pass over as many contiguous bytes: what memory allows at best."""
+    size, device = size_of(case.shape), case.q.device.type
     if device == "cuda":
         # It needs Triton.
         return Contender(name, "read", importlib.import_module("benchmarks.gpu").reader(size), size)
     words = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
     return Contender(name, "read", words.sum, size)
-
-
-def read_codes(case: Case) -> Contender:
-    """As many bytes as the scan reads."""
-    return read("read codes", case.shape.code_bytes, case.q.device.type)
-
-
-def read_step(case: Case) -> Contender:
-    """As many bytes as a step of hash attention moves."""
-    return read("read step", case.shape.step_bytes, case.q.device.type)
 
 
 Builder = Callable[[Case], Contender]
@@ -198,4 +184,8 @@ DENSE: dict[str, dict[str, Builder]] = {
 }
 if importlib.util.find_spec("flashinfer") is not None:
     DENSE["cuda"]["flashinfer"] = flashinfer
-READS: dict[str, Builder] = {"read codes": read_codes, "read step": read_step}
+# As many bytes as the scan reads, and as a step of hash attention moves.
+READS: dict[str, Builder] = {
+    "read codes": partial(read, name="read codes", size_of=attrgetter("code_bytes")),
+    "read step": partial(read, name="read step", size_of=attrgetter("step_bytes")),
+}

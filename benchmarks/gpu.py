@@ -1,7 +1,4 @@
-"""What only a GPU has: a read-only kernel, and the times of single kernels by the profiler.
-
-Knows nothing of what is measured; calls are timed by the clock of `hata.measure`.
-"""
+"""What only a GPU has: a read-only kernel, and the times of single kernels by the profiler."""
 
 # ruff: noqa: ANN001, ANN202 (arguments of a jitted kernel are the compiler's to type)
 

@@ -3,8 +3,7 @@
     python -m benchmarks.ops --backend numba --device cpu
 
 Each shape is filled, checked, then timed: the four ops, the dense contenders beside them in the
-same rounds, and read-only passes over as many bytes as the scan and the step move. See
-docs/benchmarks.md for the method and for what the columns mean.
+same rounds, and reads of as many bytes as the scan and the step move. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -46,12 +45,7 @@ PROFILERS: dict[str, Profiler] = {}
 def measure(
     group: Sequence[Shape], device: str, rounds: int, cold: bool = False, progress: Any = None
 ) -> list[Row]:
-    """Fill, check and time the shapes of a group, interleaved.
-
-    Raises:
-        WrongResult: a contender computes something else; none of the group is timed.
-        HataError: the backend in force cannot run a shape.
-    """
+    """Fill, check and time the shapes of a group, interleaved; none where a result is wrong."""
     kind = torch.device(device).type
     tasks: list[tuple[Case, Contender]] = []
     progress = progress or Progress(disable=True)
@@ -82,7 +76,7 @@ def measure(
 
 def kernels(case: Case, profiler: Profiler) -> list[Row]:
     """Times of the kernels of a step, and of a plain read of the codes beside them."""
-    step, read = contenders.hash_attend(case), contenders.read_codes(case)
+    step, read = contenders.hash_attend(case), contenders.READS["read codes"](case)
     # A read is one kernel.
     of_step, [(_, reading)] = profiler([step.call, read.call])
     size = case.shape.code_bytes
@@ -146,11 +140,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def change_defaults(backend: Backend, changes: Mapping[str, bool | int | str]) -> None:
-    """Have a backend run its default configurations with some knobs changed, and no profile's.
-
-    Raises:
-        HataError: no op has such a knob, or a knob has no such value.
-    """
+    """Have a backend run its default configurations with some knobs changed, and no profile's."""
     problems = (Problem(op, "cuda", "float16", "float16") for op in OPS)
     known = {name for problem in problems for name in backend.tunables(problem.op, problem)}
     for name in changes.keys() - known:

@@ -2,11 +2,10 @@
 
     python -m benchmarks.phases --shapes 1x32/8x128K 8x32/8x32K
 
-Where a step is one launch, no profiler tells its scan from the rest. The kernels of the `cupy`
-backend are compiled anew with clocks in them (`backends/cupy/trace.cuh`): the first
-thread of every block notes when it comes to the end of a phase, in steps of 32 ns. Caches are cold
-and launches in CUDA graphs, as everywhere. Clocks take some of the time that they measure. The scan
-is held against a read of as many bytes with clocks of the same kind, each from the start of the
+Where a step is one launch, no profiler tells its scan from the rest. So kernels of `cupy` are
+compiled with clocks in them (`backends/cupy/trace.cuh`): the first thread of every block notes when
+it comes to the end of a phase, in steps of 32 ns. Clocks take some of the time that they measure;
+the scan is held against a read of as many bytes with the same clocks, each from the start of the
 first block to the end of the last.
 """
 
@@ -27,7 +26,6 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import hata
@@ -114,11 +112,7 @@ def scans(rounds: int) -> list[Bar]:
 
 
 def scans_apart(rounds: int) -> list[Bar]:
-    """`scans`, in a process of its own: kernels of this one keep what they were compiled with.
-
-    Raises:
-        WrongResult: that process fails.
-    """
+    """`scans`, in a process of its own: kernels of this one keep what they were compiled with."""
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "scans.json")
@@ -127,19 +121,6 @@ def scans_apart(rounds: int) -> list[Bar]:
         if done.returncode:
             raise WrongResult(f"benchmarks.phases: exit status {done.returncode}, see above")
         return [Bar(*bar) for bar in json.loads(file.read_text())]
-
-
-def phase_table(op: str, shapes: Sequence[Shape], found: Sequence[Phases]) -> Table:
-    """When phases end, a column for every shape: the median block, and the slowest."""
-    title = f"{op}: µs from the start of the first block (median block, slowest block)"
-    table = table_of(title, ("phase ends", *(shape.name for shape in shapes)))
-    for i, phase in enumerate(PHASES):
-        ends = [(phases.median[i], phases.last[i]) for phases in found]
-        if any(end == end for pair in ends for end in pair):
-            table.add_row(phase, *(f"{median:.1f} {last:.1f}" for median, last in ends))
-    table.add_section()
-    table.add_row("a launch in a graph", *(f"{phases.whole:.1f}" for phases in found))
-    return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,14 +159,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(op: str, shapes: Sequence[Shape], rounds: int) -> None:
-    """Measure an op, and print its phases."""
+    """Measure an op, and print when its phases end: in the median block, and in the slowest."""
     shapes = [replace(shape, dtype="bfloat16") for shape in shapes]
     with traced() as clocks:
         found = []
         for shape in track(shapes, "measure", console=Console(stderr=True), transient=True):
             step = contenders.OPS[op](contenders.build(shape, "cuda"))
             found.append(measure(step.call, clocks, rounds))
-    Console().print(phase_table(op, shapes, found))
+    title = f"{op}: µs from the start of the first block (median block, slowest block)"
+    table = table_of(title, ("phase ends", *(shape.name for shape in shapes)))
+    for i, phase in enumerate(PHASES):
+        ends = [(phases.median[i], phases.last[i]) for phases in found]
+        if any(end == end for pair in ends for end in pair):
+            table.add_row(phase, *(f"{median:.1f} {last:.1f}" for median, last in ends))
+    table.add_section()
+    table.add_row("a launch in a graph", *(f"{phases.whole:.1f}" for phases in found))
+    Console().print(table)
 
 
 if __name__ == "__main__":

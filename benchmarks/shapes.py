@@ -17,10 +17,8 @@ class Shape:
 
     Attributes:
         keys: Visible keys per row, the fresh one included.
-        slots: S, slots of the cache; 0: as many as keys.
+        slots, budget: Of the cache, and k; 0: as many as keys, and 1/64 of them, at least 512.
         head_dim: D = Dv.
-        budget: k; 0: 1/64 of the keys, at least 512.
-        dtype: dtype name of q, keys and values.
     """
 
     batch: int
@@ -102,11 +100,7 @@ def short(n: int) -> str:
 
 
 def parse(spec: str) -> Shape:
-    """Read `BxH/HkvxKEYS`, such as `1x32/8x128K`.
-
-    Raises:
-        ValueError: `spec` has another form, or H is no multiple of Hkv.
-    """
+    """Read `BxH/HkvxKEYS`, such as `1x32/8x128K`; raises `ValueError` for anything else."""
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(f"shape: got {spec!r}, expected BxH/HkvxKEYS, such as 1x32/8x128K")

@@ -7,12 +7,11 @@ must agree with dense attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import hata
 from benchmarks.contenders import Case, Contender
@@ -37,65 +36,46 @@ def verify(case: Case, ops: Sequence[Contender], dense: Sequence[Contender]) -> 
     Raises:
         WrongResult: naming the contender, the shape, and what was found.
     """
-    fresh = case.codes[:, :, case.shape.keys - 1]
+    shape, n, where = case.shape, case.shape.keys, ""
+
+    def told(name: str, fault: str | None) -> None:
+        if fault is not None:
+            raise WrongResult(f"{name}, {shape.name}: {where}{fault}; nothing was timed")
+
+    fresh = case.codes[:, :, n - 1]
     code = fresh.clone()
     results = {one.name: one.call() for one in (*ops, *dense) if one.name != "hash_attend"}
     fresh.bitwise_not_()
     results |= {one.name: one.call() for one in ops if one.name == "hash_attend"}
     if not torch.equal(fresh, code):
         fresh.copy_(code)
-        _fail(case, "hash_attend", "the code of the fresh key is not what encode gives")
+        told("hash_attend", "the code of the fresh key is not what encode gives")
     if not torch.equal(results["encode"], case.q_codes):
-        _fail(case, "encode", "a second call gives other codes")
-    shape, n = case.shape, case.shape.keys
-    parts = [_Part(case, row, head) for row, head in _pairs(case)]
+        told("encode", "a second call gives other codes")
+    kit, total = TorchKit(case.q.device), shape.batch * shape.kv_heads
+    attention = SparseAttend(case.q, case.keys, case.values, case.indices)
     # Every bit of a sample whose value is not within rounding of zero must be its sign.
     some = slice(0, n, max(1, n // 16))
-    lengths = case.lengths
-    for part in parts:
-        of_q, of_keys = (part.of(Encode(x, case.projection)) for x in (case.q, case.keys))
-        part.told("encode", of_q.codes()(case.q_codes) or of_keys.codes(some)(case.codes))
-        scan = part.of(HammingTopK(case.q_codes, case.codes, lengths=lengths, k=shape.k))
+    for pair in np.unique(np.linspace(0, total - 1, min(_PAIRS, total)).astype(int)):
+        row, head = divmod(int(pair), shape.kv_heads)
+        where = f"row {row}, head {head}: "
+        of = partial(Expected, kit, dtype=shape.dtype, rows=[row], heads=[head])
+        of_q, of_keys = (of(Encode(x, case.projection)) for x in (case.q, case.keys))
+        told("encode", of_q.codes()(case.q_codes) or of_keys.codes(some)(case.codes))
+        scan = of(HammingTopK(case.q_codes, case.codes, lengths=case.lengths, k=shape.k))
         chosen = scan.selection()
         got = scan.part(results["hamming_topk"])
-        part.told("hamming_topk", tolerance.selection_fault(got, chosen))
-        part.attended(chosen, {n: results[n] for n in ("sparse_attend", "hash_attend")})
+        told("hamming_topk", tolerance.selection_fault(got, chosen))
+        judge = of(attention).attention(chosen)
+        for name in ("sparse_attend", "hash_attend"):
+            told(name, judge(results[name]))
+    # Of the last pair only.
     everything = np.arange(n, dtype=np.int32)[None, None, None]
-    parts[-1].attended(everything, {one.name: results[one.name] for one in dense})
+    judge = of(attention).attention(everything)
+    for one in dense:
+        told(one.name, judge(results[one.name]))
     # With a budget of all keys, hash attention is dense attention.
     first = min(_PREFIX, n)
     cache = (x[:, :, :first] for x in (case.keys, case.values, case.codes))
     found = hata.hash_attend(case.q, *cache, case.projection, first)
-    parts[-1].attended(everything[..., :first], {"hash_attend": found})
-
-
-def _pairs(case: Case) -> Iterator[tuple[int, int]]:
-    total = case.shape.batch * case.shape.kv_heads
-    for flat in np.unique(np.linspace(0, total - 1, min(_PAIRS, total)).astype(int)):
-        yield divmod(int(flat), case.shape.kv_heads)
-
-
-def _fail(case: Case, name: str, fault: str) -> None:
-    raise WrongResult(f"{name}, {case.shape.name}: {fault}; nothing was timed")
-
-
-class _Part:
-    """One KV head of one row, with its query heads."""
-
-    def __init__(self, case: Case, row: int, head: int) -> None:
-        self.case, self.where = case, f"row {row}, head {head}: "
-        kit, dtype = TorchKit(case.q.device), case.shape.dtype
-        self.of = partial(Expected, kit, dtype=dtype, rows=[row], heads=[head])
-
-    def told(self, name: str, fault: str | None) -> None:
-        """Raise `WrongResult` if there is a fault."""
-        if fault is not None:
-            _fail(self.case, name, self.where + fault)
-
-    def attended(self, indices: np.ndarray, outputs: Mapping[str, Tensor]) -> None:
-        """Each output is attention over the given positions."""
-        case = self.case
-        call = SparseAttend(case.q, case.keys, case.values, case.indices)
-        judge = self.of(call).attention(indices)
-        for name, out in outputs.items():
-            self.told(name, judge(out))
+    told("hash_attend", of(attention).attention(everything[..., :first])(found))

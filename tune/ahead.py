@@ -39,10 +39,7 @@ _Key = tuple[str, Problem, tuple]
 class Ahead(contextlib.AbstractContextManager):
     """Compiles configurations in other processes, which start at the first of them.
 
-    Args:
-        backends: Whose kernels they are; those that list none are left alone.
-        sm: Compute capability of the GPU, if there is one.
-        processes: How many, if not as many as there are cores, within reason.
+    Backends that list no kernels are left alone, and all of them where there is no GPU (`sm`).
     """
 
     def __init__(

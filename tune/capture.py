@@ -1,8 +1,5 @@
 """What the layers of a model attend with: captured while it reads text, or synthetic.
 
-A *probe* holds the last queries of a few sequences and all their keys, after rotary embedding, for
-one layer. `hata.calibration.recorder` shows them while the model reads.
-
 The synthetic set: keys of a head are drawn around 48 centres whose frequencies fall off as 1/rank,
 on an offset common to all; a query is a mixture of one earlier key, a centre and noise, so that a
 few keys hold most of the mass and many hold a little each, as in trained models. There are no
@@ -30,7 +27,10 @@ _CENTRES = 48
 
 
 class Probe(NamedTuple):
-    """What one layer attends with; `q` holds the last queries of each sequence. All float32."""
+    """What one layer attends with, after rotary embedding, in float32.
+
+    `q` holds the last queries of a few sequences, and `keys` all keys of these.
+    """
 
     q: np.ndarray  # [sequences, H, Tq, D]
     keys: np.ndarray  # [sequences, Hkv, S, D]
@@ -47,11 +47,7 @@ class Captured:
 
 
 def load_layout(model: str) -> Layout:
-    """Read the head layout of a model folder, and nothing else of it.
-
-    Raises:
-        CaptureError: it is no folder of a decoder model, or of one that no layer can be hashed of.
-    """
+    """The head layout of a model folder; raises `CaptureError` where no layer can be hashed."""
     from hata.calibration.hashable import check_config
 
     config = texts.load_config(model)
@@ -69,22 +65,14 @@ def load_layout(model: str) -> Layout:
 
 
 def token_sequences(model: str, text: str, count: int, longest: int) -> np.ndarray:
-    """Token ids of `count` stretches of a text, spread over all of it, `[count, tokens]`.
-
-    Raises:
-        CaptureError: the text is too short, or there is no tokenizer.
-    """
+    """Token ids of `count` stretches of a text, spread over all of it, `[count, tokens]`."""
     tokens = min(TOKENS, longest)
     encode = texts.load_tokenizer(user_path(model))
     return texts.sequences(encode, text, count, tokens, min(texts.LEAST_TOKENS, tokens))
 
 
 def capture(model: str, text: str, *, device: str, sequences: int) -> Captured:
-    """Read stretches of text with the model of a folder; keep what every layer attends with.
-
-    Raises:
-        CaptureError: the model cannot be loaded, or no layer of it can be hashed.
-    """
+    """Read stretches of text with the model of a folder; keep what every layer attends with."""
     import torch
 
     from hata.calibration import hashable, recorder

@@ -1,7 +1,6 @@
 """What people see: progress on stderr, tables and the profile's path on stdout.
 
-`rich` draws where somebody looks at a terminal; elsewhere the same is said in plain lines, one a
-problem, so that logs stay short.
+Where no terminal is, the same is said in plain lines, one a problem, so that logs stay short.
 """
 
 from __future__ import annotations

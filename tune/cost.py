@@ -112,9 +112,8 @@ def _predict_gpu_us(problem: Problem, config: Config, machine: Machine) -> float
         waves = math.ceil(programs / room) * room / programs
         return us * waves + pieces * _SHARE_US
 
-    return (
-        machine.launch_us + stretched(streamed, "num_splits") + stretched(gather, "attend_splits")
-    )
+    us = stretched(streamed, "num_splits") + stretched(gather, "attend_splits")
+    return machine.launch_us + us
 
 
 def _predict_cpu_us(problem: Problem, config: Config, machine: Machine) -> float:
@@ -131,20 +130,25 @@ def _predict_cpu_us(problem: Problem, config: Config, machine: Machine) -> float
     taken = min(problem.k, problem.slots)
     along = {"chunk": problem.slots, "block": problem.tokens, "tile": taken}
     cut_us = 0.0
-    for name, value in config.items():
-        length = along.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and length:
+    for name, length in along.items():
+        value = config.get(name)
+        if type(value) is int and value > 0 and length:
             pieces = problem.batch * problem.kv_heads * math.ceil(length / value)
             waves = math.ceil(pieces / workers)
             # The last wave may leave workers idle, and a piece is never smaller than it is.
             cut_us += busy * (waves * workers / pieces - 1) + pieces * _PIECE_US / workers
-    started = machine.launch_us * (1 if workers == 1 else 2)
-    return started + busy + cut_us
+    return machine.launch_us * (1 if workers == 1 else 2) + busy + cut_us
 
 
 def calibrate(backend: Backend, device: str) -> Machine:
     """Measure the constants of this machine, in about two seconds."""
-    launch = _launch_us(backend, device)
+    # The smallest call of the backend, compiled and warm, as the clock sees it.
+    dtype = "float32" if "float32" in backend.dtypes else sorted(backend.dtypes)[0]
+    problem = Problem("encode", device, dtype, dtype, head_dim=16, bits=32)
+    inputs, config = Inputs(backend, problem, pool=0), backend.default(problem)
+    with running(backend, problem.op, config):
+        inputs.calls[0]()
+    launch = median(race(backend, [(inputs, config)], seconds=0.2)[0])
     if device == "cuda":
         return _calibrate_cuda(launch)
     sweep, a = CPUSweep(), np.ones((768, 768), np.float32)
@@ -177,18 +181,6 @@ def _calibrate_cuda(launch: float) -> Machine:
         launch_us=launch,
         workers=properties.multi_processor_count,
     )
-
-
-def _launch_us(backend: Backend, device: str) -> float:
-    """Microseconds of the smallest call of the backend, compiled and warm, as the clock sees it."""
-    dtype = "float32" if "float32" in backend.dtypes else sorted(backend.dtypes)[0]
-    problem = Problem(
-        op="encode", device=device, dtype=dtype, projection_dtype=dtype, head_dim=16, bits=32
-    )
-    inputs, config = Inputs(backend, problem, pool=0), backend.default(problem)
-    with running(backend, problem.op, config):
-        inputs.calls[0]()
-    return median(race(backend, [(inputs, config)], seconds=0.2)[0])
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:

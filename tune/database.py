@@ -24,11 +24,7 @@ class StorageError(HataError, RuntimeError):
 
 
 def storage_url(given: str | None, default: Path) -> str:
-    """The database URL that `--storage` means: a URL, or the path of an SQLite file.
-
-    Raises:
-        StorageError: It means a database that nothing is kept in.
-    """
+    """The database URL that `--storage` means: a URL, or the path of an SQLite file."""
     if given is None or "://" not in given:
         return _sqlite_url(default if given is None else user_path(given).absolute())
     path = sqlite_path(given)
@@ -63,11 +59,7 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def foreign(path: Path) -> str:
-    """Why to leave a file alone, in words; `""` if it holds studies, or nothing, or is absent.
-
-    Raises:
-        StorageError: Another program has locked it, so that nobody can tell.
-    """
+    """Why to leave a file alone, in words; `""` if it holds studies, or nothing, or is absent."""
     other = "is no database of studies"
     try:
         with path.open("rb") as file:

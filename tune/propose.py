@@ -31,9 +31,9 @@ def suggestions(
 ) -> list[int]:
     """Numbers of the configurations to begin with, the best on paper first.
 
-    For a CPU the best few, and the best with each value of the knobs that are no numbers: a model
-    may be wrong about a whole variant, but hardly about sizes within one. For a GPU all neighbours
-    of the default.
+    For a GPU all neighbours of the default. For a CPU the best few, and the best with each value of
+    the knobs that are no numbers: a model may be wrong about a whole variant, but hardly about
+    sizes within one.
     """
 
     def predicted(number: int) -> tuple[float, int]:

@@ -76,9 +76,8 @@ class Gauge:
         query = encoder.query(layer, bits)
         keys = (encoder.projection(layer, bits), encoder.bias(layer, bits), encoder.hidden[layer])
         own = keys if query is None else (query.projection, query.bias, query.hidden)
-        norms = None
-        if encoder.key_norms:
-            norms = put(np.zeros(self._probe.keys.shape[:3], np.float16))
+        shape = self._probe.keys.shape[:3]
+        norms = put(np.zeros(shape, np.float16)) if encoder.key_norms else None
 
         def codes(x: np.ndarray, side: tuple[Any, Any, Any], norms: Any = None) -> Any:
             projection, bias, hidden = side
@@ -100,10 +99,9 @@ class Gauge:
 
 
 def _masses(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax mass of each group on each key, and what exact top-k retains for k = 1, 2, ...
+    """Softmax mass `[sequences, Hkv, Tq, S]` of each group on each key, each row adding up to 1.
 
-    Returns:
-        `mass [sequences, Hkv, Tq, S]`, each row adding up to 1, and `exact [S]`.
+    And what exact top-k retains, `[S]`, for k = 1, 2, ...
     """
     count, heads, queries, size = probe.q.shape
     kv_heads, slots = probe.keys.shape[1:3]
@@ -148,10 +146,9 @@ def choose(
 
 
 def selection_of(point: Point, tokens: int, context: int, dense_layers: int = 0) -> Selection:
-    """The policy that a point stands for, for contexts of any length.
+    """The policy that a point stands for, in contexts of any length.
 
-    The budget that was measured is the least one; a context longer than the captured one gets the
-    same share of its keys.
+    The budget that was measured is the least; a longer context gets the same share of its keys.
     """
     ratio = point.k / tokens
     return Selection(

@@ -1,9 +1,8 @@
 """The search of one problem, in one study (`tune.studies`), and when it ends.
 
-- A trial checks one configuration and times it in turns with the default; its value is the ratio
-  of the two, which a machine that slows down does not change.
-- A configuration that was measured is never measured again, its stored value is told.
-- One that fails is a finished trial with a violated constraint and a typed failure, never chosen.
+A trial checks one configuration and times it in turns with the default; its value is the ratio of
+the two, which a machine that slows down does not change. What was measured is never measured again.
+One that fails is a finished trial with a violated constraint and a typed failure, never chosen.
 
 The winner is settled by a last race of the best few against the default, which runs twice: how far
 the default is from itself is the noise. Who does not beat the default by more than that loses to
@@ -157,11 +156,9 @@ class Search:
     on_trial: Callable[[int, float, Failure | None], None] = lambda *_: None
 
     def run(self) -> Verdict:
-        """Find the best configuration.
+        """Find the best configuration; raises `DefaultFailed` if it cannot be compared with any.
 
-        Raises:
-            DefaultFailed: the default is wrong or cannot run.
-            KeyboardInterrupt: what was measured is kept, and the running trial queued again.
+        Interrupted, it keeps what was measured, and queues the running trial again.
         """
         told = self.study.user_attrs.get("verdict")
         if told is not None:
@@ -176,8 +173,7 @@ class Search:
         self._enqueue([self._base, *self.suggestions, *(range(self.space.size) if small else ())])
         self._stopped = self._reason_to_stop()
         while not self._stopped:
-            waiting = len(self._waiting())
-            if waiting:
+            if waiting := len(self._waiting()):
                 self.study.optimize(self._trial, n_trials=waiting)
                 continue
             # Failures too, as what was tried and is no gain.
@@ -242,8 +238,8 @@ class Search:
         }
         number = self.space.number_at(places)
         result = self._known.get(number)
+        self._repeats = 0 if result is None else self._repeats + 1
         if result is None:
-            self._repeats = 0
             try:
                 result = self._measure(number)
             except KeyboardInterrupt:
@@ -252,8 +248,6 @@ class Search:
                 raise
             self._learn(result)
             self.on_trial(len(self._known), self._best, self._failures.get(number))
-        else:
-            self._repeats += 1
         trial.set_user_attr("result", result)
         # On every trial: samplers want to see the same constraints everywhere.
         trial.set_constraint("failed", 1.0 if result["failure"] else -1.0)

@@ -1,9 +1,9 @@
 """Which bits, budget, sink and recent every layer gets: all chosen together.
 
 The retained mass of every point of the grid is measured (`tune.quality`), and the time of a decode
-step for all bits and budgets; per layer the fastest point that keeps the quality asked for wins. No
-layer is dense by decree: one is left dense where no point keeps enough, which the first layers of a
-model often are. One trial of the study is one layer with one number of bits.
+step for all bits and budgets; per layer the fastest point that keeps the quality asked for wins. A
+layer is left dense only where no point keeps enough, as often in the first ones. One trial of the
+study is one layer with one number of bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from hata.backend import Backend, Config
 from hata.problem import Problem
@@ -27,13 +27,6 @@ from tune.worker import CandidateFailed, Worker
 # Layers that a selection for any model leaves dense, as HATA does.
 DENSE_LAYERS = 2
 SEQUENCES, QUICK_SEQUENCES = 2, 1
-
-
-class Chosen(NamedTuple):
-    """Outcome: what goes into the profile, and the rows of the table."""
-
-    selections: SelectionSet | None
-    rows: list[list[str]]
 
 
 @dataclass
@@ -68,8 +61,8 @@ class Chooser:
         # Of a step, by bits and budget.
         self.us: dict[tuple[int, int], float] = {}
 
-    def run(self, storage: Any) -> Chosen:
-        """Measure what is not known to the studies of a storage, and choose."""
+    def run(self, storage: Any) -> tuple[SelectionSet | None, list[list[str]]]:
+        """Measure what the studies do not know, and choose; returns rows of the table, too."""
         task, layout = self.task, self.task.layout
         tokens = min(capture.TOKENS, layout.context) if self.model else capture.TOKENS
         self.us = self._step_times(tokens)
@@ -135,7 +128,9 @@ class Chooser:
             self.gauge = layer, quality.Gauge(self.backend, device, probe, task.encoder, layer)
         return self.gauge[1], self.captured.tokens
 
-    def _settle(self, tables: Mapping[int, Sequence[quality.Point]], tokens: int) -> Chosen:
+    def _settle(
+        self, tables: Mapping[int, Sequence[quality.Point]], tokens: int
+    ) -> tuple[SelectionSet | None, list[list[str]]]:
         task, layout, model = self.task, self.task.layout, self.model
         chosen: list[Selection | None] = []
         rows, achieved = [], [1.0]
@@ -154,13 +149,13 @@ class Chooser:
         layers = tuple(chosen) if model else chosen[0]
         if layers is None:
             self.report.note("no selection keeps enough of the synthetic set; none is written")
-            return Chosen(None, rows)
+            return None, rows
         source = "measured" if model else "synthetic"
         sizes = layout.layers, layout.heads, layout.kv_heads, layout.head_dim
         key = ModelKey(layout.name if model else source, layout.model_type, *sizes)
         # Layers that are dense keep everything.
         kept = Quality(self.required, round(min(achieved), 4))
-        return Chosen(SelectionSet(key, task.encoder_key, source, kept, layers), rows)
+        return SelectionSet(key, task.encoder_key, source, kept, layers), rows
 
     def _why_dense(self, layer: int) -> str:
         if layer in self.task.encoder.dense_layers:

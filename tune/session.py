@@ -12,13 +12,13 @@ from datetime import date
 
 from hata.backend import Backend, Config
 from hata.problem import Problem
-from hata.profile import Entry, Measured, Profile, default_output
+from hata.profile import Entry, Measured, Profile, SelectionSet, default_output
 from tune import capture, cost, search, space, studies
 from tune.ahead import Ahead
 from tune.console import KERNEL_HEADER, LAYER_HEADER, Report, kernel_row
 from tune.propose import suggestions, winners
 from tune.search import Evaluator, Verdict, to_compile
-from tune.selections import Chooser, Chosen
+from tune.selections import Chooser
 from tune.space import Space
 from tune.task import Task, check_folder, make_task
 from tune.worker import CandidateFailed, Worker
@@ -38,9 +38,7 @@ _Search = tuple[Backend, Problem]
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code.
 
-    Raises:
-        HataError: the command line cannot be followed; nothing was written.
-        KeyboardInterrupt: what was finished is in the profile and the storage.
+    A `HataError` leaves nothing written; an interruption, what was finished.
     """
     report, task = Report(), make_task(options)
     for note in task.notes:
@@ -72,7 +70,8 @@ class _Session:
         self.limits = usual._replace(trials=task.options.trials or usual.trials, seconds=seconds)
         # By the name of a backend, and a problem.
         self.settled: dict[tuple[str, Problem], Verdict] = {}
-        self.chosen = Chosen(None, [])
+        self.selections: SelectionSet | None = None
+        self.layer_rows: list[list[str]] = []
         self.machines: dict[str, cost.Machine] = {}
         self.skipped: list[str] = []
 
@@ -95,7 +94,7 @@ class _Session:
                 seed=studies.SEED,
             ),
             entries=tuple(entries),
-            selections=tuple(filter(None, [self.chosen.selections])),
+            selections=() if self.selections is None else (self.selections,),
         )
 
     def tell(self) -> None:
@@ -279,7 +278,7 @@ class _Session:
         noise = statistics.median([verdict.noise for verdict in self.settled.values()])
         found = self._tuned(backend), self.machines[backend.name], noise
         chooser = Chooser(self.task, self.report, self.ahead, backend, *found)
-        self.chosen = chooser.run(self.storage)
+        self.selections, self.layer_rows = chooser.run(self.storage)
         self.profile().save(self.task.out)
 
     def _close(self) -> None:
@@ -290,13 +289,13 @@ class _Session:
             for (name, problem), verdict in self.settled.items()
         ]
         self.report.table(f"Kernels of {self.on}", KERNEL_HEADER, rows)
-        if self.chosen.rows:
+        if self.layer_rows:
             source = task.layout.name if task.text else "the synthetic set, attach will warn"
             say()
             self.report.table(
                 f"Selections at quality {self.options.quality:g} ({source}); k is the budget, and "
                 f"µs a step's time, at {capture.TOKENS} tokens; k grows with the context",
-                LAYER_HEADER, self.chosen.rows,
+                LAYER_HEADER, self.layer_rows,
             )  # fmt: skip
         if self.skipped:
             say()

@@ -114,11 +114,7 @@ class Space:
         return {name: values[places[name]] for name, values in self.knobs}
 
     def number(self, config: Config) -> int:
-        """The number of a configuration.
-
-        Raises:
-            ValueError: a knob is missing or has a value that is not allowed.
-        """
+        """The number of a configuration; raises `ValueError` for one that is not of the space."""
         places = {}
         for name, values in self.knobs:
             value = config.get(name)

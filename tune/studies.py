@@ -46,10 +46,7 @@ def open_storage(url: str, *, ours: bool = False) -> tuple[RDBStorage, str]:
     """Open a database of `storage_url`; returns it, and what people should be told, if anything.
 
     A broken SQLite file is moved aside; if it is `ours`, one of the user's cache folder, whatever
-    else lies there too.
-
-    Raises:
-        StorageError: it cannot be opened or written, or is a file of something else.
+    else lies there too. Raises `StorageError` for what cannot be opened, or is something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     message = ""

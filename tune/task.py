@@ -73,11 +73,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def make_task(options: argparse.Namespace) -> Task:
-    """Find out what is here and what is asked for.
-
-    Raises:
-        HataError: it cannot be done.
-    """
+    """Find out what is here and what is asked for; raises `HataError` if it cannot be done."""
     _check_numbers(options)
     notes: list[str] = []
     try:

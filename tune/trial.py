@@ -1,8 +1,7 @@
 """What a trial does with a configuration: are its results right, and how fast is it.
 
 Two calls are held against the reference: the problem's own inputs (of large ones the first and last
-rows and heads), and an awkward small one. How close results must be stands in
-`hata.measure.tolerance`. What the reference says is computed once per problem.
+rows and heads), and an awkward small one. What the reference says is computed once per problem.
 
 Configurations that are right are timed in turns, each through the public op and on caches that hold
 nothing of the call's data: every call takes the next of several *sets* of inputs, whose codes,
@@ -40,10 +39,9 @@ def race(
     least: int = 7,
     most: int = 400,
 ) -> list[list[float]]:
-    """Time configurations against each other, each on inputs on which it ran before.
+    """Samples of each configuration in microseconds, one a round, on inputs that it ran on before.
 
-    Takes about `seconds`, but `least` rounds at least. Returns for each entry its samples in
-    microseconds, one a round.
+    Takes about `seconds`, but `least` rounds at least.
     """
     device = entries[0][0].problem.device
     clock = clock_of(device)
