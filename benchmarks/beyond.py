@@ -22,12 +22,15 @@ _READY = ((1, 8, 1 << 17), (8, 8, 1 << 17), (1, 8, 1 << 20))
 _TYPES = (torch.float16, torch.int32, torch.float32)
 
 
-def _medians(calls: list[Callable[[], object]], rounds: int, device: str = "cuda") -> list[float]:
+_bytes = partial(torch.randint, 0, 256, dtype=torch.uint8, device="cuda")
+
+
+def _medians(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     """Microseconds of each call."""
-    return [median(samples) for samples in times(calls, device, rounds)]
+    return [median(samples) for samples in times(calls, "cuda", rounds)]
 
 
-def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
+def beside_torch(rounds: int) -> list[Bar]:
     """`hamming_topk`, scan included, against `torch.topk` of as many scores, which must agree.
 
     Scores are distances of drawn codes, in the type that torch is fastest with; the budget is 1/64
@@ -36,8 +39,7 @@ def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
     found = []
     for batch, heads, slots in _READY:
         k = slots // 64
-        q = torch.randint(0, 256, (batch, 4 * heads, 1, 16), dtype=torch.uint8, device=device)
-        codes = torch.randint(0, 256, (batch, heads, slots, 16), dtype=torch.uint8, device=device)
+        q, codes = _bytes((batch, 4 * heads, 1, 16)), _bytes((batch, heads, slots, 16))
         scores = distances(q, codes)
         chosen = scores.gather(2, hata.hamming_topk(q, codes, k)[:, :, 0].long())
         best = torch.topk(scores, k, largest=False).values
@@ -45,7 +47,7 @@ def beside_torch(rounds: int, device: str = "cuda") -> list[Bar]:
             raise WrongResult(f"hamming_topk, {slots} keys: other distances than torch.topk's")
         ready = [scores.to(dtype) for dtype in _TYPES]
         calls = [partial(torch.topk, x, k, largest=False, sorted=False) for x in ready]
-        ours, *theirs = _medians([partial(hata.hamming_topk, q, codes, k), *calls], rounds, device)
+        ours, *theirs = _medians([partial(hata.hamming_topk, q, codes, k), *calls], rounds)
         dtype = str(_TYPES[theirs.index(min(theirs))]).removeprefix("torch.")
         name = (
             f"hamming_topk, {batch}x{heads} heads x {slots >> 10}K ({ours:.0f} µs): times faster "
@@ -79,16 +81,14 @@ def bars(rounds: int) -> list[Bar]:
     found = [least(name, 0.6, read / encoded)]
     for millions in (1, 4):
         slots = millions << 20
-        q = torch.randint(0, 256, (1, 32, 1, 16), dtype=torch.uint8, device="cuda")
-        drawn = torch.randint(0, 256, (1, 8, slots, 16), dtype=torch.uint8, device="cuda")
+        q, drawn = _bytes((1, 32, 1, 16)), _bytes((1, 8, slots, 16))
         equal = drawn[:, :, :1].expand_as(drawn).contiguous()
         k = slots // 64
         first = hata.hamming_topk(q, equal, k)
         if not torch.equal(first, torch.arange(k, device="cuda").expand_as(first)):
             raise WrongResult(f"hamming_topk, {millions}M equal keys: not the first {k}")
-        ties, usual = _medians(
-            [partial(hata.hamming_topk, q, x, k) for x in (equal, drawn)], rounds
-        )
+        calls = [partial(hata.hamming_topk, q, x, k) for x in (equal, drawn)]
+        ties, usual = _medians(calls, rounds)
         name = f"{millions}M keys, all tied ({ties:.0f} µs): times the time of drawn codes, most"
         found.append(most(name, 1.5, ties / usual))
     return found + beside_torch(rounds)

@@ -133,17 +133,11 @@ def decide(
 
 @dataclass
 class Search:
-    """The search of one problem, in one study.
+    """The search of one problem, in one study: what that knows is used, and added to.
 
-    Attributes:
-        study: Of `open_study`; what it knows is used, and it knows everything afterwards.
-        space, default: The configurations, and the backend's default.
-        evaluator: Runs configurations.
-        limits: When to end.
-        suggestions: Numbers to begin with, after the default.
-        floor_us: Nothing is faster; the search ends near it.
-        on_trial: Called after each measured trial with how many there are, the best ratio to the
-            default, and why this one failed, if it did.
+    It begins with the default and the numbers of `suggestions`, and ends by its limits, or near
+    `floor_us`: nothing is faster. `on_trial` is called after each measured trial with how many
+    there are, the best ratio to the default, and why this one failed, if it did.
     """
 
     study: optuna.Study

@@ -31,13 +31,10 @@ SEQUENCES, QUICK_SEQUENCES = 2, 1
 
 @dataclass
 class Chooser:
-    """Chooses the selections of one run.
+    """Chooses the selections of one run, for a backend and its tuned configurations.
 
-    Attributes:
-        task, report, ahead: Of the session.
-        backend, tuned: What runs hash attention, and its tuned configurations.
-        machine: Constants for predictions, where a step cannot be timed.
-        noise: Relative difference of times that is not believed.
+    Where steps cannot be timed, `machine` predicts how long they take. Relative differences of
+    times below `noise` are not believed.
     """
 
     task: Task

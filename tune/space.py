@@ -43,8 +43,7 @@ class Limits(NamedTuple):
     sample_seconds: float
 
 
-# Seconds for all problems, by device, and whether a short look is asked for. A GPU has many more
-# knobs.
+# By device and `--quick`, with seconds for all problems. A GPU has many more knobs.
 EFFORT = {
     ("cpu", False): Limits(40, 100.0, 0.06),
     ("cpu", True): Limits(12, 25.0, 0.04),

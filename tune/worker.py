@@ -29,8 +29,7 @@ from hata.problem import Problem
 from tune import cost
 from tune.trial import Checker, race
 
-# Kinds of failure: a candidate's results are wrong, it raised, the process died, no answer came, no
-# memory was left.
+# Kinds of failure.
 WRONG, ERROR, CRASH, HANG, MEMORY = "wrong_result", "error", "crash", "hang", "out_of_memory"
 _PR_SET_PDEATHSIG = 1
 
