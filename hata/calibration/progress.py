@@ -6,19 +6,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 
 class Progress:
-    """Lines on a stream; the moving one only where it is a terminal.
+    """Lines on stderr; the moving one only where it is a terminal.
 
     Args:
-        stream: Where to; stderr unless given.
         quiet: Say nothing, as all processes but the first do.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._stream = sys.stderr
         self._quiet = quiet
         self._live = not quiet and self._stream.isatty()
         self._start = time.monotonic()

@@ -76,12 +76,8 @@ def read_tensors(
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """The metadata and the tensors of a safetensors file.
 
-    Args:
-        path: A file that is there.
-        formats: What its metadata may call its format, where that matters.
-
     Raises:
-        EncoderError: It is damaged or of another format.
+        EncoderError: It is damaged, or of none of the formats, where some are named.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -116,13 +112,9 @@ def read_tensors(
 def assembled(
     path: Path, tensors: Mapping[str, np.ndarray], num_layers: int, *, more: bool
 ) -> list[LayerHash]:
-    """The parts of every layer, by the names of their tensors.
+    """The parts of every layer, by the names of their tensors in the file at `path`.
 
-    Args:
-        path: For errors.
-        tensors: All of the file.
-        num_layers: Layers of the model.
-        more: Whether the format is the second, which knows query projections and hidden layers.
+    Only where there may be `more` has a layer query projections and hidden layers.
 
     Raises:
         EncoderError: A name is unknown, a hidden layer lacks its bias, or a query its projection.

@@ -140,17 +140,8 @@ def check_side(
 ) -> None:
     """Check one side of a layer: its hidden layers follow one another, the projection the last.
 
-    Args:
-        name: What errors call it, such as `layers.3.query_`.
-        projection: `[heads, in, bits]`.
-        bias: `[heads, bits]`.
-        hidden: From first to last.
-        heads: Heads of all of them.
-        size: Size of the vector that goes in.
-        bits: Bits of a code.
-
-    Raises:
-        EncoderError: One does not fit.
+    A vector of `size` goes in, and all parts have so many `heads`; errors call a part `name`, such
+    as `layers.3.query_`, and what it is. Raises `EncoderError` where one does not fit.
     """
     for number, (weight, offset) in enumerate(hidden):
         part = f"{name}hidden.{number}"

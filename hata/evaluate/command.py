@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hata.calibration import text as texts
 from hata.calibration.options import (
@@ -100,9 +98,10 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print each table as soon as it is there, and write all of them."""
     need_text(options)
 
+    from hata.calibration import recorder
     from hata.calibration.hashable import check_config
     from hata.calibration.progress import Progress
-    from hata.evaluate import report, tasks
+    from hata.evaluate import report, retained, selectors, tasks
     from hata.evaluate.abilities import Abilities
 
     if unknown := set(options.tasks) - set(tasks.TASKS):
@@ -142,7 +141,23 @@ def run(options: argparse.Namespace) -> int:
     tell(f"# {user_path(options.model).resolve().name}, {device}")
     found: list[Any] = []
     if not options.no_mass:
-        found = _mass(options, encoders, read, places, device, progress)
+        compared: list[selectors.Selector] = [
+            make() for method, make in selectors.WITHOUT_CODES.items() if method in options.methods
+        ]
+        compared += [selectors.Coded(*one) for one in encoders]
+        model = recorder.load_model(options.model, device)
+        for tokens, budgets in places:
+            found += retained.evaluate(
+                model,
+                read[tokens],
+                compared,
+                budgets,
+                queries=options.queries,
+                on_sequence=lambda i: progress.show(f"attention mass: sequence {i}"),
+            )
+            count = len(read[tokens])
+            progress.note(f"attention mass: {count} sequences of {tokens} tokens")
+        del model
         if not found:
             raise CaptureError(
                 "--encoder: got none that hashes a layer of this model that can be hashed; there "
@@ -251,35 +266,4 @@ def _encoders(options: argparse.Namespace, config: Any) -> list[tuple[str, Any, 
             )
         taken.add(name)
         found += [(name, encoder, bits) for bits in widths]
-    return found
-
-
-def _mass(
-    options: argparse.Namespace,
-    encoders: Sequence[tuple[str, Any, int]],
-    read: Mapping[int, np.ndarray],
-    places: Sequence[tuple[int, list[int]]],
-    device: str,
-    progress: Any,
-) -> list[Any]:
-    from hata.calibration import recorder
-    from hata.evaluate import retained, selectors
-
-    compared = [
-        make() for method, make in selectors.WITHOUT_CODES.items() if method in options.methods
-    ]
-    compared += [selectors.Coded(name, encoder, bits) for name, encoder, bits in encoders]
-    model = recorder.load_model(options.model, device)
-    found: list[Any] = []
-    for tokens, budgets in places:
-        ids = read[tokens]
-        found += retained.evaluate(
-            model,
-            ids,
-            compared,
-            budgets,
-            queries=options.queries,
-            on_sequence=lambda i: progress.show(f"attention mass: sequence {i}"),
-        )
-        progress.note(f"attention mass: {len(ids)} sequences of {tokens} tokens")
     return found

@@ -94,11 +94,7 @@ def attached(name: str, model: Any, encoder: Encoder, bits: int, policy: Policy)
 def simulated(model: Any, selector: Selector, policy: Policy, dense: Collection[int] = ()) -> Way:
     """Decode steps whose keys a selector chooses, by a mask for the model's own attention.
 
-    Args:
-        model: Of `hata.calibration.recorder.load_model`.
-        selector: What chooses.
-        policy: How much.
-        dense: Layers that the adapter leaves dense, and that stay so here.
+    Layers that the adapter leaves `dense` stay so here.
     """
 
     def attend(
@@ -174,13 +170,7 @@ def prefilled(model: Any, ids: torch.Tensor) -> Cache:
 def answers(
     model: Any, ids: torch.Tensor, ways: Sequence[Way], tokens: int
 ) -> dict[tuple[str, int], list[list[int]]]:
-    """Greedy answers to prompts of one length, for every way, from one prefill.
-
-    Args:
-        model: Of `hata.calibration.recorder.load_model`.
-        ids: `[B, T]`.
-        ways: How to decode.
-        tokens: Of an answer.
+    """Greedy answers of so many tokens to prompts `[B, T]`, for every way, from one prefill.
 
     Returns:
         `(name, bits)` -> an answer's tokens per prompt.
@@ -203,14 +193,7 @@ def answers(
 def losses(
     model: Any, ids: torch.Tensor, ways: Sequence[Way], last: int
 ) -> dict[tuple[str, int], float]:
-    """Nats per token of the last tokens, fed one by one through the cache, for every way.
-
-    Args:
-        model: Of `hata.calibration.recorder.load_model`.
-        ids: `[B, T]`.
-        ways: How to decode.
-        last: Tokens that are predicted, each by a step of its own.
-    """
+    """Nats per token of the last tokens of ids `[B, T]`, fed one by one, for every way."""
     first = ids.shape[1] - last
     cache = prefilled(model, ids[:, :first])
     found = {}

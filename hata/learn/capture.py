@@ -29,7 +29,6 @@ from hata.hf.models import NO_ATTENTION
 
 # Queries before this position see too few keys to choose among.
 FIRST_QUERY = 256
-QUERIES = 4096
 
 
 def positions(
@@ -37,12 +36,8 @@ def positions(
 ) -> np.ndarray:
     """Which queries of a sequence are kept: `count` of them, ascending, int64.
 
-    Args:
-        tokens: Length of the sequence.
-        count: How many; fewer where the sequence is short.
-        seed: Of the choice.
-        sequence: Its number.
-        asked: Positions of which as many are kept as make a quarter; the rest is drawn from all.
+    Fewer where the sequence is short; of the positions `asked`, as many as make a quarter, the rest
+    drawn from all.
     """
     first = min(FIRST_QUERY, tokens // 2)
     rng = np.random.default_rng((seed, sequence))
@@ -88,7 +83,7 @@ def capture(
     *,
     sequences: Sequence[int],
     layers: Sequence[int],
-    queries: int = QUERIES,
+    queries: int,
     seed: int = 0,
     asked: Sequence[np.ndarray] = (),
     on_sequence: Callable[[int], None] = lambda _: None,
@@ -199,11 +194,7 @@ def _damaged(path: Path, error: Exception) -> CaptureError:
 def load(
     folder: Path, layer: int, sequence: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """One file: positions `[n]` on the CPU, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale.
-
-    Raises:
-        CaptureError: It is damaged.
-    """
+    """One file: positions `[n]` on the CPU, q `[Hkv, G, n, D]`, keys `[Hkv, T, D]`, scale."""
     path = file_of(folder, layer, sequence)
     try:
         with safe_open(path, framework="pt") as file:

@@ -50,10 +50,8 @@ def work_of(options: argparse.Namespace) -> Path:
 def held(folder: Path, kind: type, option: str) -> Iterator[None]:
     """Make a folder where there is none, and keep other runs out of it meanwhile.
 
-    Args:
-        folder: Which.
-        kind: `Plan` for one to work in, `Capture` for one of what was captured.
-        option: What names the folder, for errors.
+    Its kind is `Plan` for one to work in, `Capture` for one of what was captured; the option is
+    what names the folder, for errors.
 
     Raises:
         LearnError: It cannot be made, holds something else, or another run uses it.
@@ -82,7 +80,7 @@ def held(folder: Path, kind: type, option: str) -> Iterator[None]:
 def prepare(
     folder: Path, plan: Plan | Capture, *, resume: bool, option: str, fresh: bool = False
 ) -> bool:
-    """Make a folder to work in, or take up the one that is there.
+    """Make a folder for a plan, or take up the one there: whether that can be gone on with.
 
     Args:
         folder: For this plan alone.
@@ -90,9 +88,6 @@ def prepare(
         resume: Go on with what lies there; else what a training wrote there is deleted.
         option: What names the folder, for errors.
         fresh: It lies in a folder of ours that was begun anew; what else is left there may stay.
-
-    Returns:
-        Whether there was something to go on with.
 
     Raises:
         LearnError: What lies there is of another plan, or of something else.
@@ -138,9 +133,13 @@ def found_mark(folder: Path, kind: type, option: str) -> dict[str, Any] | None:
     # A run that was killed as it began leaves these.
     if all(name == LOCK or re.fullmatch(r"plan\.part\d+", name) for name in names):
         return None
-    found = _read_mark(folder / MARK)
+    try:
+        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        known = found.keys() if isinstance(found, dict) else set()
+    except (OSError, ValueError, RecursionError):
+        found, known = {}, set()
     expected = {field.name for field in dataclasses.fields(kind)}
-    if found is None or found.get("format") != _FORMATS[kind] or not expected <= found.keys():
+    if not expected <= known or found.get("format") != _FORMATS[kind]:
         raise LearnError(
             f"{option}: got {folder}, which holds files of something else, or whose {MARK} is "
             "damaged or of another kind; name another folder, or delete it yourself"
@@ -164,14 +163,6 @@ def clear(folder: Path, kind: type) -> None:
     # Last: until then the folder is known to be ours.
     _delete(folder, _MARKS)
     _drop(folder)
-
-
-def _read_mark(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _delete(folder: Path, names: re.Pattern[str]) -> None:

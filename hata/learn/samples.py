@@ -59,11 +59,8 @@ class LayerSamples:
     @classmethod
     def load(cls, folder: Path, layer: int, sequences: Sequence[int], device: str) -> LayerSamples:
         """Read the files of a layer."""
-        reads, scale = [], 1.0
-        for sequence in sequences:
-            where, q, keys, scale = capture.load(folder, layer, sequence, device)
-            reads.append(Read(where, q, keys))
-        return cls(reads, scale)
+        found = [capture.load(folder, layer, sequence, device) for sequence in sequences]
+        return cls([Read(*one[:3]) for one in found], found[-1][3])
 
     def batch(
         self,
