@@ -20,14 +20,14 @@ from typing import Any
 
 import hata
 from hata import device, registry
+from hata import profile_command as profile_command
 from hata.commandline import Parser
 from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
 from hata.evaluate import check_command
 from hata.evaluate import command as eval_command
 from hata.learn import command as learn_command
 from hata.profile import Profile, default_output, find, soft_differences
-from hata.profile import command as profile_command
-from hata.profile.command import counts
+from hata.profile_command import counts
 from hata.words import table
 
 _TUNER = "tune"
