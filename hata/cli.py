@@ -19,8 +19,7 @@ from functools import partial
 from typing import Any
 
 import hata
-from hata import device, registry
-from hata import profile_command as profile_command
+from hata import device, profile_command, registry
 from hata.commandline import Parser
 from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
 from hata.evaluate import check_command
