@@ -116,13 +116,14 @@ def _networks(source: Path, shape: ModelShape, layers: dict[int, dict[str, Netwo
                 f"source: got {source} without the {missing.pop()} networks of layer {layer}; "
                 "the file is damaged, fetch it again"
             )
-        for side, (weight, bias) in ((s, one) for s, network in sides.items() for one in network):
-            if weight.ndim != 3 or bias.shape != (weight.shape[0], weight.shape[2]):
-                raise EncoderError(
-                    f"source: got {source} in which the {side} networks of layer {layer} have "
-                    f"weights of shape {weight.shape} and biases of shape {bias.shape}, expected "
-                    "(heads, in, out) and (heads, out)"
-                )
+        for side, network in sides.items():
+            for weight, bias in network:
+                if weight.ndim != 3 or bias.shape != (weight.shape[0], weight.shape[2]):
+                    raise EncoderError(
+                        f"source: got {source} in which the {side} networks of layer {layer} have "
+                        f"weights of shape {weight.shape} and biases of shape {bias.shape}, "
+                        "expected (heads, in, out) and (heads, out)"
+                    )
         *hidden, (projection, bias) = _shared(sides["key"], shape)
         *before, last = sides["query"]
         query = QueryHash(*last, hidden=tuple(before))

@@ -23,7 +23,6 @@ from hata.encoder.layer import (
     check_side,
     hidden_layers,
     need_array,
-    query_heads,
 )
 from hata.encoder.orthogonal import orthogonal
 from hata.encoder.shape import MOST_TEXT, ModelShape, one_line, short, whole
@@ -78,7 +77,13 @@ class Encoder:
         absent = {"biases": (None,) * count, "queries": (None,) * count, "hidden": ((),) * count}
         found: dict[str, Any] = {}
         for name in ("projections", *absent):
-            found[name] = _per_layer(name, getattr(self, name)) or absent.get(name, ())
+            try:
+                found[name] = tuple(getattr(self, name)) or absent.get(name, ())
+            except TypeError:
+                raise EncoderError(
+                    f"{name}: got {short(getattr(self, name))}, expected a list of one per layer "
+                    "of the model"
+                ) from None
             if len(found[name]) != count:
                 raise EncoderError(
                     f"{name}: got {len(found[name])} layers, expected {count}, one per layer of "
@@ -94,21 +99,15 @@ class Encoder:
         for name, value in found.items():
             object.__setattr__(self, name, value)
         for layer, one in enumerate(self._layers()):
-            self._check_layer(f"layers.{layer}.", *one)
+            self._check_layer(f"layers.{layer}.", one)
 
     def _layers(self) -> list[LayerHash]:
         layers = zip(self.projections, self.biases, self.queries, self.hidden, strict=True)
         return [LayerHash(*one) for one in layers]
 
-    def _check_layer(
-        self,
-        name: str,
-        projection: np.ndarray | None,
-        bias: np.ndarray | None,
-        query: QueryHash | None,
-        hidden: tuple[Hidden, ...],
-    ) -> None:
+    def _check_layer(self, name: str, layer: LayerHash) -> None:
         shape = self.shape
+        projection, bias, query, hidden = layer
         for part, array in (("projection", projection), ("bias", bias)):
             if array is not None:
                 need_array(f"{name}{part}", array)
@@ -148,7 +147,11 @@ class Encoder:
                 f"{name}query_projection: got shape {query.projection.shape}, expected a multiple "
                 f"of {heads} heads"
             )
-        query_heads(shape.heads, codes)
+        if shape.heads % codes and codes % shape.heads:
+            raise EncoderError(
+                f"{name}query_projection: got {codes} heads for {shape.heads} query heads, "
+                "expected a divisor or a multiple of them"
+            )
         side = query.projection, query.bias, query.hidden
         check_side(f"{name}query_", *side, codes, shape.head_dim, self.bits)
 
@@ -378,15 +381,6 @@ def _check_made(made: Mapping[str, Any]) -> None:
             f"made: got settings of type {type(made['settings']).__name__}, expected names and "
             "values"
         )
-
-
-def _per_layer(name: str, given: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(given)
-    except TypeError:
-        raise EncoderError(
-            f"{name}: got {short(given)}, expected a list of one per layer of the model"
-        ) from None
 
 
 def _index(name: str, value: Any) -> int:

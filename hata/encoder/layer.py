@@ -162,20 +162,6 @@ def check_side(
         check_array(f"{name}bias", bias, (heads, bits))
 
 
-def query_heads(heads: int, codes: int) -> int:
-    """How many codes the queries of `heads` query heads get from weights of `codes` heads.
-
-    Raises:
-        EncoderError: Neither is a multiple of the other.
-    """
-    if heads % codes and codes % heads:
-        raise EncoderError(
-            f"query_projection: got {codes} heads for {heads} query heads, expected a divisor or a "
-            "multiple of them"
-        )
-    return max(heads, codes)
-
-
 def features(x: np.ndarray, hidden: Sequence[Hidden], heads: int) -> np.ndarray:
     """What `hata.encode` is given: x after the hidden layers, float32.
 

@@ -156,16 +156,14 @@ def _check(layer: int, q: torch.Tensor, keys: torch.Tensor) -> None:
     for name, x in (("queries", q), ("keys", keys)):
         # Per KV head: one that is empty spoils the layer.
         most = x.unflatten(0, (heads, -1)).abs().amax((1, 2, 3))
-        what = None
-        if not most.isfinite().all():
-            what = "NaN or infinite"
-        elif not most.all():
-            what = f"all zero in KV head {int(most.argmin())}"
-        if what is not None:
-            raise CaptureError(
-                f"--model: layer {layer} attends with {name} that are {what}, expected finite "
-                "numbers that are not all zero; check the weights, or leave it out with --layers"
-            )
+        if most.isfinite().all() and most.all():
+            continue
+        zero = f"all zero in KV head {int(most.argmin())}"
+        what = zero if most.isfinite().all() else "NaN or infinite"
+        raise CaptureError(
+            f"--model: layer {layer} attends with {name} that are {what}, expected finite "
+            "numbers that are not all zero; check the weights, or leave it out with --layers"
+        )
 
 
 @contextmanager

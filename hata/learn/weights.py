@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from hata.errors import CaptureError
 
@@ -27,19 +26,15 @@ def fingerprint(model: Path) -> str:
             size = path.stat().st_size
             found.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
-                _sample(file, size, found)
+                # All of a small file; of a large one stretches, its end among them.
+                if size <= _STRETCHES * _BYTES:
+                    found.update(file.read())
+                    continue
+                for number in range(_STRETCHES):
+                    file.seek(number * (size - _BYTES) // (_STRETCHES - 1))
+                    found.update(file.read(_BYTES))
     except OSError as error:
         raise CaptureError(
             f"--model: {model} cannot be read ({error.strerror or error}); check the path"
         ) from None
     return found.hexdigest()[:16]
-
-
-def _sample(file: Any, size: int, into: Any) -> None:
-    """Read all of a small file, and stretches of a large one, its end among them."""
-    if size <= _STRETCHES * _BYTES:
-        into.update(file.read())
-        return
-    for number in range(_STRETCHES):
-        file.seek(number * (size - _BYTES) // (_STRETCHES - 1))
-        into.update(file.read(_BYTES))
