@@ -40,7 +40,7 @@ from hata.measure.clock import CUDAClock
 
 # In the order of `enum Phase`, without the start.
 PHASES = (
-    "the row's length has come", "codes are on their way", "queries are hashed", "scan",
+    "the row's length has come", "codes are in flight", "queries are hashed", "scan",
     "sums are published", "threshold", "positions", "attention starts", "attention",
     "all warps have come", "warps are combined", "splits are combined",
 )  # fmt: skip

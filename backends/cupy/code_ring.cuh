@@ -1,4 +1,4 @@
-// Codes on their way to shared memory in vectors of 16 bytes: a ring in which every warp has slots. Codes
+// Codes in flight to shared memory in vectors of 16 bytes: a ring in which every warp has slots. Codes
 // that are not so aligned are read when they are needed.
 #pragma once
 

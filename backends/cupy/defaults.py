@@ -7,7 +7,7 @@ num_splits              blocks that share a row: its scan, its selection and its
 threads                 of such a block
 cluster                 blocks of a row are a cluster, or sync through global memory, in a
                         cooperative launch; auto: the latter where rows are few and long
-stages                  sets of 16 keys and values that a warp has on their way to shared memory
+stages                  sets of 16 keys and values that a warp has in flight to shared memory
                         (in a step, half of the warps attend); 0: plain loads, by all warps
 prefetch                vectors of codes that a thread loads ahead
 binary_mma              distances on binary tensor cores, from sm_80 to sm_90: codes of 128 and 256

@@ -128,7 +128,7 @@ INLINE void cp_async(void* to, const void* from, bool valid) {
                  "r"(u32(__cvta_generic_to_shared(to))), "l"(from), "r"(int(valid)) : "memory");
 }
 INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most so many of the thread's last groups are on their way.
+// Wait until at most so many of the thread's last groups are in flight.
 template <int PENDING> INLINE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }

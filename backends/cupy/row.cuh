@@ -68,7 +68,7 @@ INLINE Row find_row(const Params& params) {
     return row;
 }
 
-// Load where the keys of the batch row begin and end; on its way until `set_span`. Lengths are read as
+// Load where the keys of the batch row begin and end; in flight until `set_span`. Lengths are read as
 // int32: the low half of an int64.
 INLINE void load_span(const Params& params, Row& row) {
     row.start = 0, row.stop = params.slots;

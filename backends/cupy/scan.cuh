@@ -70,7 +70,7 @@ INLINE void scan(const Params& params, const Row& row, const Split& split, Codes
     constexpr int STRIDE = C::THREADS * C::VECTOR_KEYS, KEY_STRIDE = C::BINARY_MMA ? 32 : 1;
     int mine = threadIdx.x * C::VECTOR_KEYS;
     const int unscanned = queries.begin_fresh(params, row, split.low, split.low + split.count);
-    // The first codes are on their way while planes are made.
+    // The first codes are in flight while planes are made.
     const char* from = codes + (split.low + mine) * params.codes_s;
     const i64 hop = STRIDE * params.codes_s, step = params.codes_s * C::VECTOR_KEYS;
     UNROLL for (int a = 0; a < C::PREFETCH; ++a) {

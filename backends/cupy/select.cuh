@@ -68,7 +68,7 @@ INLINE void publish_sums(const Params& params, const Row& row, int digit) {
     if (threadIdx.x < 2) publish(C::BINS + threadIdx.x, all);
 }
 
-// Find the threshold, after the scan. COOPERATIVE: blocks call `meanwhile` while sums are on their way.
+// Find the threshold, after the scan. COOPERATIVE: blocks call `meanwhile` while sums are in flight.
 template <class Meanwhile>
 INLINE Threshold find_threshold(const Params& params, const Row& row, const Split& split,
                                 Meanwhile meanwhile) {

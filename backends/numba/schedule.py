@@ -49,7 +49,7 @@ _PART = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
 
 device = njit(**_PART)
 inlined = njit(forceinline=True, **_PART)
-# Put into workers as source: on its way it would be compiled with all that it calls once more.
+# Inlined as source; LLVM would compile what it calls once more for every worker.
 pasted = njit(inline="always", **_PART)
 
 

@@ -93,7 +93,7 @@ def _attend_tile(state, query, rows, at, span, members, column, sizes, strides, 
     if C.DV % C.BLOCK_V != 0:
         value_mask = value_mask & (lanes < C.DV)[None, :]
     if C.BLOCK_D >= C.D:
-        # Both rows of a position are on their way before either is used.
+        # Both rows of a position are in flight before either is used.
         key_mask = inside[:, None]
         if C.BLOCK_D > C.D:
             key_mask = key_mask & (depth < C.D)[None, :]

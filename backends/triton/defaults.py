@@ -7,7 +7,7 @@ Knobs, in the order in which a decode step meets them:
     columns               bits a program of the decode encode makes
     num_splits            shares that a row's visible keys are scanned in, whatever their number
     tile, scan_warps      keys a step of the scan, and its warps
-    prefetch              tiles that the scan has on their way while it works on one
+    prefetch              tiles that the scan has in flight while it works on one
     binary_mma            distances on binary tensor cores, where there are any (sm_80 to sm_90) and
                           a tile has enough keys for each warp: 64, but 128 where codes of 64 bits
                           lie one after the other, and 256 where codes of 32 bits do
@@ -18,7 +18,7 @@ Knobs, in the order in which a decode step meets them:
                           attention finds them
     attend_splits, keys   shares of the selected keys, and keys a step of the attention
     warps                 of the attention
-    stages                tiles of keys and values that it has on their way; 1: in registers, both
+    stages                tiles of keys and values that it has in flight; 1: in registers, both
                           before either is used; 0: the same without a loop, where a split is a tile
     pdl                   launches start while the one before them drains (programmatic dependent
                           launch, sm_90 and newer)
@@ -135,7 +135,7 @@ def of(problem: Problem) -> Config:
     }
     if problem.op == "sparse_attend":
         return attend
-    # Bytes of selected keys. Many more would still be on their way, and others in the way of them.
+    # Bytes of selected keys. Many more would still be in flight, and others in the way of them.
     size = rows * problem.k * problem.head_dim * ITEMSIZE[problem.dtype]
     step = {
         "columns": 32,

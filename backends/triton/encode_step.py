@@ -34,7 +34,7 @@ def _step_kernel(arrays, sizes, strides, C: tl.constexpr):
     """`N` bits of one head: of the queries of some groups, or of some fresh keys.
 
     Vectors of many batch rows share a tile, so a projection is read once for all of them. Arguments
-    come by lines of 64 bytes, so those stand together that are asked for together.
+    come by lines of 64 bytes, so those stand together that are read together.
 
     `arrays`: lengths, starts, projection, key_cache, query_projection, q, codes, planes, counters,
     norms, and the biases of queries and keys. `sizes`: steps of lengths and starts, rows, tokens,

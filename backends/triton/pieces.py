@@ -52,7 +52,7 @@ def defer(x):
 
 @triton.jit
 def keep_order():
-    """What is loaded before this is asked for before what follows, which may have to wait.
+    """Loads before this are issued before what follows, which may have to wait.
 
     A barrier of a warp costs nothing, but loads are not moved over it.
     """

@@ -98,7 +98,7 @@ def _scan_kernel(arrays, sizes, budget, strides, C: tl.constexpr):
         base += (head // C.SHARE) * strides.codes.h * C.VECTOR
         # Codes that share a vector follow one another.
         step = strides.codes.s * C.VECTOR if C.PER_VECTOR == 1 else C.CHUNK
-        # The first tiles are on their way while the launch before still makes the planes.
+        # The first tiles are in flight while the launch before still makes the planes.
         queue = ()
         for i in tl.static_range(C.PREFETCH):
             queue = queue + _load_tile(base, low + i * TILE, high, step, C)

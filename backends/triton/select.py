@@ -167,7 +167,7 @@ def _select_kernel(arrays, sizes, budget, strides, C: tl.constexpr):
         # As late as it can: what stands behind a wait is computed behind it.
         griddepcontrol_wait(C.PDL)
         histogram = tl.load(bins)
-        # The first tile is on its way while the threshold is found.
+        # The first tile is in flight while the threshold is found.
         words = _load_keys(scores, unit, high, TILE, C.ROUNDS)
         keep_order()
         need = selected - budget.sink - budget.recent

@@ -106,7 +106,7 @@ struct Cluster {
     }
 };
 
-// Copies of a thread that are on their way.
+// Copies of a thread that are in flight.
 struct Copy { void* to; const void* from; };
 struct Copies {
     std::vector<Copy> open;

@@ -119,7 +119,7 @@ def test_kernels_compile(case, record_property, tmp_path):
 # Of a share that is one tile, and of a loop over tiles.
 @pytest.mark.parametrize("stages", [0, 1])
 def test_keys_and_values_are_asked_for_together(stages):
-    """No row of a position is waited for before the other is on its way."""
+    """No row of a position is waited for before the other is in flight."""
     backend = TritonBackend()
     kernels = backend.ahead(DECODE, {**backend.default(DECODE), "stages": stages}, 90)
     (attend,) = {kernel for kernel in kernels if kernel.fn.__name__ == "_hash_attend_kernel"}
