@@ -37,9 +37,11 @@ def read_text(paths: Sequence[str | Path], *, without: Sequence[str] = ()) -> st
         path = user_path(name)
         with _readable(path):
             folder = path.is_dir()
-            files = _files_below(path, out) if folder else [path] * (not out.holds(path))
+            files = _files_below(path, out) if folder else [path]
         if folder and not files:
             raise CaptureError(f"--text: got folder {path} without text files; name files")
+        if not folder and out.holds(path):
+            continue
         for file in files:
             try:
                 with _readable(file):

@@ -118,11 +118,9 @@ def evaluate(
         on_sequence(number)
     kept = []
     for (name, bits, k), layers in sums.items():
-        shares: list[dict[int, float]] = [{}, {}, {}]
-        for layer, (mass, exact, recall, count) in sorted(layers.items()):
-            for share, value in zip(
-                shares, (mass / count, mass / exact, recall / count), strict=True
-            ):
-                share[layer] = float(value)
-        kept.append(Kept(name, bits, ids.shape[1], k, *shares))
+        found = sorted(layers.items())
+        mass = {layer: float(total[0] / total[3]) for layer, total in found}
+        over_exact = {layer: float(total[0] / total[1]) for layer, total in found}
+        recall = {layer: float(total[2] / total[3]) for layer, total in found}
+        kept.append(Kept(name, bits, ids.shape[1], k, mass, over_exact, recall))
     return kept

@@ -105,11 +105,10 @@ class Training:
     def _captured(self) -> dict[int, str]:
         """Let this rank's sequences be read; what all ranks found to be dense."""
         plan, count = self.plan, len(self.ids)
+        mine = self.ranks.share(range(count))
         # A model spread over all GPUs is there once.
-        alone = self.device == "spread"
-        mine = (
-            self.ranks.share(range(count)) if not alone else range(count * (self.ranks.rank == 0))
-        )
+        if self.device == "spread":
+            mine = [] if self.ranks.rank else list(range(count))
         started = time.monotonic()
         missing = [i for i in mine if not capture.is_whole(self.store, i, plan.layers)]
         if missing:
