@@ -89,6 +89,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("model")
         if is_suite_of_a_gpu(item):
             item.add_marker("gpu")
+    # First what takes long, so that no worker is left alone with it at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def is_suite_of_a_gpu(item):

@@ -596,6 +596,7 @@ def small(monkeypatch):
     return problem
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_a_profile_and_its_path(small, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "cache"
     monkeypatch.setenv("HATA_CACHE", str(cache))
@@ -649,6 +650,7 @@ def test_the_model_ranks_threads_and_floors_are_floors():
     assert configs.config(first)["threads"] == "all"
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_measure_nothing_twice(tmp_path):
     """The whole program, killed in the middle of its search."""
     script = textwrap.dedent(

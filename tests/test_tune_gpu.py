@@ -382,6 +382,7 @@ class Simulated(Backend):
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_simulated_gpu(tmp_path, monkeypatch, capsys):
     """Plan, processes, calibration, checks, clock, search, verdict and profile, on a stand-in."""
     pytest.importorskip("torch", reason="the stand-in's arrays are torch's")
@@ -426,6 +427,7 @@ def test_a_whole_run_on_a_simulated_gpu(tmp_path, monkeypatch, capsys):
     assert entry.default_us == pytest.approx(123.0)
 
 
+@pytest.mark.slow
 def test_the_bench_checks_triton_kernels_in_the_interpreter(repo_root):
     """Inputs drawn on the device, reference and verdict meet a GPU's kernels, without a GPU."""
     pytest.importorskip("triton", reason="the Triton backend needs it")

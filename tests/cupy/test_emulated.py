@@ -20,6 +20,7 @@ RUNS = {
 
 
 # Each is a suite of its own, which a busy machine of two cores is minutes with.
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
 @pytest.mark.parametrize("mode", RUNS)

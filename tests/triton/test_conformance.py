@@ -54,6 +54,7 @@ class TestTriton(BackendSuite):
         max_examples = 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_interpreter(repo_root):
     """The suite on small shapes in the interpreter, which needs a process of its own."""
