@@ -69,8 +69,8 @@ class Arrays:
         self._strides(name, x, shape)
         if fw.needs_grad(x):
             raise HataAutogradError(
-                f"{name}: requires a gradient, but HATA's ops have no backward; call them under "
-                "torch.no_grad() or detach the tensor"
+                f"{name}: requires a gradient, but HATA's ops have no derivative; call them under "
+                "torch.no_grad(), detach the tensor, or pass the primal of forward_ad.unpack_dual"
             )
         if name in self.call.written():
             self._writable(name, x)

@@ -63,7 +63,7 @@ class Framework:
         return False
 
     def needs_grad(self, x: Any) -> bool:
-        """Whether a gradient with respect to `x` would be recorded now."""
+        """Whether a derivative with respect to `x` is asked for, backward or forward."""
         return False
 
     def refusal(self, x: Any) -> str | None:
@@ -170,6 +170,7 @@ class _Torch(Framework):
 
     def __init__(self) -> None:
         self._torch = torch = sys.modules["torch"]
+        self._forward = torch.autograd.forward_ad
         # Of a class that overrides nothing of it, without a frame of ours.
         self.pointer = torch.Tensor.data_ptr
         self._names = {getattr(torch, name): name for name in ITEMSIZE}
@@ -178,7 +179,9 @@ class _Torch(Framework):
     def signatures(self, arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
         # Flat, since every call waits for this. The class and the lazy sign belong to it: all else
         # may be that of a tensor that passed.
-        signatures: list[Any] = [self._torch.is_grad_enabled(), arrays[0].device]
+        # Nearly always nobody differentiates forward, and then no array has a tangent.
+        dual = self._forward._current_level >= 0 and tuple(map(self._is_dual, arrays))
+        signatures: list[Any] = [self._torch.is_grad_enabled(), arrays[0].device, dual]
         addresses = []
         for x in arrays:
             if x is None:
@@ -190,8 +193,8 @@ class _Torch(Framework):
             signatures += (
                 x.__class__, x.is_neg(), x.shape, x.stride(), x.dtype, x.get_device(),
                 x.requires_grad,
-                # No memory at all is not memory that is aligned.
-                pointer & 15 if pointer else None,
+                # No memory at all is not memory that is aligned, nor on a device without a number.
+                pointer & 15 if pointer else x.device,
             )  # fmt: skip
         return signatures, addresses
 
@@ -212,7 +215,10 @@ class _Torch(Framework):
         return self._torch.cuda.device(index)
 
     def needs_grad(self, x: Any) -> bool:
-        return x.requires_grad and self._torch.is_grad_enabled()
+        return (x.requires_grad and self._torch.is_grad_enabled()) or self._is_dual(x)
+
+    def _is_dual(self, x: Any) -> bool:
+        return x is not None and self._forward.unpack_dual(x).tangent is not None
 
     def refusal(self, x: Any) -> str | None:
         if self._torch.jit.is_tracing():
@@ -292,6 +298,8 @@ class _JAX(Framework):
     def refusal(self, x: Any) -> str | None:
         if isinstance(x, self._jax.core.Tracer):
             return "it is traced by jax.jit; call the op outside jit or through jax.pure_callback"
+        if x.is_deleted():
+            return "it was deleted or donated; pass one that is still there"
         if not hasattr(x.device, "platform"):
             return "it lies on several devices; gather it on one with jax.device_put"
         if not self.device(x).startswith(("cpu", "cuda")):

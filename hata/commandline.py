@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from typing import Any
 
 
@@ -16,6 +18,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         # What argparse does with values of options that name no type.
         self.register("type", None, _filled)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """See `argparse`. From here on a name that the terminal's encoding lacks is escaped."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().parse_args(*args, **kwargs)
 
     def add_subparsers(self, **kwargs: Any) -> Any:
         """See `argparse`."""

@@ -66,6 +66,16 @@ class Fingerprint:
     versions: Mapping[str, str] = field(default_factory=dict)
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Plug-ins make them too, and names of files are made of these.
+        none = type(None)
+        kinds = {"device": (str,), "name": (str,), "cores": (int,)}
+        for name, allowed in (kinds | {"sm": (int, none), "smem_optin": (int, none)}).items():
+            value = getattr(self, name)
+            if type(value) not in allowed:
+                expected = " or ".join(kind.__name__ for kind in allowed)
+                raise TypeError(f"Fingerprint.{name}: got {value!r}, expected {expected}")
+
     @property
     def identity(self) -> tuple[str, str, int, int | None]:
         """What makes two devices the same for measurements: kind, name, cores, sm."""

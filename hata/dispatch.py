@@ -55,13 +55,13 @@ def run(kind: Any, fields: tuple) -> Any:
     except (AttributeError, TypeError, RuntimeError, KeyError):
         # A number that cannot be a key. Or arrays of another kind, or none at all: the full check
         # says what is wrong.
-        plain = _plain(options)
+        plain = as_python(options)
         if plain is not options:
             return run(kind, (*arrays, *plain))
         checks.check(kind(*fields))
         raise
     if route is None:
-        plain = _plain(options)
+        plain = as_python(options)
         if plain is not options:
             return run(kind, (*arrays, *plain))
         route = checks.check(kind(*fields))
@@ -71,7 +71,7 @@ def run(kind: Any, fields: tuple) -> Any:
         checks.values(kind(*fields), route)
     if route.backend is None:
         if not fw.foreign:
-            _choose(route, arrays[0])
+            _choose(route, arrays[0], name)
         if len(memo.routes) >= _MEMO_LIMIT:
             memo.routes.clear()
         memo.routes[key] = route
@@ -86,7 +86,7 @@ def run(kind: Any, fields: tuple) -> Any:
     return getattr(backend, kind.OP)(call)
 
 
-def _plain(options: tuple) -> tuple:
+def as_python(options: tuple) -> tuple:
     """The same tuple, if it holds nothing that may change; else one of Python's own numbers."""
     if _PLAIN.issuperset(map(type, options)):
         return options
@@ -102,13 +102,13 @@ def _plain(options: tuple) -> tuple:
     return options if same else tuple(found)
 
 
-def _choose(route: Route, first: Any) -> None:
-    """Give a route its backend and configuration."""
+def _choose(route: Route, first: Any, name: str) -> None:
+    """Give a route its backend, by the name that its call found in force, and configuration."""
     if route.device == "meta":
         # There is nothing to compute, so no backend is asked whether it could.
         route.backend = _META
         return
-    route.backend = registry.resolve(route.problem, route.fw, route.device)
+    route.backend = registry.resolve(route.problem, route.fw, route.device, name)
     route.config = route.backend.config(route.problem)
     batch, _, tokens, _ = first.shape
     if 0 in (batch, tokens):

@@ -299,5 +299,6 @@ def prepare(op: str, *args: Any, **kwargs: Any) -> None:
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(map(repr, OPS))}")
-    with dispatch.preparing():
+    # Nothing is computed, so no dispatch mode needs to see it.
+    with dispatch.preparing(), dispatch.within_custom_op():
         globals()[op](*args, **kwargs)

@@ -25,11 +25,14 @@ def named(group: str, taken: Container[str]) -> dict[str, EntryPoint]:
 def blamed(
     what: str, error: type[HataError], meant: type[HataError] | tuple[()] = ()
 ) -> Iterator[None]:
-    """Somebody else's code: whatever it raises, unless it is `meant`, is a reason of ours."""
+    """Somebody else's code: whatever it raises, unless it is `meant`, is a reason of ours.
+
+    So is its wish to end the process.
+    """
     try:
         yield
     except meant:
         raise
-    except Exception as fault:
+    except (Exception, SystemExit) as fault:
         reason = f"{type(fault).__name__}: {fault}"
         raise error(f"{what}: {reason}; repair or uninstall it") from fault

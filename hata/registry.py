@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -306,11 +307,12 @@ def stale(profile: Profile) -> list[str]:
 
 
 def _forget() -> None:
-    # New ones: a thread that is choosing by what was in force writes into the old ones.
-    _state.chosen = {}
-    _state.memo = Memo()
+    # New ones: a thread that is choosing by what was in force writes into the old ones. Memos come
+    # last, for what enters a new one must not be made of old configurations.
     for backend in _state.backends.values():
         backend.look_up_with(_config_of)
+    _state.chosen = {}
+    _state.memo = Memo()
 
 
 def _match(backend: Backend, problem: Problem) -> Match | None:
@@ -336,8 +338,8 @@ def _config_of(backend: Backend, problem: Problem) -> Config | None:
 
 def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
     """The backend `"auto"` stands for: measured fastest, here or mostly, else the first one."""
-    reasons, able = [], []
-    kind = device.partition(":")[0]
+    reasons, able = [], {}
+    kind, profile = device.partition(":")[0], profile_in_force()
     for name in (*AUTO_ORDER, *_plugins()):
         try:
             # First the device, which costs nothing to compare: to ask a backend whether it could
@@ -348,32 +350,26 @@ def _automatic(problem: Problem, fw: Framework, device: str) -> Backend:
                 continue
             backend = load(name)
             backend.accept(problem, fw, device)
+            backend.config(problem)
+            able[name] = backend, _match(backend, problem), backend.kernel_hash(problem.op)
         except HataError as error:
             reasons.append(str(error))
-            continue
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Code of a plug-in, such as its unsupported(): it must not harm the others.
             reasons.append(f"backend {name!r} failed: {type(error).__name__}: {error}")
-            continue
-        able.append(backend)
     if not able:
         raise BackendUnavailable(
             f"no backend can run {problem.op} on {device}:\n  " + "\n  ".join(reasons)
         )
-    entries = [(match.entry, backend) for backend in able if (match := _match(backend, problem))]
-    measured = [(entry.us.median, backend) for entry, backend in entries if entry is not None]
-    if measured:
-        # The first of equals.
-        return min(measured, key=lambda one: one[0])[1]
-    profile = profile_in_force()
-    if profile is not None and len(able) > 1:
+    entries = {name: match.entry for name, (_, match, _) in able.items() if match is not None}
+    measured = {name: entry.us.median for name, entry in entries.items() if entry is not None}
+    leader = None
+    if not measured and profile is not None and len(able) > 1:
         # Sizes like these were not measured; others were.
-        named = {backend.name: backend for backend in able}
-        hashes = {name: backend.kernel_hash(problem.op) for name, backend in named.items()}
+        hashes = {name: sources for name, (*_, sources) in able.items()}
         leader = profile.leader(problem.op, kind, hashes)
-        if leader is not None:
-            return named[leader]
-    return able[0]
+    # The first of equals.
+    return able[leader or min(able, key=lambda name: measured.get(name, math.inf))][0]
 
 
 def in_force() -> tuple[str, Memo]:
@@ -382,15 +378,21 @@ def in_force() -> tuple[str, Memo]:
     return _local.get() or state.default, state.memo
 
 
-def resolve(problem: Problem, fw: Framework, device: str) -> Backend:
+def resolve(problem: Problem, fw: Framework, device: str, name: str | None = None) -> Backend:
     """The backend that runs this problem now.
+
+    Args:
+        problem: What is to run.
+        fw: The framework of its arrays.
+        device: Where they lie, such as `"cuda:0"`.
+        name: The backend that `in_force` named; `None`: that of now.
 
     Raises:
         BackendUnavailable, HataDeviceError, HataDTypeError: the backend in force cannot run it
             (`UnsupportedProblem` where it has reasons against this problem alone).
         UnknownBackend: `HATA_BACKEND` names none.
     """
-    name = _local.get() or _state.default
+    name = name or get_backend()
     key = (name, problem, fw.name, device)
     chosen = _state.chosen
     backend = chosen.get(key)

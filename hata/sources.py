@@ -21,13 +21,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-# Strings come first, for they may hold what looks like a comment.
+# Strings come first, for they may hold what looks like a comment; and in C++ so do numbers, for
+# they may hold what looks like a quote (1'000).
 _STRING = r""""(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""
 _LONG_STRING = r""""{3}(?:\\.|[^\\])*?"{3}|'{3}(?:\\.|[^\\])*?'{3}"""
-_C_COMMENT = re.compile(rf"({_STRING})|//[^\n]*|/\*.*?\*/", re.DOTALL)
-_COMMENT = re.compile(rf"({_LONG_STRING}|{_STRING})|#[^\n]*", re.DOTALL)
+_RAW_STRING = r"""R"(?P<end>[^()\s\\]*)\(.*?\)(?P=end)\""""
+_NUMBER = r"""\b\d(?:'?[\w.])*"""
+_C_COMMENT = re.compile(rf"({_RAW_STRING}|{_STRING}|{_NUMBER})|//[^\n]*|/\*.*?\*/", re.DOTALL)
+# Of a line what follows its code, and all lines after it that have none.
+_NO_CODE = r"[^\S\n]*(?:#[^\n]*)?"
+_COMMENT = re.compile(
+    rf"({_LONG_STRING}|{_STRING})|{_NO_CODE}(?:\n{_NO_CODE})*(?=\n|\Z)", re.DOTALL
+)
 _INCLUDE = re.compile(r'^#\s*include\s*"([^"]+)"', re.MULTILINE)
-_NAMED = re.compile(r"""["']([\w-][\w/-]*\.(?:cuh?|hip|cpp|cl|metal))["']""")
+_NAMED = re.compile(r"""["']([\w./-]+\.(?:cuh?|cc|cpp|h|hpp|hip|cl|ll|metal|ptx))["']""")
+_IMPORTED = re.compile(r"""\bimport_module\(\s*["'](\.*)([\w.]*)["']""")
 _DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 _BLOCKS = "body", "handlers", "cases", "orelse", "finalbody"
 
@@ -78,7 +86,8 @@ def reached(start: Path, folder: Path, package: str) -> list[Path]:
     for file in found:
         source = _source(file)
         more = [m for one in source.imports for m in _imported(file, folder, package, *one)]
-        more += [file.with_suffix(".cu"), *(file.parent / name for name in source.files)]
+        named = (Path(os.path.normpath(file.parent / name)) for name in source.files)
+        more += [file.with_suffix(".cu"), *named]
         found += [one for one in dict.fromkeys(more) if one not in found and one.is_file()]
     return found
 
@@ -95,12 +104,16 @@ def code(path: Path) -> str:
 
 def _source(path: Path) -> _Source:
     # Read anew each time, for it may have been edited.
-    return (_python if path.suffix == ".py" else _cuda)(path.read_text("utf-8", "replace"))
+    # What is no UTF-8 is told apart all the same.
+    text = path.read_text("utf-8-sig", "backslashreplace")
+    return (_python if path.suffix == ".py" else _cuda)(text)
 
 
 @lru_cache(maxsize=256)
 def _cuda(text: str) -> _Source:
-    lines = map(str.strip, _C_COMMENT.sub(lambda found: found[1] or " ", text).split("\n"))
+    # A line that ends in a backslash goes on.
+    text = _C_COMMENT.sub(lambda found: found[1] or " ", text.replace("\\\n", ""))
+    lines = map(str.strip, text.split("\n"))
     text = "\n".join(filter(None, lines))
     return _Source(text, (), tuple(_INCLUDE.findall(text)))
 
@@ -131,8 +144,8 @@ def _python(text: str) -> _Source:
             said = node.body[0]
             kept.append(text[end : place(said.lineno, said.col_offset)])
             end = place(said.end_lineno, said.end_col_offset)
-    text = _COMMENT.sub(lambda found: found[1] or "", "".join((*kept, text[end:])))
-    text = "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
+    text = _COMMENT.sub(lambda found: found[1] or "", "".join((*kept, text[end:]))).strip("\n")
+    imports += [(len(dots), name, ()) for dots, name in _IMPORTED.findall(text)]
     return _Source(text, tuple(imports), tuple(_NAMED.findall(text)))
 
 
@@ -157,10 +170,14 @@ def _imported(
         return []
     parts = tuple(meant.removeprefix(package).split(".")[1:])
     base = _module(folder, parts)
-    found = [base]
-    if names and (base is None or base.name == "__init__.py"):
-        found = [_module(folder, (*parts, name)) or base for name in names]
-    return [file for file in found if file]
+    if not names or (base is not None and base.name != "__init__.py"):
+        return [base] if base else []
+    # A package may name something else like a module of its own.
+    bound = set()
+    if base is not None:
+        bound = {n for _, of, names in _source(base).imports if of for n in names}
+    found = [_module(folder, (*parts, name)) or base for name in names]
+    return [file for file in (*found, base if bound.intersection(names) else None) if file]
 
 
 def _module(folder: Path, parts: tuple[str, ...]) -> Path | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hata import arguments, dispatch
+from hata import arguments, checks, dispatch
 from hata.call import CALLS, Encode, HammingTopK, HashAttend, SparseAttend
 from hata.errors import HataShapeError
 
@@ -58,8 +58,7 @@ def _register(name: str, kind: Any, fields: tuple[str, ...], returns: str, *writ
         return result if returns != "()" else None
 
     def fake(*args: Any) -> Any:
-        sizes = [n for x in args if isinstance(x, Tensor) for n in (*x.shape, *x.stride())]
-        if not any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in (*sizes, *args)):
+        if not _is_symbolic(args):
             with _disable_current_modes():
                 run(*map(_on_meta, args))
         return _fake_results(call_of(args)) if returns != "()" else None
@@ -79,10 +78,16 @@ def _schema(kind: Any, fields: tuple[str, ...], written: tuple[str, ...], return
     return f"({', '.join(parts)}) -> {returns}"
 
 
-def _on_meta(x: Any) -> Any:
+def _is_symbolic(args: tuple[Any, ...]) -> bool:
+    sizes = [n for x in args if isinstance(x, Tensor) for n in (*x.shape, *x.stride())]
+    return any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in (*sizes, *args))
+
+
+def _on_meta(x: Any, requires_grad: bool = False) -> Any:
     if not isinstance(x, Tensor):
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return made.requires_grad_(requires_grad and x.requires_grad)
 
 
 # What a schema would convert, or not take.
@@ -109,6 +114,12 @@ _register("hash_attend_", HashAttend, _FIELDS[HashAttend], _PAIR, "key_codes", "
 def run(call: Any) -> Any:
     """A call as a custom op: one that writes where the call does."""
     ops, kind = torch.ops.hata, type(call)
+    if not torch.compiler.is_dynamo_compiling() and not _is_symbolic(call):
+        # A dispatch mode is active. Arguments are held against the contract and not the schema.
+        call = kind(*call[: kind.ARRAYS], *dispatch.as_python(call[kind.ARRAYS : -2]))
+        one_device = len({x.device for x in call if isinstance(x, Tensor)}) == 1
+        with _disable_current_modes():
+            checks.check(kind(*(_on_meta(x, True) for x in call)) if one_device else call)
     for name, check in _CHECKED:
         if name in kind._fields:
             call = call._replace(**{name: check(name, getattr(call, name))})

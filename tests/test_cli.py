@@ -1,6 +1,7 @@
 """The `hata` command."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,18 @@ def test_validate_exits_with_1_and_the_line(capsys, file, tmp_path):
     assert (status, ": ok" in text) == (1, True)
     assert f"{bad}:2: " in errors
     assert "did you mean 'fingerprint'?" in errors
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(file, tmp_path):
+    other = tmp_path / "\N{GREEK SMALL LETTER ALPHA}.yaml"
+    other.write_bytes(Path(file).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "hata.cli", "profile", "validate", str(other)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert b"\\u03b1.yaml: ok" in done.stdout
 
 
 def test_changed_kernels_are_told(capsys, tmp_path, monkeypatch):

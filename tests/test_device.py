@@ -138,6 +138,7 @@ BROKEN = {
     "class is abstract": ("from hata.device import Kind\nclass Toy(Kind): pass", "abstract"),
     "fingerprint fails": (TOY.replace("index or 0", "1 / 0"), "failed: ZeroDivisionError"),
     "fingerprint of another kind": (TOY.replace('"toy"', '"toi"'), "expected a Fingerprint"),
+    "device without a name": (TOY.replace('f"Toy {index or 0}"', "None"), "Fingerprint.name: got"),
     "device is absent": (
         TOY.replace(
             "return Fingerprint", "from hata import HataDeviceError as E; raise E('gone')#"

@@ -385,6 +385,64 @@ def test_gradients_are_refused_after_no_grad():
         call(kind=torch.tensor, projection=projection)
 
 
+def test_tangents_are_refused_after_plain_tensors():
+    torch = pytest.importorskip("torch")
+    from torch.autograd import forward_ad
+
+    x, projection = torch.ones(1, 2, 1, 16), torch.ones(1, 16, 32)
+    with forward_ad.dual_level():
+        hata.encode(x, projection)
+        with pytest.raises(hata.HataAutogradError, match=r"^x: "):
+            hata.encode(forward_ad.make_dual(x, x), projection)
+        hata.encode(x, projection)
+
+
+def test_devices_without_a_number_are_told_apart():
+    torch = pytest.importorskip("torch")
+    codes = torch.zeros(1, 1, 0, 4, dtype=torch.uint8)
+    hata.hamming_topk(codes, codes, 2)
+    with pytest.raises(hata.HataDeviceError, match="k_codes: got an array on meta"):
+        hata.hamming_topk(codes, codes.to("meta"), 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "make"),
+    [
+        (hata.HataDTypeError, "k", lambda k: True),
+        (hata.HataDTypeError, "k", str),
+        (hata.HataDTypeError, "scale", lambda scale: True),
+        (hata.HataDTypeError, "lengths", lambda lengths: [3]),
+        (hata.HataDTypeError, "keys", lambda keys: None),
+        (hata.HataDeviceError, "keys", lambda keys: keys.to("meta")),
+        (hata.HataAutogradError, "q", lambda q: q.clone().requires_grad_()),
+    ],
+)
+def test_a_dispatch_mode_changes_no_error(error, name, make):
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, projection = torch.zeros(1, 2, 1, 16), torch.zeros(2, 16, 32)
+    given = {"q": q, "keys": q, "values": q, "key_codes": q[..., :4].byte(), "k": 2}
+    given |= {"projection": projection, "scale": 1.0, "lengths": None}
+    hata.hash_attend(**given)
+    given[name] = make(given[name])
+    with pytest.raises(error) as plain:
+        hata.hash_attend(**given)
+    with FlopCounterMode(display=False), pytest.raises(error) as watched:
+        hata.hash_attend(**given)
+    assert str(watched.value) == str(plain.value)
+
+
+def test_prepare_works_in_a_dispatch_mode():
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, indices = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 4, dtype=torch.int32)
+    with FlopCounterMode(display=False):
+        hata.prepare("sparse_attend", q, q, q, indices)
+        hata.prepare("encode", q, torch.zeros(2, 16, 32))
+
+
 def test_shared_memory_is_refused_after_memory_of_ones_own():
     memory = np.zeros((1, 2, 1, 24), np.uint8)
     codes, norms = memory.reshape(-1)[:8].reshape(1, 2, 1, 4), np.zeros((1, 2, 1), np.float16)
@@ -510,10 +568,18 @@ def test_jax_tracers_are_refused(jax):
         jax.jit(lambda x: call("encode", jax.numpy.asarray, x=x))(np.zeros((1, 2, 1, 16), "f4"))
 
 
+def test_jax_arrays_that_are_gone_are_refused(jax):
+    x = jax.numpy.zeros((1, 2, 1, 16))
+    call("encode", jax.numpy.asarray, x=x)
+    x.delete()
+    with pytest.raises(hata.HataDTypeError, match="x: it was deleted or donated"):
+        hata.encode(x, jax.numpy.zeros((1, 16, 32)))
+
+
 def test_jax_arrays_on_several_devices_are_refused(jax):
     adapter = arrays.framework("x", jax.numpy.zeros(1))
     # What JAX gives for the device of a sharded array is its sharding.
-    sharded = SimpleNamespace(device=object())
+    sharded = SimpleNamespace(device=object(), is_deleted=lambda: False)
     assert "several devices" in adapter.refusal(sharded)
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,10 @@ WRONG = {
     "encoder too small": ("bits: 256", "bits: 64", "at most the encoder's 64"),
     "times": ("p10: 9.5", "p10: 10.1", "p10 <= median <= p90"),
     "another device": ("key: {device: cpu", "key: {device: cuda", "a profile is for one device"),
+    "no day": ("date: '2026-11-21'", "date: yesterday", "ISO 8601"),
+    "heads": ("heads: 32", "heads: 33", "33 heads for"),
+    "head size": ("head_dim: 128", "head_dim: 129", "got head size 129"),
+    "dtype of another op": ("dtype: float32", "dtype: uint8", "uint8 is hamming_topk's alone"),
     "no kernel hash": ("    hash_attend: '", "    encode: '", "numba.hash_attend"),
 }
 
@@ -276,6 +281,14 @@ def test_fault_51_the_line_is_exact(name, file):
 def test_an_entry_or_a_model_that_stands_twice_is_refused():
     with pytest.raises(ProfileError, match="the same key as the entry on line"):
         schema.read(profile(entry(), entry(median=3.0)).text(), "p.yaml")
+    one = (
+        "{op: hash_attend, backend: numba, key: {device: cpu, dtype: float32}, config: {}, "
+        "us: {median: 1.0, p10: 1.0, p90: 1.0}, default_us: 1.0}"
+    )
+    text = profile(entry()).text()
+    on_one_line = re.sub(r"(?s)entries:.*?(?=selections)", f"entries: [{one}, {one}]\n", text)
+    with pytest.raises(ProfileError, match="the same key as the entry on line"):
+        schema.read(on_one_line, "p.yaml")
     with pytest.raises(ProfileError, match="stands twice"):
         schema.read(profile(sets=[selections(), selections()]).text(), "p.yaml")
 
@@ -308,7 +321,8 @@ def test_a_neighbour_serves_only_where_it_is_near():
     slots = entry().key.slots
     assert look_up(profile(entry()), slots=4 * slots).config == CONFIG
     found = look_up(profile(entry()), slots=4 * slots, k=2 * entry().key.k)
-    assert (found.config, found.entry) == (None, entry())
+    # Nor does its time say anything of the problem.
+    assert (found.config, found.entry) == (None, None)
     assert "too far" in found.reason
 
 

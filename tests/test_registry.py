@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import hata
-from hata import registry
+from hata import checks, device, registry
 from hata.backend import Backend
 from hata.device import Fingerprint
 from hata.problem import Problem
@@ -27,6 +27,7 @@ from hata.profile import Entry, Measured, Profile, ProfileWarning, Timing, store
 
 X = np.ones((1, 1, 2, 16), np.float32)
 PROJECTION = np.ones((1, 16, 32), np.float32)
+MEASURED = Measured("2026-01-01", "cuda_graph", 20, True, 1.0, 10, 0)
 PROBLEM = Problem(op="encode", device="cpu", dtype="float32", head_dim=16, bits=32)
 
 # A whole backend in one method: what it returns says that it ran.
@@ -171,6 +172,10 @@ BROKEN = {
         "no such device",
     ),
     "method is absent": (WORKING.replace("def encode", "def encoded"), "abstract"),
+    "missing() ends the process": (
+        WORKING + "    @classmethod\n    def missing(cls): raise SystemExit('no licence')\n",
+        "no licence",
+    ),
     "constructor fails": (
         WORKING + "    def __init__(self): raise OSError('no device node')\n",
         "no device node",
@@ -190,6 +195,17 @@ def test_fault_48_broken_plug_in(plug_in, fault):
     assert {*registry.BUILT_IN, "mine"} == set(listed)
     if fault != "constructor fails":  # which a list does not call
         assert re.search(expected, listed["mine"].reason)
+    assert hata.encode(X, PROJECTION).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "method", ["unsupported", "kernel_hash", "tunables", "default", "config", "accept"]
+)
+def test_fault_48_a_method_that_fails_harms_no_other(plug_in, method):
+    plug_in("mine", WORKING + f"    def {method}(self, *given): raise SystemExit(3)\n")
+    kernels = {"numba": {"encode": registry.load("numba").kernel_hash("encode")}}
+    here = replace(device.fingerprint("cpu"), kernels=kernels)
+    hata.use_profile(Profile(here, MEASURED))
     assert hata.encode(X, PROJECTION).dtype == np.uint8
 
 
@@ -297,6 +313,81 @@ def test_hash_covers_what_an_op_reaches_but_no_words(package, file, old, new, vo
     (folder / file).write_text(text.replace(old, new))
     after = hashes(backend)
     assert {op for op in before if before[op] != after[op]} == void
+
+
+# Files of a package, then the last of them after an edit, and whether it voids what was tuned.
+WRITTEN = {
+    "byte order mark": ({"encode.py": "\ufefffrom .k import f", "k.py": "f = 1"}, "f = 2", True),
+    "name like a module": (
+        {
+            "encode.py": "from .ks import scan",
+            "ks/__init__.py": "from .fast import scan",
+            "ks/scan.py": "",
+            "ks/fast.py": "def scan(): return 1",
+        },
+        "def scan(): return 2",
+        True,
+    ),
+    "headers that include each other": (
+        {
+            "encode.py": "x = 'k/a.cu'",
+            "k/a.cu": '#include "../k/b.cuh"',
+            "k/b.cuh": '#pragma once\n#include "../k/c.cuh"',
+            "k/c.cuh": '#pragma once\n#include "../k/b.cuh"',
+        },
+        '#pragma once\n#include "../k/b.cuh"\nint x;',
+        True,
+    ),
+    "dots in a name": ({"encode.py": "x = 'scan.v2.cu'", "scan.v2.cu": "int a;"}, "int b;", True),
+    "dots before a name": (
+        {"encode.py": "from .k import m", "k/m.py": "x = '../scan.ptx'", "scan.ptx": "a"},
+        "b",
+        True,
+    ),
+    "import by a function": (
+        {"encode.py": "k = import_module('.k', __package__)", "k.py": "f = 1"},
+        "f = 2",
+        True,
+    ),
+    "digits with quotes": (
+        {"encode.py": "", "encode.cu": "int a = 1'000;  // don't"},
+        "int a = 1'000;  // do",
+        False,
+    ),
+    "raw string": (
+        {"encode.py": "", "encode.cu": 'auto s = R"(" // )"; int x = 1;'},
+        'auto s = R"(" // )"; int x = 2;',
+        True,
+    ),
+    "comment that goes on": (
+        {"encode.py": "", "encode.cu": "// a \\\n b\nint x;"},
+        "// a \\\n c\nint x;",
+        False,
+    ),
+    "include that goes on": (
+        {"encode.py": "", "encode.cu": '#include \\\n "b.cuh"', "b.cuh": "int a;"},
+        "int b;",
+        True,
+    ),
+    "blank line in a string": ({"encode.py": 'x = """a\n\nb"""'}, 'x = """a\nb"""', True),
+    "blank lines": ({"encode.py": "x = 1\n\n# so\n\ny = '#'"}, "\n#\nx = 1  # x\ny = '#'\n", False),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_hash_reads_sources_as_compilers_do(tmp_path, monkeypatch, case):
+    files, edited, void = WRITTEN[case]
+    folder = tmp_path / "written"
+    for name, text in {"__init__.py": WORKING, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "written", raising=False)
+    importlib.invalidate_caches()
+    backend = importlib.import_module("written").Mine()
+    before = backend.kernel_hash("encode")
+    (folder / list(files)[-1]).write_text(edited, "utf-8")
+    assert (backend.kernel_hash("encode") != before) is void
 
 
 @pytest.mark.parametrize("name", ["triton", "cupy", "numba"])
@@ -424,6 +515,45 @@ def test_fault_49_threads_with_different_backends(plug_in):
     assert hata.get_backend() == "auto"
 
 
+def test_a_choice_made_during_a_call_is_of_later_calls(monkeypatch):
+    hata.set_backend("numba")
+    check = checks.check
+
+    def meanwhile(call):
+        hata.set_backend("reference")
+        return check(call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "check", meanwhile)
+        hata.encode(X, PROJECTION)
+    hata.set_backend("numba")
+    hata.encode(X, PROJECTION)
+    assert registry.in_force()[1].last[1].backend.name == "numba"
+
+
+def test_a_profile_chosen_during_a_call_is_of_later_calls(monkeypatch):
+    backend = registry.load("numba")
+    hata.set_backend("numba")
+    hata.use_profile(Profile(device.fingerprint("cpu"), MEASURED))
+    hata.encode(X, PROJECTION)
+    route = registry.in_force()[1].last[1]
+    (other,) = {"one", "all"} - {route.config["threads"]}
+    config = {**route.config, "threads": other}
+    kernels = {"numba": {"encode": backend.kernel_hash("encode")}}
+    here = replace(device.fingerprint("cpu"), kernels=kernels)
+    entry = Entry("numba", route.problem, config, Timing(1.0, 1.0, 1.0), 2.0)
+    drop = backend.look_up_with
+
+    def late(lookup):
+        hata.encode(X, PROJECTION)
+        drop(lookup)
+
+    monkeypatch.setattr(backend, "look_up_with", late)
+    hata.use_profile(Profile(here, MEASURED, (entry,)))
+    hata.encode(X, PROJECTION)
+    assert registry.in_force()[1].last[1].config == config
+
+
 def test_set_backend_is_seen_by_all_threads_and_use_backend_by_none():
     hata.set_backend("reference")
     assert in_thread(hata.get_backend) == "reference"
@@ -515,7 +645,7 @@ def test_auto_takes_what_the_profile_of_a_gpu_measured_fastest(monkeypatch, tmp_
                 n: {"hamming_topk": b.kernel_hash("hamming_topk")} for n, b in backends.items()
             },
         ),
-        measured=Measured("2026-01-01", "cuda_graph", 20, True, 1.0, 10, 0),
+        measured=MEASURED,
         entries=tuple(
             Entry(name, key, backends[name].default(key), Timing(us, us, us), us)
             for (name, key), us in times.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hata import device as devices
-from hata import registry
+from hata import plugins, registry
 from hata.backend import Backend
 from hata.calibration.text import read_text
 from hata.device import Fingerprint
@@ -89,7 +89,7 @@ def make_task(options: argparse.Namespace) -> Task:
         # Said now rather than after minutes.
         capture.token_sequences(options.model, text, 1, layout.context)
     encoder, encoder_key = _choose_encoder(options.encoder, layout)
-    problems = {}
+    problems, kernels, sound = {}, {}, []
     for backend in backends:
         wanted = space.problems(
             space.Grid(layout, device, encoder.key_norms),
@@ -98,17 +98,27 @@ def make_task(options: argparse.Namespace) -> Task:
             of_model=options.model is not None,
             quick=options.quick,
         )
-        problems[backend.name] = [p for p in wanted if not backend.unsupported(p)]
-        if not problems[backend.name]:
-            reasons = backend.unsupported(wanted[0])
+        try:
+            with plugins.blamed(f"backend {backend.name!r} failed", BackendUnavailable):
+                can = [p for p in wanted if not backend.unsupported(p)]
+                reasons = [] if can else backend.unsupported(wanted[0])
+                hashes = {op: backend.kernel_hash(op) for op in sorted({p.op for p in can})}
+                for problem in can:
+                    backend.tunables(problem.op, problem)
+        except BackendUnavailable as error:
+            if len(backends) == 1:
+                raise
+            notes.append(str(error))
+            continue
+        sound.append(backend)
+        problems[backend.name], kernels[backend.name] = can, hashes
+        if not can:
             notes.append(f"backend {backend.name} cannot run these problems: {'; '.join(reasons)}")
-    kernels = {
-        b.name: {op: b.kernel_hash(op) for op in sorted({p.op for p in problems[b.name]})}
-        for b in backends
-    }
+    if not sound:
+        raise BackendUnavailable(f"no backend can be tuned for {device} here: {'; '.join(notes)}")
     fingerprint = dataclasses.replace(devices.fingerprint(device), kernels=kernels)
     return Task(
-        options=options, fingerprint=fingerprint, backends=backends, layout=layout,
+        options=options, fingerprint=fingerprint, backends=sound, layout=layout,
         encoder=encoder, encoder_key=encoder_key, text=text, problems=problems,
         out=out or default_output(fingerprint), notes=notes,
         storage=database.storage_url(options.storage, cache_root() / "tune" / "studies.db"),
@@ -129,14 +139,11 @@ def _choose_backends(gpu: str, name: str | None, notes: list[str]) -> tuple[str,
             # Of one without knobs, such as the reference, nothing can be tuned.
             if name is not None or type(backend).tunables is not Backend.tunables:
                 usable.append(backend)
-        except HataError:
-            raise
-        # A plug-in is somebody else's code, and must not stop the others.
-        except Exception as error:
-            told = f"{candidate} fails to start: {type(error).__name__}: {error}"
+        except BackendUnavailable as error:
+            # A plug-in is somebody else's code, and must not stop the others.
             if name is not None:
-                raise BackendUnavailable(f"--backend: {told}") from None
-            notes.append(f"backend {told}")
+                raise BackendUnavailable(f"--backend: {error}") from None
+            notes.append(str(error))
 
     kind, device = gpu.lower(), "cpu"
     if kind == "auto":

@@ -391,4 +391,5 @@ def _view(x: Any, pointer: str, offset: int) -> torch.Tensor:
     if x is None or x.numel() == 0:
         return torch.zeros(1, dtype=dtype)
     x = x[offset:] if offset else x if x.ndim else x.reshape(1)
-    return x if x.dtype == dtype else x.view(dtype)
+    # A last dimension of one element may have any stride, of which a view would complain.
+    return x if x.dtype == dtype else x.as_strided(x.shape, (*x.stride()[:-1], 1)).view(dtype)

@@ -8,7 +8,9 @@ from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
+from hata import arguments
 from hata.device import Fingerprint, kinds
+from hata.errors import HataDTypeError
 from hata.problem import OPS, Problem
 from hata.profile import fields, text
 from hata.profile.text import Node, fail
@@ -93,6 +95,7 @@ fingerprint = fields.record(
 )
 measured = fields.record(
     Measured,
+    date=fields.moment,
     repeats=_count,
     noise_pct=fields.real(0, 1000),
     trials=_count,
@@ -128,6 +131,12 @@ def _knob(node: Node, where: str) -> int | str | bool:
 def _entry(
     op: str, backend: str, key: Problem, config: Any, us: Timing, default_us: float
 ) -> Entry:
+    # What no call can pose would never be found.
+    arguments.multiple("key.heads", key.heads, key.kv_heads)
+    if key.head_dim:
+        arguments.head_dim("key.head_dim", key.head_dim)
+    if (key.dtype == "uint8") != (op == "hamming_topk"):
+        raise HataDTypeError(f"key.dtype: got {key.dtype} for {op}; uint8 is hamming_topk's alone")
     return Entry(backend, replace(key, op=op), config, us, default_us)
 
 
@@ -149,11 +158,11 @@ def check(found: Sequence[Entry], nodes: Sequence[Node], device: Fingerprint) ->
     Raises:
         ProfileError: with file and line, for what does not fit.
     """
-    seen: dict[tuple[str, Problem], int] = {}
+    seen: dict[tuple[str, Problem], Node] = {}
     for entry, node in zip(found, nodes, strict=True):
-        first = seen.setdefault((entry.backend, entry.key), node.line)
-        if first != node.line:
-            fail(node, f"the same key as the entry on line {first}; remove one")
+        first = seen.setdefault((entry.backend, entry.key), node)
+        if first is not node:
+            fail(node, f"the same key as the entry on line {first.line}; remove one")
         if entry.key.device != device.device:
             fail(
                 node,

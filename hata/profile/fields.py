@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any, NoReturn
 
 from hata.errors import HataError
@@ -88,6 +89,16 @@ flag = _scalar(text.as_bool, lambda _: True, "true or false")
 def optional(check: Check) -> Check:
     """`null`, or what `check` takes."""
     return lambda node, where: None if text.is_null(node) else check(node, where)
+
+
+def moment(node: Node, where: str) -> str:
+    """A day or moment of ISO 8601, as text."""
+    value = name_of(node, where)
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        refuse(node, where, "a day or moment of ISO 8601, such as '2026-11-21'")
+    return value
 
 
 def items(check: Check) -> Check:

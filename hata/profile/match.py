@@ -58,10 +58,10 @@ def served(entry: Entry, problem: Problem) -> Match:
     if not apart:
         return Match(entry.config, entry, "exact")
     nearest = f"nearest: {', '.join(apart)}"
+    if _distance(entry.key, problem) > _FAR:
+        return Match(None, None, f"{nearest}; too far, so the default is used")
     if entry.us.median >= entry.default_us:
         return Match(None, entry, f"{nearest}; the default is best there, so here it is used too")
-    if _distance(entry.key, problem) > _FAR:
-        return Match(None, entry, f"{nearest}; too far, so the default is used")
     return Match(entry.config, entry, nearest)
 
 

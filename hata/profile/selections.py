@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+from hata import arguments
 from hata.profile.fields import items, optional, real, record, sparse, whole, word
 from hata.profile.text import Node, fail
 from hata.selection import Selection
@@ -101,7 +102,15 @@ def policy_of(model: ModelKey, known: Sequence[SelectionSet]) -> SelectionSet | 
     return next(iter(ranked), None)
 
 
+def _model(
+    name: str, model_type: str, layers: int, heads: int, kv_heads: int, head_dim: int
+) -> ModelKey:
+    arguments.multiple("heads", heads, kv_heads)
+    return ModelKey(name, model_type, layers, heads, kv_heads, head_dim)
+
+
 _count, _size, _share = whole(0, 1 << 31), whole(0, 1 << 20), real(0, 1)
+_most = whole(1, 1 << 20)
 _selection = record(
     Selection,
     bits=whole(32, 1 << 16, 32),
@@ -116,7 +125,7 @@ _selection = record(
 _by_layer = items(optional(_selection))
 _set = record(
     SelectionSet,
-    model=record(ModelKey, layers=_size, heads=_size, kv_heads=_size, head_dim=_size),
+    model=record(_model, layers=_most, heads=_most, kv_heads=_most, head_dim=_most),
     encoder=record(EncoderKey, bits=whole(32, 1 << 16, 32), seed=optional(whole(0, 1 << 53))),
     source=word(("measured", "synthetic")),
     quality=record(Quality, required=_share, achieved=_share),

@@ -128,6 +128,16 @@ class TorchFaults(Properties):
                     match, moved = f"{name}: .*{other}.*{self.device}", {name: tensor.to(other)}
                     self.refused(op, HataDeviceError, match, tensors, options, moved)
 
+    @pytest.mark.parametrize("length_dtype", ["int32", "int64"])
+    def test_one_length_may_have_any_stride(self, torch_kit: TorchKit, length_dtype: str) -> None:
+        case = replace(SMALL, batch=1, lengths=(5,), lengths_dtype=length_dtype)
+        for op in ("hamming_topk", "hash_attend"):
+            tensors, options = self.tensors(torch_kit, case, op)
+            expected = self.run(op, **tensors, **options)
+            tensors["lengths"] = tensors["lengths"].repeat(3)[::3]
+            assert tensors["lengths"].stride() == (3,)
+            assert torch_kit.lib.equal(self.run(op, **tensors, **options), expected)
+
     def test_fault_42_gradients(self, torch_kit: TorchKit) -> None:
         torch = torch_kit.lib
         for op in ("encode", "sparse_attend", "hash_attend"):
