@@ -17,11 +17,13 @@ import pytest
 pytest.importorskip("optuna", reason="the tuner needs the [tune] extra")
 
 from hata import registry
+from hata.errors import BackendUnavailable
 from hata.problem import Problem
 from hata.profile import Profile
 from tune import capture, cost, database, propose, search, session, space, studies
-from tune.__main__ import main
+from tune.__main__ import main, parser
 from tune.space import Space
+from tune.task import make_task
 from tune.worker import CRASH, ERROR, HANG, MEMORY, WRONG, CandidateFailed, Failure, Worker
 
 KNOBS = (("threads", ("one", "all")), ("block", (16, 32, 64, 128)), ("split", (1, 2, 4)))
@@ -428,6 +430,18 @@ def bad_backend(tmp_path, monkeypatch):
     yield site
     registry.reset()
     sys.modules.pop("bad_backend", None)
+
+
+@pytest.mark.parametrize("method", ["unsupported", "kernel_hash", "tunables"])
+def test_a_plug_in_that_fails_is_left_out(bad_backend, method):
+    failing = f"    def {method}(self, *given): raise SystemExit(3)\n"
+    (bad_backend / "bad_backend.py").write_text(BAD_BACKEND + failing)
+    task = make_task(parser().parse_args(["--gpu", "cpu", "--quick"]))
+    assert [backend.name for backend in task.backends] == ["numba"]
+    (told,) = [note for note in task.notes if "'bad'" in note]
+    assert "SystemExit: 3" in told
+    with pytest.raises(BackendUnavailable, match="SystemExit: 3"):
+        make_task(parser().parse_args(["--gpu", "cpu", "--quick", "--backend", "bad"]))
 
 
 def test_fault_58_the_worker_survives_every_candidate(bad_backend):
