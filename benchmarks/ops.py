@@ -31,7 +31,7 @@ from benchmarks.shapes import ITEMSIZE, SUITES, Shape
 from benchmarks.verify import WrongResult, verify
 from hata import registry
 from hata.backend import Backend, Config
-from hata.commandline import Parser
+from hata.commandline import Parser, output
 from hata.device import cpu_cores
 from hata.files import write_whole
 from hata.measure.clock import times, timing_of
@@ -115,7 +115,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a tuned profile, or 'none' (default: the one in force)",
     )  # fmt: skip
     option("--markdown", action="store_true", help="print the closing table as Markdown too")
-    option("--json", type=options.output, metavar="FILE", help="write all figures here")
+    option("--json", type=output, metavar="FILE", help="write all figures here")
     args = parser.parse_args(argv)
     kind = args.device.partition(":")[0]
     if kind not in contenders.DENSE:

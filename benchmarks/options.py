@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from pathlib import Path
 
 from benchmarks.shapes import Shape, parse
 from hata.errors import ProfileError
@@ -54,21 +51,3 @@ def profile(text: str) -> str:
     except ProfileError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def output(text: str) -> Path:
-    """A file that can be written. Makes its folder, and leaves no file."""
-    file, why = Path(text), ""
-    try:
-        if file.is_dir():
-            why = "it is a folder"
-        # Others that are no plain files, such as /dev/stdout, can be.
-        elif file.is_file() or not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name):
-                why = "it is read-only" if file.exists() and not os.access(file, os.W_OK) else ""
-    except OSError as error:
-        why = error.strerror or str(error)
-    if why:
-        raise argparse.ArgumentTypeError(f"{file} cannot be written ({why}); name another file")
-    return file

@@ -34,7 +34,7 @@ from benchmarks.bars import Bar, least, scan_bar
 from benchmarks.shapes import SUITES, Shape, parse
 from benchmarks.tables import table_of
 from benchmarks.verify import WrongResult
-from hata.commandline import Parser
+from hata.commandline import Parser, output
 from hata.files import write_whole
 from hata.measure.clock import CUDAClock
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     option("--rounds", type=options.count, default=15, help="launches (default: 15)")
     option(
-        "--scans", type=options.output, metavar="FILE",
+        "--scans", type=output, metavar="FILE",
         help="hold the scans of the design suite against reads instead, and write them here",
     )  # fmt: skip
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The `hata` command: info, tune, check, learn, eval, convert and profile.
+"""The `hata` command: info, tune, check, learn, eval, bench, convert and profile.
 
 `hata tune` is the program `python -m tune`; the library knows it by name only. `hata profile`
 imports no array framework.
@@ -20,6 +20,7 @@ from typing import Any
 
 import hata
 from hata import device, profile_command, registry
+from hata.bench import command as bench_command
 from hata.commandline import Parser
 from hata.errors import BackendUnavailable, HataDeviceError, HataError, ProfileError
 from hata.evaluate import check_command
@@ -118,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         "model's attention; and, where asked for, tasks and perplexity.",
     )
     eval_command.add_arguments(judge)
+    bench = add(
+        "bench",
+        partial(_with_torch, bench_command.run),
+        "what a decode step of a model takes, with hash attention and without",
+        "Time decode steps of a model through plain generate: as transformers runs them, with "
+        "dense attention in the same graph, and with hash attention.",
+    )
+    bench_command.add_arguments(bench)
     convert = add(
         "convert",
         _convert,

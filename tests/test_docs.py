@@ -147,7 +147,7 @@ def test_command_exists(page, command, options):
             source = (ROOT / script).read_text()
             for option in given:
                 assert f'"{option}"' in source, option
-        case ["hata", "learn" | "eval" | "check" as verb, *_]:
+        case ["hata", "learn" | "eval" | "check" | "bench" as verb, *_]:
             assert given <= options("hata.cli", verb)
         case ["hata", "info", *_]:
             assert given <= {"--json"}
@@ -166,7 +166,16 @@ def test_links_lead_somewhere(page):
     folder = (ROOT / page).parent
     for target in _LINK.findall(_FENCE.sub("", text_of(page))):
         if "://" not in target and not target.startswith(("#", "mailto:")):
-            assert (folder / target.partition("#")[0]).exists(), target
+            name, _, anchor = target.partition("#")
+            assert (folder / name).exists(), target
+            if anchor:
+                assert anchor in anchors(folder / name), target
+
+
+def anchors(page):
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
 
 
 def test_environment_page_lists_every_variable():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -15,7 +16,7 @@ from hata.encoder import Encoder
 from hata.errors import AttachError
 from hata.hf import models
 from hata.hf.handle import Handle
-from hata.hf.layer_plan import LayerPlan
+from hata.hf.layer_plan import DensePlan, LayerPlan
 from hata.hf.model_check import Checked, compare
 from hata.hf.model_selections import EncoderLike, ProfileLike, SelectionLike, load_encoder, resolve
 from hata.selection import Selection
@@ -29,9 +30,10 @@ def attach(
     encoder: EncoderLike = "random",
     *,
     profile: ProfileLike = None,
-    selection: SelectionLike | None = None,
+    selection: SelectionLike | Literal["auto"] | None = "auto",
     strict: bool = False,
     check: bool | None = None,
+    graphs: bool = True,
 ) -> Handle:
     """Let a model decode with hash attention.
 
@@ -50,9 +52,11 @@ def attach(
             profile in force. Kernel configurations always come from the profile in force, see
             `hata.use_profile`.
         selection: One `hata.Selection` for all layers, or one per layer with `None` for a dense
-            one. Without it the profile's selections for this model count, else
-            `DEFAULT_SELECTION` (with the bits of the encoder where one is given).
+            one; `None`: all layers are dense, and decode from the cache as it lies. `"auto"`: the
+            profile's selections for this model, else `DEFAULT_SELECTION` (with the bits of the
+            encoder where one is given).
         strict: Raise instead of warning.
+        graphs: Run steps of one token from CUDA graphs where that can be (`hata.hf.step_graph`).
         check: Run `hata.hf.check_model` first. `None`: only where the model is of no family that is
             tested (docs/models.md).
 
@@ -85,16 +89,17 @@ def attach(
             # Whatever there is to say is said below.
             warnings.simplefilter("ignore")
             check_model(model, encoder)
-    return _attach(model, encoder, profile, selection, strict)
+    return _attach(model, encoder, profile, selection, strict, graphs=graphs)
 
 
 def _attach(
     model: PreTrainedModel,
     encoder: EncoderLike,
     profile: ProfileLike,
-    selection: SelectionLike | None,
+    selection: SelectionLike | Literal["auto"] | None,
     strict: bool,
     forced: bool = False,
+    graphs: bool = True,
 ) -> Handle:
     """`attach`; `forced` hashes however short the context is."""
     model, decoder, modules = _parts(model)
@@ -111,25 +116,28 @@ def _attach(
             f"model: got {type(model).__name__} in {model.dtype}, supported are "
             f"{', '.join(map(str, _DTYPES))}; convert it with model.to(dtype)"
         )
-    layers: list[LayerPlan | str] = []
+    layers: list[LayerPlan | DensePlan | str] = []
     for i, (chosen, why) in enumerate(zip(selections, models.why_dense(config), strict=True)):
         why = why or ("" if i in modules else models.NO_ATTENTION)
-        if why or chosen is None:
-            layers.append(why or "its selection says so")
+        if why:
+            layers.append(why)
             continue
-        plan = LayerPlan(made, i, chosen, forced)
+        if chosen is None:
+            plan = DensePlan("its selection says so")
+        else:
+            plan = LayerPlan(made, i, chosen, forced)
         place = next(modules[i][0].parameters(), None)
         if place is not None and place.device.type != "meta":
             plan.on(torch.empty(0, dtype=model.dtype, device=place.device))
         layers.append(plan)
-    dense = [why for why in layers if isinstance(why, str)]
-    if len(dense) == len(layers):
+    dense = [str(getattr(one, "why", one)) for one in layers if not isinstance(one, LayerPlan)]
+    if len(dense) == len(layers) and selection is not None:
         every = "; ".join(dict.fromkeys(dense))
         told = f"{type(model).__name__}: no layer will use hash attention: {every}"
         if strict:
             raise AttachError(told)
         warnings.warn(told, stacklevel=3)
-    return Handle(model, modules, made, layers, strict, source)
+    return Handle(model, modules, made, layers, strict, source, graphs)
 
 
 def check_model(model: nn.Module, encoder: EncoderLike = "random") -> list[Checked]:

@@ -18,10 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hata
 from hata.hf import forward_pass, masks, reasons
-from hata.hf.cache import HashStaticLayer
+from hata.hf.cache import CannotCapture, HashStaticLayer, StepLayer
 from hata.hf.forward_pass import ForwardPass
 from hata.hf.intercept import Function
-from hata.hf.layer_plan import LayerPlan
+from hata.hf.layer_plan import DensePlan, LayerPlan
 from hata.hf.layer_report import CAPTURED, HASHED, LayerRecord
 
 # Arguments of attention functions that change nothing of a decode step, or that our ops know.
@@ -36,8 +36,9 @@ _KNOWN = frozenset(_NAMES.split())
 class HashedAttention:
     """What one planned layer attends with; `answer` is its handler, see `hata.hf.intercept`."""
 
-    def __init__(self, plan: LayerPlan, record: LayerRecord) -> None:
+    def __init__(self, plan: LayerPlan | DensePlan, record: LayerRecord) -> None:
         self._record, self._plan = record, plan
+        self._done = HASHED if plan.selection else reasons.DENSE
         # The function that was found to be known last.
         self._known: Function | None = None
 
@@ -57,11 +58,13 @@ class HashedAttention:
         else:
             why = self._why_dense(step, layer, args)
             why = why or self._why_unknown(own, module, kwargs, compiling)
+        if why is not None and type(layer) is StepLayer:
+            raise CannotCapture(why)
         if why is not None:
             self._record.ran(why, compiling)
             return own(module, *args, **kwargs)
         query, _, _, mask = args
-        starts = None
+        starts = layer.starts
         if mask is not None and step.masked:
             starts = step.of_mask(masks.first_visible, mask)
         logits = {"scale": kwargs.get("scaling")}
@@ -71,15 +74,18 @@ class HashedAttention:
             logits["sink_logits"] = None if sinks is None else sinks.detach()
             logits["softcap"] = kwargs.get("softcap")
         out = _attend(layer, query, starts, **logits)
+        if type(layer) is StepLayer:
+            # Its steps are counted where they run.
+            return out.transpose(1, 2).contiguous(), None
         captured = not compiling and query.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._record.ran(CAPTURED if captured else HASHED, compiling)
+        self._record.ran(CAPTURED if captured else self._done, compiling)
         return out.transpose(1, 2).contiguous(), None
 
     def _why_dense(self, step: ForwardPass, layer: Any, args: tuple[Any, ...]) -> str | None:
         """Why a step of one token runs dense, as far as its tensors tell; `None` for hashing."""
         plan = self._plan
         query, key, value, mask = args
-        if type(layer) is not HashStaticLayer and key.shape[2] <= plan.dense_below:
+        if not isinstance(layer, HashStaticLayer) and key.shape[2] <= plan.dense_below:
             return reasons.SHORT
         if layer is None:
             return step.why or reasons.NOT_CACHED
@@ -95,7 +101,9 @@ class HashedAttention:
             return reasons.GRADIENTS
         if step.weights:
             return reasons.WEIGHTS
-        return None if mask is None else _why_masked(step, layer, mask)
+        if mask is None or type(layer) is StepLayer:
+            return None
+        return _why_masked(step, layer, mask)
 
     def _why_several(self, step: ForwardPass, layer: Any, args: tuple[Any, ...]) -> str:
         """Why a step of several tokens runs dense; looks at its mask, for the steps that follow."""
@@ -130,9 +138,12 @@ class HashedAttention:
 
 
 def _attend(layer: Any, query: torch.Tensor, starts: Any, **logits: Any) -> torch.Tensor:
-    """Hash attention of one query per row over a cache layer, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
+    """Attention of one query per row over a cache layer, `[B, H, 1, D]` -> `[B, H, 1, Dv]`."""
     plan, hasher, keys, values = layer.plan, layer.hasher, layer.keys, layer.values
     codes, norms, fresh, lengths = layer.ready()
+    if plan.selection is None:
+        seen = {"lengths": lengths, "starts": starts}
+        return hata.hash_attend(query, keys, values, **plan.options(keys), **seen, **logits)
     q_codes = hasher.query_codes(query)
     seen = {"lengths": lengths, "starts": starts, "key_norms": norms}
     if hasher.key_heads == plan.kv_heads:

@@ -20,10 +20,14 @@ import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hata
-from hata.hf import forward_pass
+from hata.hf import forward_pass, reasons
 from hata.hf.coded_layer import CodedLayer
 from hata.hf.growing import SLOTS, GrowingBuffer, capacity, outside_inference_mode
 from hata.hf.layer_plan import LayerPlan, covered
+
+
+class CannotCapture(Exception):
+    """A step cannot be captured in a CUDA graph; the message says why."""
 
 
 class HashDynamicLayer(CodedLayer, DynamicLayer):
@@ -38,9 +42,91 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
 
     _own = DynamicLayer
     coded = 0
+    # The steps of the cache that a CUDA graph runs; None where no graph fits this layer as it is.
+    step: Any = None  # hata.hf.step_graph.CacheSteps
+    _keys: Any = None
+    _values: Any = None
     # Slots that there is room for codes of.
     _coded_room = 0
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
+
+    # A graph writes keys without a word to this layer, which takes note of them when it is asked.
+
+    @property
+    def keys(self) -> Any:
+        """Keys `[B, Hkv, n, D]`."""
+        if self.step is not None:
+            self.step.settle()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._leave_graph()
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        """Values `[B, Hkv, n, Dv]`."""
+        if self.step is not None:
+            self.step.settle()
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._leave_graph()
+        self._values = values
+
+    def _leave_graph(self) -> None:
+        if self.step is not None:
+            self.step.settle()
+            self.step = None
+
+    def room(self) -> dict[str, Any] | None:
+        """Buffers with a slot behind all keys, as a layer of fixed size has them; None: not yet.
+
+        Raises:
+            CannotCapture: Such a layer would not attend to the same keys.
+        """
+        keys, values, hasher = self.keys, self.values, self.hasher
+        plan: Any = self.plan
+        if plan.selection is not None:
+            if hasher is None:
+                raise CannotCapture(self.why or reasons.NOT_CACHED)
+            of_query_heads = hasher.key_heads != plan.kv_heads
+            if of_query_heads and plan.dense_below > covered(plan.selection):
+                raise CannotCapture(reasons.MANY_CODES)
+        if self._buffers is None or not self._untouched(compiling=False):
+            return None
+        wide = [one.behind(x) for one, x in zip(self._buffers, (keys, values), strict=True)]
+        if wide[0] is None or wide[1] is None:
+            return None
+        found = {"keys": wide[0], "values": wide[1], "codes": None, "norms": None}
+        if hasher is not None:
+            self._encode_up_to(keys.shape[SLOTS])
+            if self._coded_room < wide[0].shape[SLOTS]:
+                return None
+            slots = slice(wide[0].shape[SLOTS])
+            found["codes"] = self.codes[:, :, slots]
+            found["norms"] = None if self.norms is None else self.norms[:, :, slots]
+        return found
+
+    def advance(self, count: int) -> None:
+        """Take note of keys that a graph wrote, codes included."""
+        if self._buffers is not None:
+            keys, values = self._buffers
+            self._keys, self._values = keys.advance(count), values.advance(count)
+        self.coded = self._keys.shape[SLOTS] if self.hasher is not None else 0
+        self._mark(compiling=False)
+
+    def _copied(self, copy_of: Any) -> Any:
+        step = self.step
+        if step is not None:
+            step.settle()
+        # A graph is of this layer alone.
+        self.step = None
+        twin = super()._copied(copy_of)
+        self.step = step
+        return twin
 
     def __copy__(self) -> HashDynamicLayer:
         twin = super().__copy__()
@@ -256,3 +342,50 @@ class HashStaticLayer(CodedLayer, StaticLayer):
         """Forget the keys, keep the buffers."""
         super().reset()
         self.pending = False
+
+
+class StepLayer(HashStaticLayer):
+    """The buffers of a `HashDynamicLayer` in a step that a CUDA graph runs.
+
+    Its length is that of the whole cache, in two tensors that no layer writes into.
+
+    Attributes:
+        before, after: Keys before the step and after it, 0-d int64 on the device.
+    """
+
+    def __init__(
+        self, layer: HashDynamicLayer, room: dict[str, Any], before: Any, after: Any, starts: Any
+    ) -> None:
+        self.plan, self.hasher, self.why = layer.plan, layer.hasher, layer.why
+        self.keys, self.values = room["keys"], room["values"]
+        self.codes, self.norms = room["codes"], room["norms"]
+        self.before, self.after, self.starts = before, after, starts
+        self.device, self.dtype = self.keys.device, self.keys.dtype
+        self.max_cache_len, self.is_initialized, self.left_padded = (
+            self.keys.shape[SLOTS],
+            True,
+            True,
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the key and the value of a step."""
+        self.keys.index_copy_(SLOTS, self.before, key_states)
+        self.values.index_copy_(SLOTS, self.before, value_states)
+        forward_pass.of_thread.layer = self
+        return self.keys, self.values
+
+    def ready(self) -> tuple[Any, Any, int, Any]:
+        """See `HashDynamicLayer.ready`."""
+        fresh = self.codes is not None
+        if fresh and not self.hasher.plain_keys:
+            self._encode(
+                self.before.reshape(1), self.keys.index_select(SLOTS, self.before.reshape(1))
+            )
+            fresh = False
+        return self.codes, self.norms, int(fresh), self.after
+
+    def get_seq_length(self) -> Any:
+        """Keys before the step."""
+        return self.before

@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hata.hf.growing import outside_inference_mode
-from hata.hf.layer_plan import LayerPlan
+from hata.hf.layer_plan import DensePlan, LayerPlan
 
 # What layers of transformers keep, over all tested releases.
 DYNAMIC = ("keys", "values", "is_initialized", "dtype", "device")
@@ -45,6 +45,8 @@ class CodedLayer(CacheLayerMixin):
     foreseen: bool | None = None
     # Whether its additive masks hide keys and do nothing else; None: none was looked at.
     only_hides: bool | None = None
+    # First visible keys of the rows, where a step knows them without a mask.
+    starts: Any = None
     # The keys that the codes are of, and how often they had been written into.
     _coded_keys: Any = None
     _version: int | None = None
@@ -52,12 +54,12 @@ class CodedLayer(CacheLayerMixin):
     values: Any
     device: Any
 
-    def __init__(self, plan: LayerPlan, filled: Any) -> None:
+    def __init__(self, plan: LayerPlan | DensePlan, filled: Any) -> None:
         # Not those of transformers: all that they make comes from `filled`.
         # `vars(self)` would make every later look at an attribute slower.
         for name, value in _kept(filled).items():
             setattr(self, name, value)
-        self.plan = plan
+        self.plan: Any = plan
 
     def __copy__(self) -> Any:
         return self._copied(lambda value: value)
@@ -91,6 +93,10 @@ class CodedLayer(CacheLayerMixin):
     def _fits(self) -> bool:
         """Put the projection where the keys are; whether they are what it was made for."""
         plan, keys = self.plan, self.keys
+        if plan.selection is None:
+            # No keys are.
+            plan.on(keys)
+            return False
         if keys.shape[1] != plan.kv_heads or keys.shape[3] != plan.head_dim:
             self.why = (
                 f"its cache holds {keys.shape[1]} heads of size {keys.shape[3]}, where the encoder "

@@ -61,6 +61,17 @@ class GrowingBuffer:
         self._last = buffer.as_strided(self._shape, self._strides)
         return self._last
 
+    def behind(self, held: torch.Tensor) -> torch.Tensor | None:
+        """The whole buffer, where `held` was returned last and a slot behind it is free."""
+        free = held is self._last and self._shown < self._slots
+        return self._buffer if free else None
+
+    def advance(self, count: int) -> torch.Tensor:
+        """The view that holds `count` more keys, which somebody wrote behind the last one."""
+        self._shown = self._shape[SLOTS] = self._shown + count
+        self._last = self._buffer.as_strided(self._shape, self._strides)
+        return self._last
+
     def _continues(self, held: torch.Tensor, count: int) -> bool:
         """Whether `held` is the beginning of the buffer, and nobody holds what follows."""
         buffer = self._buffer
@@ -73,9 +84,15 @@ class GrowingBuffer:
         )
 
 
+# Up to here buffers are doubled. What is longer costs too much memory for that.
+_DOUBLED = 1 << 14
+
+
 def capacity(length: int) -> int:
-    """Slots to reserve for `length` keys: an eighth more, so that copies amortise."""
-    return -(-(length + max(64, length // 8)) // 64) * 64
+    """Slots to reserve for `length` keys, so that copies amortise: a power of two, or 1/8 more."""
+    if length < _DOUBLED:
+        return max(256, 1 << length.bit_length())
+    return -(-(length + length // 8) // 64) * 64
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:

@@ -15,11 +15,12 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from hata.encoder import Encoder
 from hata.hf import forward_pass, models, reasons
 from hata.hf.attention import HashedAttention
-from hata.hf.cache import HashDynamicLayer, HashStaticLayer
+from hata.hf.cache import HashDynamicLayer, HashStaticLayer, StepLayer
 from hata.hf.intercept import Interception
-from hata.hf.layer_plan import LayerPlan
-from hata.hf.layer_report import LayerRecord, LayerReport, ModelRecord, Report
+from hata.hf.layer_plan import DensePlan, LayerPlan
+from hata.hf.layer_report import LayerRecord, LayerReport, ModelRecord, Report, Steps
 from hata.hf.masks import is_known, is_left_padding
+from hata.hf.step_graph import Forward, StepGraphs
 from hata.words import ranges
 
 _PREPARE = "prepare_inputs_for_generation"
@@ -27,6 +28,7 @@ _PREPARE = "prepare_inputs_for_generation"
 _CODED: dict[type, Any] = {
     **dict.fromkeys((DynamicLayer, HashDynamicLayer), HashDynamicLayer),
     **dict.fromkeys((StaticLayer, HashStaticLayer), HashStaticLayer),
+    StepLayer: StepLayer,
 }
 
 
@@ -44,17 +46,18 @@ class Handle(AbstractContextManager["Handle"]):
         model: PreTrainedModel,
         modules: Mapping[int, Sequence[nn.Module]],
         encoder: Encoder,
-        layers: Sequence[LayerPlan | str],
+        layers: Sequence[LayerPlan | DensePlan | str],
         strict: bool,
         source: str,
+        graphs: bool,
     ) -> None:
-        """Attach; each of `layers` is how it is to hash, or why it is dense."""
+        """Attach; each of `layers` is a plan, or why the model's own attention runs it."""
         self._record = ModelRecord(type(model).__name__, strict)
         self.selections = tuple(getattr(layer, "selection", None) for layer in layers)
         self.encoder, self.source = encoder, source
         self._model, self._decoder = model, model.get_decoder()
         self._layers = tuple(layers)
-        self._plans = [(i, plan) for i, plan in enumerate(layers) if isinstance(plan, LayerPlan)]
+        self._plans = [(i, plan) for i, plan in enumerate(layers) if not isinstance(plan, str)]
         self._records = {i: LayerRecord(self._record, i, plan.selection) for i, plan in self._plans}
         self._arguments = list(inspect.signature(self._decoder.forward).parameters)
         self._attached = True
@@ -74,6 +77,11 @@ class Handle(AbstractContextManager["Handle"]):
             ]
             if hasattr(model, _PREPARE):
                 vars(model)[_PREPARE] = _Prepare(self, model)
+        others = [f"layer {i}: {why}" for i, why in enumerate(layers) if isinstance(why, str)]
+        every = [module for _, found in sorted(modules.items()) for module in found]
+        self._graphs = StepGraphs(model, every, next(iter(others), None))
+        if graphs and self._plans and model is not self._decoder:
+            vars(model)["forward"] = Forward(self._graphs, model)
 
     def detach(self) -> None:
         """Give the model its own attention back; a second call does nothing.
@@ -87,19 +95,24 @@ class Handle(AbstractContextManager["Handle"]):
             hook.remove()
         self._interception.close()
         vars(self._decoder).pop("_hata_handle", None)
-        prepare = vars(self._model).get(_PREPARE)
-        if isinstance(prepare, _Prepare):
-            del vars(self._model)[_PREPARE]
-            if prepare.before is not None:
-                vars(self._model)[_PREPARE] = prepare.before
+        for name, kind in ((_PREPARE, _Prepare), ("forward", Forward)):
+            mine = vars(self._model).get(name)
+            if isinstance(mine, kind):
+                del vars(self._model)[name]
+                if mine.before is not None:
+                    vars(self._model)[name] = mine.before
 
     def report(self) -> Report:
         """What every layer did since it was attached, counted where Python ran it."""
+        graphs = self._graphs
         layers = [
-            LayerReport(i, None, why) if isinstance(why, str) else self._records[i].report()
-            for i, why in enumerate(self._layers)
+            self._records[i].report(graphs.ran, graphs.replayed)
+            if isinstance(plan, LayerPlan)
+            else LayerReport(i, None, plan if isinstance(plan, str) else plan.why)
+            for i, plan in enumerate(self._layers)
         ]
-        return Report(self._record.model, tuple(layers))
+        steps = Steps(graphs.replayed, graphs.captured, dict(graphs.eager))
+        return Report(self._record.model, tuple(layers), steps)
 
     def __exit__(self, *error: object) -> None:
         self.detach()

@@ -1,4 +1,4 @@
-"""`LayerPlan`: what is fixed for one attached layer."""
+"""What is fixed for one attached layer: a `LayerPlan` if it hashes, a `DensePlan` if not."""
 
 from __future__ import annotations
 
@@ -132,6 +132,46 @@ class LayerPlan:
             queries = None if self._queries is None else _placed(self._queries, like)
             self._hashers[key] = Hasher(self, _placed(self._keys, like), queries)
         return self._hashers[key]
+
+
+class DensePlan:
+    """A layer that attends to all keys of a cache with room, by the kernels of hashed layers.
+
+    Those read a cache as it lies: no head is repeated, and how many slots hold keys is told on the
+    device. Where a cache has no room, the model's own function attends.
+
+    Attributes:
+        why: Why the layer is dense.
+    """
+
+    selection = None
+    # In a cache without room, all lengths are.
+    dense_below = 2**31 - 1
+    # As the problems that are tuned; no code is looked at.
+    _BITS, _K = 128, 512
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self._blanks: dict[torch.device, torch.Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DensePlan:
+        return self
+
+    def on(self, like: torch.Tensor) -> torch.Tensor:
+        """The code of every key, where `like` is."""
+        found = self._blanks.get(like.device)
+        if found is None:
+            found = torch.zeros((1, 1, 1, self._BITS // 8), dtype=torch.uint8, device=like.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(found)
+                self._blanks[like.device] = found
+        return found
+
+    def options(self, keys: torch.Tensor) -> dict[str, Any]:
+        """What `hash_attend` is given beside queries, keys and values."""
+        codes = self.on(keys).expand(*keys.shape[:3], -1)
+        more = {"projection": None, "q_codes": codes[:, :, :1]}
+        return {"key_codes": codes, **more, "k": self._K, "dense_below": self.dense_below}
 
 
 def _placed(arrays: tuple[Any, Any, Any], like: torch.Tensor) -> _Hash:

@@ -42,6 +42,7 @@ class LayerReport:
         dense: Why steps ran dense -> how many.
         captured: Steps that were captured in a CUDA graph with hash attention in them.
         compiled: What was compiled: `"hashed"`, or why it is dense.
+        replayed: How many of the hashed steps were run by a CUDA graph of ours.
     """
 
     layer: int
@@ -51,11 +52,14 @@ class LayerReport:
     dense: dict[str, int] = field(default_factory=dict)
     captured: int = 0
     compiled: tuple[str, ...] = ()
+    replayed: int = 0
 
     def __str__(self) -> str:
         if self.selection is None:
             return f"dense: {self.why}"
         told = [f"{self.hashed} steps hashed"]
+        if self.replayed:
+            told[0] += f" ({self.replayed} of them by CUDA graphs)"
         if self.dense:
             dense = [f"{count} {why}" for why, count in sorted(self.dense.items())]
             told.append(f"dense: {', '.join(dense)}")
@@ -67,23 +71,48 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How the steps of one token ran whose caches are `DynamicCache`, on a GPU.
+
+    Attributes:
+        replayed: Steps that CUDA graphs ran.
+        captured: Graphs that were captured.
+        eager: Why other steps ran without -> how many.
+    """
+
+    replayed: int = 0
+    captured: int = 0
+    eager: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = [f"{self.replayed} steps by {self.captured} CUDA graphs"]
+        told += [f"{count} without: {why}" for why, count in sorted(self.eager.items())]
+        return "; ".join(told)
+
+
+@dataclass(frozen=True)
 class Report:
     """What every layer did; `print` it, or read `layers`.
 
     Attributes:
         model: Class of the model.
         layers: One per layer.
+        steps: How steps of one token ran.
     """
 
     model: str
     layers: tuple[LayerReport, ...]
+    steps: Steps = Steps()
 
     def __str__(self) -> str:
         """One line for all layers that say the same."""
         alike: dict[str, list[int]] = {}
         for layer in self.layers:
             alike.setdefault(str(layer), []).append(layer.layer)
-        return "\n".join(f"  layers {ranges(which)}: {told}" for told, which in alike.items())
+        lines = [f"  layers {ranges(which)}: {told}" for told, which in alike.items()]
+        if self.steps.replayed or self.steps.eager:
+            lines.append(f"  decode: {self.steps}")
+        return "\n".join(lines)
 
 
 class ModelRecord:
@@ -133,7 +162,7 @@ class ModelRecord:
 class LayerRecord:
     """What one planned layer did, counted."""
 
-    def __init__(self, model: ModelRecord, layer: int, selection: Selection) -> None:
+    def __init__(self, model: ModelRecord, layer: int, selection: Selection | None) -> None:
         self._model, self._layer, self._selection = model, layer, selection
         self._steps: Counter[str] = Counter()
         self._compiled: set[str] = set()
@@ -149,6 +178,11 @@ class LayerRecord:
 
     def ran(self, what: str, compiling: bool) -> None:
         """A step ran, or is compiled: `HASHED`, `CAPTURED`, or why it is dense."""
+        if self._selection is None:
+            # As was planned.
+            if not compiling:
+                self._model.met = True
+            return
         if compiling:
             _note_compiled(self._number, what)
             return
@@ -161,13 +195,14 @@ class LayerRecord:
         self._compiled.add(what)
         self._model.ran(self._layer, what)
 
-    def report(self) -> LayerReport:
-        """All of it."""
+    def report(self, graphed: int = 0, replayed: int = 0) -> LayerReport:
+        """All of it, with steps of our own graphs: those that were to be, and were, replayed."""
         with _counting:
             dense = dict(self._steps)
-        hashed, captured = dense.pop(HASHED, 0), dense.pop(CAPTURED, 0)
+        hashed, captured = dense.pop(HASHED, 0) + graphed, dense.pop(CAPTURED, 0)
         compiled = tuple(sorted(self._compiled))
-        return LayerReport(self._layer, self._selection, "", hashed, dense, captured, compiled)
+        of_layer = self._layer, self._selection, ""
+        return LayerReport(*of_layer, hashed, dense, captured, compiled, replayed)
 
 
 # While torch.compile follows the code it runs a function for real only where it is marked and all

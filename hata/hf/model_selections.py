@@ -35,7 +35,7 @@ def resolve(
     name: str,
     encoder: EncoderLike,
     profile: ProfileLike,
-    selection: SelectionLike | None,
+    selection: SelectionLike | str | None,
 ) -> tuple[Encoder, tuple[Selection | None, ...], str]:
     """The encoder, a selection per layer (`None`: dense), and where those come from, for people.
 
@@ -53,6 +53,12 @@ def resolve(
         loaded.check(config)
     found, source = None, "selection="
     if selection is None:
+        selection = (None,) * shape.num_layers
+    elif isinstance(selection, str):
+        if selection != "auto":
+            raise AttachError(
+                f'selection: got {selection!r}, expected "auto", a hata.Selection, a list, or None'
+            )
         found, source = _of_profile(shape, name, profile)
         bits = DEFAULT_SELECTION.bits if loaded is None else loaded.bits
         selection = replace(DEFAULT_SELECTION, bits=bits) if found is None else found.layers

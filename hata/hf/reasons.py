@@ -2,6 +2,7 @@
 
 # As planned:
 PREFILL = "several tokens (prefill)"
+DENSE = "as its selection says"
 SHORT = "context within the budget"
 TRAINING = "training"
 # Not planned, and warned about:
@@ -25,4 +26,12 @@ NEVER_CALLED = (
 )
 OTHER_PLAN = "a cache layer of another attachment, or one that layers share"
 
-AS_PLANNED = (PREFILL, SHORT, TRAINING)
+# Why a step ran without a CUDA graph:
+FIRST = "the first step of a cache"
+NO_ROOM = "a cache whose keys were just moved, or have no room behind them"
+HOOKS = "hooks on modules, which a graph would not call"
+CHANGES = "a cache that is changed at every step, as by beam search"
+MORE_OUTPUTS = "hidden states or attention weights are asked for"
+MANY_CODES = "min_length above k with an encoder that hashes keys once per query head"
+
+AS_PLANNED = (DENSE, PREFILL, SHORT, TRAINING)

@@ -1,0 +1,403 @@
+"""`StepGraphs`: decode steps of an attached model from CUDA graphs.
+
+A step of one token launches a thousand kernels of two microseconds each, which Python takes longer
+to launch than the GPU to run. So the step of a cache is captured once, and every later step is one
+launch. That is done for the cache that `generate` makes by itself, which stays what it is to
+everybody else: a graph works on the room behind its keys (`hata.hf.growing`). The first step over a
+room runs as it is, the second is captured, from then on they are replayed; a cache that outgrows
+its room, or that somebody changes, begins anew.
+
+What a step computes besides attention is compiled for the graph, piece by piece: norms, MLPs,
+rotary embeddings. That takes seconds, where to compile a whole model takes minutes.
+
+A step that no graph can run runs as it would without, and `handle.report()` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from hata.hf import masks, models, reasons
+from hata.hf.cache import CannotCapture, HashDynamicLayer, StepLayer
+from hata.hf.growing import SLOTS, outside_inference_mode
+
+# What a step is given as tensors, one token a row.
+_TENSORS = ("input_ids", "position_ids")
+# A cache that is changed as often as this between two steps is not followed any further.
+_CHANGES = 4
+# What is compiled and captured is shared by all threads.
+_capturing = threading.Lock()
+
+
+_logger = logging.getLogger("hata.hf")
+
+
+class _NoRoom(Exception):
+    """The next step over the cache has to make some."""
+
+
+class _Steps:
+    """The steps of one cache over one room.
+
+    Attributes:
+        captured: Whether a graph runs them.
+        replayed: How many a graph has run.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[HashDynamicLayer],
+        starts: torch.Tensor | None,
+        given: tuple[Any, ...],
+    ) -> None:
+        """`given`: what is the same for all steps: sorts of inputs, options, places of weights."""
+        self._given = given
+        rooms = [room for layer in layers if (room := layer.room()) is not None]
+        if len(rooms) < len(layers):
+            raise _NoRoom
+        keys = layers[0].keys
+        length, slots = keys.shape[SLOTS], min(room["keys"].shape[SLOTS] for room in rooms)
+        self._left, self._ahead, self.replayed = slots - length, 0, 0
+        with outside_inference_mode():
+            # Keys before the step and after it. The graph counts both up.
+            self._counts = torch.tensor([length, length + 1], device=keys.device)
+        made = [
+            StepLayer(layer, room, self._counts[0], self._counts[1], starts)
+            for layer, room in zip(layers, rooms, strict=True)
+        ]
+        self._cache, self._layers = Cache(layers=list(made)), [ref(layer) for layer in layers]
+        self._buffers = [x for layer in made for x in (layer.keys, layer.values)]
+        self._versions: list[int] = []
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._warm = False
+        self._graph: Any = None
+        for layer in layers:
+            layer.step = self
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def fit(self, layers: Sequence[Any], given: tuple[Any, ...]) -> bool:
+        """Whether the next step of a cache is one of these."""
+        return (
+            self._left > 0
+            and all(getattr(layer, "step", None) is self for layer in layers)
+            and given == self._given
+            and (not self.captured or self._versions == [x._version for x in self._buffers])
+        )
+
+    def run(self, forward: Callable[..., Any], name: str, inputs: dict[str, Any]) -> Any:
+        """The output of the next step."""
+
+        def step() -> Any:
+            cache = {name: self._cache}
+            output = forward(**self._inputs, **self._given[1], **cache)
+            self._counts.add_(1)
+            return output
+
+        if not self._warm:
+            with outside_inference_mode():
+                self._inputs = {name: x.clone() for name, x in inputs.items()}
+            output, self._warm = step(), True
+        else:
+            for key, x in inputs.items():
+                self._inputs[key].copy_(x)
+            if self._graph is None:
+                self._graph = capture(step, self._counts.device)
+            output = self._graph.replay()
+            self._versions = [x._version for x in self._buffers]
+            self.replayed += 1
+        self._left -= 1
+        self._ahead += 1
+        return output
+
+    def settle(self) -> None:
+        """Let the layers take note of the keys that were written."""
+        ahead, self._ahead = self._ahead, 0
+        for layer in (found() for found in self._layers if ahead):
+            if layer is not None and layer.step is self:
+                layer.advance(ahead)
+
+
+def _signature(inputs: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
+    return [(name, x.shape, x.dtype, x.device) for name, x in inputs.items()]
+
+
+class _Graph:
+    """A step that was captured in a CUDA graph."""
+
+    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
+        self._graph, self._device = torch.cuda.CUDAGraph(), device
+        graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        with torch.cuda.device(device), graph:
+            self._output = step()
+
+    def replay(self) -> Any:
+        """Run the step; its output is written over by the next one."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+        return self._output
+
+
+# Tests without a GPU put others in their places.
+capture: Callable[[Callable[[], Any], torch.device], Any] = _Graph
+KINDS = ("cuda",)
+
+
+@dataclass
+class _Followed:
+    """What is known of a cache.
+
+    Attributes:
+        steps: Its steps, if there was room for any.
+        why: Why no graph is made for it, if so.
+        changes: How often in a row it was changed before a step was replayed.
+    """
+
+    steps: _Steps | None = None
+    why: str | None = None
+    changes: int = 0
+
+
+class StepGraphs:
+    """The graphs of an attached model.
+
+    Attributes:
+        ran: Steps over the room of a cache, replayed ones included.
+        replayed: Steps that graphs ran.
+        captured: Graphs that were captured.
+        eager: Why other steps of one token ran without -> how many.
+    """
+
+    def __init__(self, model: Any, modules: Sequence[nn.Module], why: str | None) -> None:
+        """`why`: why no step can be captured, as far as the layers of the model tell."""
+        self._why = why
+        self._depth = model.config.get_text_config().num_hidden_layers
+        self._name = models.cache_argument(model)
+        self._pieces = _Pieces(model.get_decoder(), modules)
+        weights = list(model.parameters())
+        self._ends = [weights[0], weights[-1]] if weights else []
+        self._caches: WeakKeyDictionary[Any, _Followed] = WeakKeyDictionary()
+        # What a graph would not notice: hooks, and weights in other places. Looked at with a pass
+        # of several tokens, and where steps begin.
+        self._hooked: bool | None = None
+        self.ran = self.replayed = self.captured = 0
+        self.eager: Counter[str] = Counter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepGraphs:
+        # Of the copy of a model, which has no caches yet.
+        twin = memo[id(self)] = copy.copy(self)
+        twin._pieces, twin._ends = copy.deepcopy((self._pieces, self._ends), memo)
+        twin._caches, twin.eager = WeakKeyDictionary(), Counter()
+        twin.ran = twin.replayed = twin.captured = 0
+        return twin
+
+    def answer(self, model: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """The output of a forward pass if it is a step that a graph can run, else `None`."""
+        cache, tokens = given.get(self._name), given.get("input_ids")
+        if type(cache) is not DynamicCache or tokens is None or tokens.shape[1] != 1:
+            self._hooked = None
+            return None
+        if tokens.device.type not in KINDS or not cache.layers:
+            return None
+        followed = self._caches.setdefault(cache, _Followed())
+        why = followed.why or self._why or self._why_not(model, cache, given)
+        if why is None:
+            try:
+                return self._run(followed, cache, own, given)
+            except _NoRoom:
+                why = reasons.NO_ROOM
+            except CannotCapture as error:
+                why = followed.why = str(error)
+            # If the step itself is at fault, it says so once more.
+            except Exception as error:
+                why = followed.why = _told(error)
+        self.eager[why] += 1
+        return None
+
+    def _why_not(self, model: Any, cache: Any, given: dict[str, Any]) -> str | None:
+        """Why this very step cannot be one of a graph, if so."""
+        if model.training:
+            return reasons.TRAINING
+        if torch.is_grad_enabled():
+            return reasons.GRADIENTS
+        if torch.is_autocast_enabled(given["input_ids"].device.type):
+            return reasons.DTYPES
+        if given.get("output_attentions") or given.get("output_hidden_states"):
+            return reasons.MORE_OUTPUTS
+        if self._hooked is None:
+            self._hooked = any(map(_has_hooks, model.modules()))
+        if self._hooked:
+            return reasons.HOOKS
+        layers = cache.layers
+        if len(layers) != self._depth or any(type(one) is not HashDynamicLayer for one in layers):
+            return reasons.FIRST
+        return None
+
+    def _run(
+        self, followed: _Followed, cache: Any, own: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        mask = kwargs.get("attention_mask")
+        inputs = {name: kwargs[name] for name in _TENSORS if kwargs.get(name) is not None}
+        left = {*_TENSORS, "attention_mask", self._name}
+        options = {name: x for name, x in kwargs.items() if name not in left and x is not None}
+        for name, x in options.items():
+            if not isinstance(x, (bool, int, float, str)):
+                raise CannotCapture(f"an argument of a step that is not known: {name}")
+        steps, layers = followed.steps, cache.layers
+        # A graph goes on reading weights where they were.
+        given = _signature(inputs), options, [x.data_ptr() for x in self._ends]
+        if steps is None or not steps.fit(layers, given):
+            followed.changes = followed.changes + 1 if steps and not steps.replayed else 0
+            if followed.changes >= _CHANGES:
+                raise CannotCapture(reasons.CHANGES)
+            starts = _starts(mask, layers[0].total() + 1)
+            steps = followed.steps = _Steps(layers, starts, given)
+        if steps.captured:
+            output = steps.run(own, self._name, inputs)
+        else:
+            output = self._first(steps, own, inputs)
+            self.captured += steps.captured
+        self.ran += 1
+        self.replayed += steps.captured
+        kept = {
+            name: cache if isinstance(x, Cache) else x.clone() if isinstance(x, torch.Tensor) else x
+            for name, x in output.items()
+        }
+        return type(output)(**kept)
+
+    def _first(self, steps: _Steps, own: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """A step that is not replayed yet, with pieces compiled if that can be."""
+        with _capturing:
+            if self._pieces.work:
+                try:
+                    with self._pieces.compiled():
+                        return steps.run(own, self._name, inputs)
+                except CannotCapture:
+                    raise
+                except Exception as error:
+                    # Such as no compiler. Without them a graph gains nearly as much.
+                    self._pieces.work = False
+                    _logger.info("pieces of the model are not compiled: %s", error)
+            return steps.run(own, self._name, inputs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for a module to run, whom a graph would not call."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    known = ("hata.", "transformers.")
+    return any(not (getattr(one, "__module__", None) or "").startswith(known) for one in hooks)
+
+
+def _told(error: Exception) -> str:
+    """Why a capture failed, in one line."""
+    return f"capture fails: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+
+
+def _starts(mask: Any, total: int) -> torch.Tensor | None:
+    """First visible keys from the mask of a step; reads it, once per room."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise CannotCapture(reasons.MASK)
+    if not masks.is_left_padding(mask, total):
+        raise CannotCapture(reasons.HOLES)
+    return None if bool((mask[:, 0] != 0).all()) else masks.first_visible(mask)
+
+
+class _Pieces:
+    """What a decoder computes besides attention and linear layers, compiled for a while."""
+
+    def __init__(self, decoder: nn.Module, attention: Sequence[nn.Module]) -> None:
+        above = [one for one in decoder.modules() if {*one.modules()} & {*attention}]
+        self._modules = [
+            child
+            for one in above
+            for child in one.children()
+            if child not in above and _is_piece(child)
+        ]
+        self._homes = {type(one).__module__ for one in attention}
+        self._compiled: dict[str, Any] = {}
+        self.work = True
+
+    @contextlib.contextmanager
+    def compiled(self) -> Iterator[None]:
+        """In this context the pieces are compiled ones."""
+        with contextlib.ExitStack() as stack, warnings.catch_warnings():
+            # Whether matrices may be multiplied in TF32 is the user's matter, and none are here.
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+            for module in self._modules:
+                stack.enter_context(_in_place(vars(module), "forward", compiled(module.forward)))
+            for home in self._homes:
+                names = vars(sys.modules[home])
+                if inspect.isfunction(names.get("apply_rotary_pos_emb")):
+                    rotate = self._compiled.setdefault(
+                        home, compiled(names["apply_rotary_pos_emb"])
+                    )
+                    stack.enter_context(_in_place(names, "apply_rotary_pos_emb", rotate))
+            yield
+
+
+# Tests put the identity in its place, since to compile for a CPU takes long.
+compiled: Callable[[Any], Any] = torch.compile
+
+
+def _is_piece(module: nn.Module) -> bool:
+    """Whether a module computes by several kernels, and is not answered by somebody else."""
+    plain = (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict)
+    has_numbers = next(module.parameters(), None) is not None
+    return has_numbers and not isinstance(module, plain) and "forward" not in vars(module)
+
+
+@contextlib.contextmanager
+def _in_place(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = names.get(name)
+    names[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            names.pop(name, None)
+        else:
+            names[name] = before
+
+
+class Forward:
+    """`forward` of an attached model: a graph's answer where there is one, else its own.
+
+    It has the signature of the model's own, which transformers looks at.
+    """
+
+    def __init__(self, graphs: StepGraphs, model: Any) -> None:
+        self._graphs, self._model = graphs, model
+        # One that somebody has set on this very model.
+        self.before = vars(model).get("forward")
+        self._own = model.forward
+        self.__signature__ = inspect.signature(self._own)
+        self._names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of a forward pass."""
+        if not torch.compiler.is_compiling():
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
+            output = self._graphs.answer(self._model, self._own, given)
+            if output is not None:
+                return output
+        return self._own(*args, **kwargs)

@@ -1,0 +1,215 @@
+"""Steps from CUDA graphs: on a CPU with a stand-in that runs what would be replayed."""
+
+import copy
+
+import pytest
+import torch
+
+import hata
+import hata.hf
+from hata.hf import reasons, step_graph
+
+ALL = hata.Selection(bits=64, k=4096, dense_layers=0)
+FEW = hata.Selection(bits=64, k=16, dense_layers=1)
+
+
+class Again:
+    """What a graph is on a CPU: the step itself."""
+
+    def __init__(self, step, device):
+        self.replay = step
+
+
+@pytest.fixture(autouse=True)
+def graphs_on_a_cpu(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(step_graph, "capture", Again)
+        monkeypatch.setattr(step_graph, "KINDS", ("cpu",))
+        monkeypatch.setattr(step_graph, "compiled", lambda function: function)
+
+
+@pytest.fixture
+def model(fresh):
+    made = fresh("llama")
+    return made.cuda() if torch.cuda.is_available() else made
+
+
+@pytest.fixture
+def ids(prompts):
+    def of(rows, length):
+        made = prompts.of(rows, length)
+        return made.cuda() if torch.cuda.is_available() else made
+
+    return of
+
+
+def tokens(model, ids, count=24, **kwargs):
+    kwargs = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, **kwargs}
+    return model.generate(ids, **kwargs)
+
+
+@pytest.mark.parametrize("selection", [ALL, FEW, None])
+def test_steps_are_those_of_eager_steps(model, ids, selection):
+    with hata.hf.attach(model, selection=selection, graphs=False) as handle:
+        expected = tokens(model, ids(2, 60))
+        assert handle.report().steps == hata.hf.layer_report.Steps()
+    with hata.hf.attach(model, selection=selection) as handle:
+        assert torch.equal(tokens(model, ids(2, 60)), expected)
+        # The first step over a room is no replay.
+        assert handle.report().steps == hata.hf.layer_report.Steps(22, 1)
+    if selection is ALL:
+        for layer in handle.report().layers:
+            assert layer.hashed == 23
+            assert layer.replayed == 22
+
+
+def test_all_dense_is_the_model_itself(model, ids):
+    expected = tokens(model, ids(2, 60))
+    with hata.hf.attach(model, selection=None) as handle:
+        assert torch.equal(tokens(model, ids(2, 60)), expected)
+    assert "dense: its selection says so" in str(handle.report())
+    assert "22 steps by 1 CUDA graphs" in str(handle.report())
+
+
+def test_a_room_that_is_full_is_doubled(model, ids):
+    expected = tokens(model, ids(1, 100), 140, max_length=None)
+    with hata.hf.attach(model, selection=ALL) as handle:
+        assert torch.equal(tokens(model, ids(1, 100), 140), expected)
+    assert handle.report().steps.captured == 1
+    assert step_graph.SLOTS == 2
+    with hata.hf.attach(model, selection=ALL) as handle:
+        longer = tokens(model, ids(1, 250), 16)
+    assert handle.report().steps.captured == 2
+    assert handle.report().steps.eager == {reasons.NO_ROOM: 1}
+    assert torch.equal(longer, tokens(model, ids(1, 250), 16))
+
+
+def test_left_padding(model, ids):
+    x = ids(2, 40)
+    x[0, :15] = 0
+    kwargs = {"attention_mask": (x != 0).long()}
+    expected = tokens(model, x, **kwargs)
+    for selection in (ALL, None):
+        with hata.hf.attach(model, selection=selection) as handle:
+            assert torch.equal(tokens(model, x, **kwargs), expected)
+        assert handle.report().steps.replayed == 22
+
+
+def test_a_cache_is_what_it_is_without_graphs(model, ids):
+    x = ids(1, 60)
+    with torch.no_grad(), hata.hf.attach(model, selection=ALL) as handle:
+        got = tokens(model, x, return_dict_in_generate=True)
+        cache = next(one for one in got.values() if isinstance(one, step_graph.Cache))
+        assert cache.get_seq_length() == 83
+        assert cache.layers[0].keys.shape[2] == cache.layers[2].values.shape[2] == 83
+        twin = copy.deepcopy(cache)
+        name = hata.hf.models.cache_argument(model)
+        # A next turn, a branch of it, and one that begins earlier.
+        turn = torch.cat([got.sequences, ids(1, 5)], 1)
+        expected = tokens(model, turn)
+        assert torch.equal(tokens(model, turn, **{name: cache}), expected)
+        assert torch.equal(tokens(model, turn, **{name: twin}), expected)
+        cache.crop(-(cache.get_seq_length() - 40))
+        assert torch.equal(tokens(model, x, **{name: cache}), got.sequences)
+        assert handle.report().steps.captured >= 4
+
+
+def test_keys_that_somebody_writes_are_seen(model, ids):
+    x = ids(1, 60)
+    answers = []
+    for graphs in (False, True):
+        with torch.no_grad(), hata.hf.attach(model, selection=FEW, graphs=graphs):
+            got = tokens(model, x, return_dict_in_generate=True)
+            cache = next(one for one in got.values() if isinstance(one, step_graph.Cache))
+            for layer in cache.layers:
+                layer.keys[:, :, 10:20] *= -3
+            name = hata.hf.models.cache_argument(model)
+            answers.append(tokens(model, got.sequences, **{name: cache}))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"output_hidden_states": True}])
+def test_steps_that_no_graph_runs(model, ids, kwargs):
+    kwargs = {**kwargs, "return_dict_in_generate": True}
+    expected = tokens(model, ids(1, 40), **kwargs).sequences
+    with hata.hf.attach(model, selection=ALL) as handle:
+        assert torch.equal(tokens(model, ids(1, 40), **kwargs).sequences, expected)
+    assert handle.report().steps.eager
+
+
+def test_masks_with_holes_run_without(model, ids):
+    mask = torch.ones_like(ids(1, 40))
+    mask[0, 10:12] = 0
+    expected = tokens(model, ids(1, 40), attention_mask=mask)
+    with hata.hf.attach(model, selection=FEW) as handle:
+        with pytest.warns(UserWarning, match="a mask that hides more than left padding"):
+            assert torch.equal(tokens(model, ids(1, 40), attention_mask=mask), expected)
+        assert reasons.HOLES in handle.report().steps.eager
+
+
+def test_a_step_that_fails_to_be_captured_runs_without(model, ids, monkeypatch):
+    def fails(step, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nat x")
+
+    monkeypatch.setattr(step_graph, "capture", fails)
+    expected = tokens(model, ids(1, 40))
+    with hata.hf.attach(model, selection=ALL) as handle:
+        assert torch.equal(tokens(model, ids(1, 40)), expected)
+    (why,) = set(handle.report().steps.eager) - {reasons.FIRST}
+    assert why == "capture fails: operation not permitted when stream is capturing"
+
+
+def test_hooks_are_called(model, ids):
+    seen = []
+    with hata.hf.attach(model, selection=ALL) as handle:
+        hook = model.get_decoder().layers[1].register_forward_hook(lambda *_: seen.append(1))
+        expected = tokens(model, ids(1, 40))
+        assert len(seen) == 24
+        hook.remove()
+        assert torch.equal(tokens(model, ids(1, 40)), expected)
+    assert handle.report().steps.eager == {reasons.HOOKS: 23}
+    assert handle.report().steps.replayed == 22
+
+
+def test_weights_that_move_are_followed(model, ids):
+    name = hata.hf.models.cache_argument(model)
+    with torch.no_grad(), hata.hf.attach(model, selection=ALL) as handle:
+        got = tokens(model, ids(1, 40), return_dict_in_generate=True)
+        cache = next(one for one in got.values() if isinstance(one, step_graph.Cache))
+        twin = copy.deepcopy(cache)
+        for weight in model.parameters():
+            weight.data = weight.data * 0.5
+        after = tokens(model, got.sequences, **{name: cache})
+        assert torch.equal(after, tokens(model, got.sequences, **{name: twin}))
+    assert handle.report().steps.captured == 3
+
+
+def test_pieces_that_cannot_be_compiled_run_as_they_are(model, ids, monkeypatch):
+    def compiled(function):
+        def fails(*args):
+            raise RuntimeError("no compiler")
+
+        return fails
+
+    monkeypatch.setattr(step_graph, "compiled", compiled)
+    expected = tokens(model, ids(1, 40))
+    with hata.hf.attach(model, selection=None) as handle:
+        assert torch.equal(tokens(model, ids(1, 40)), expected)
+    assert handle.report().steps == hata.hf.layer_report.Steps(22, 1)
+
+
+def test_a_copy_of_a_model_has_graphs_of_its_own(model, ids):
+    with hata.hf.attach(model, selection=ALL) as handle:
+        copied = copy.deepcopy(model)
+        expected = tokens(model, ids(1, 40))
+        before = handle.report().steps
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(0.5)
+        other = tokens(copied, ids(1, 40))
+        assert not torch.equal(other, expected)
+        assert handle.report().steps == before
+    assert torch.equal(tokens(copied, ids(1, 40)), other)
+    hata.hf.detach(copied)
+    assert "forward" not in vars(copied)
+    assert "forward" not in vars(model)
