@@ -110,7 +110,7 @@ class _Session:
                 shape = space.shape_text(problem)
                 rows.append([problem.op, shape, backend.name, str(configs.size), first])
         header = ("op", "shape", "backend", "configurations", "first candidate after the default")
-        self.report.table(f"{len(rows)} problems", header, rows)
+        self.report.table(f"{len(rows)} problem{'s' * (len(rows) != 1)}", header, rows)
         trials, seconds, _ = self.limits
         say(f"search    at most {trials} configurations each, {seconds:.0f} s in all")
         source = f"text of {len(task.text):,} characters" if task.text else "the synthetic set"
@@ -299,7 +299,8 @@ class _Session:
             )  # fmt: skip
         if self.skipped:
             say()
-            say(f"Not tuned: {len(self.skipped)} problems")
+            count = len(self.skipped)
+            say(f"Not tuned: {count} problem{'s' * (count != 1)}")
             for text in self.skipped[:8]:
                 say(f"  {text}")
             if any(text.endswith(_TIME_UP) for text in self.skipped):

@@ -53,7 +53,10 @@ def load_model(
         return (loaded if spread else loaded.to(device)).eval()
     # A model folder can be broken in ways only its own code knows.
     except Exception as error:
-        raise CaptureError(f"--model: {model} cannot be loaded: {first_line(error)}") from None
+        why = first_line(error)
+        if config is None and not (Path(model).expanduser() / "config.json").is_file():
+            why = "it is no folder with config.json, nor the name of a model in transformers' cache"
+        raise CaptureError(f"--model: {model} cannot be loaded: {why}") from None
 
 
 def read(model: Any, ids: torch.Tensor, visit: Visitor) -> None:

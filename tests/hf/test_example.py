@@ -34,7 +34,10 @@ def example(repo_root, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model", "/nowhere"], "--model: /nowhere cannot be loaded: "),
+        (
+            ["--model", "/nowhere"],
+            "--model: /nowhere cannot be loaded: it is no folder with config.json",
+        ),
         (["--model", "x", "--device", "bogus"], "--device: got 'bogus', expected cpu"),
         (["--model", "x", "--device", "cuda:99"], "--device: got 'cuda:99', but torch sees"),
         (["--model", "x", "--backend", "nope"], "backend: got 'nope'"),
