@@ -116,6 +116,11 @@ def arguments() -> argparse.Namespace:
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    folder = Path(args.model).expanduser()
+    # Else it is the name of a model on the hub.
+    is_path = folder.is_absolute() or folder.exists() or args.model.startswith(".")
+    if is_path and not (folder / "config.json").is_file():
+        raise ValueError(f"--model: got {args.model}, expected a folder with config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hata
 from hata.hf import forward_pass, reasons
-from hata.hf.coded_layer import CodedLayer
+from hata.hf.coded_layer import CodedLayer, version_of
 from hata.hf.growing import SLOTS, GrowingBuffer, capacity, outside_inference_mode
 from hata.hf.layer_plan import LayerPlan, covered
 
@@ -110,13 +110,15 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
             found["norms"] = None if self.norms is None else self.norms[:, :, slots]
         return found
 
-    def advance(self, count: int) -> None:
-        """Take note of keys that a graph wrote, codes included."""
+    def advance(self, count: int, by_us_alone: bool) -> None:
+        """Take note of keys that a graph wrote, codes included, and of others that were changed."""
         if self._buffers is not None:
             keys, values = self._buffers
             self._keys, self._values = keys.advance(count), values.advance(count)
         self.coded = self._keys.shape[SLOTS] if self.hasher is not None else 0
-        self._mark(compiling=False)
+        # Not `self.keys`, which would ask the graph again.
+        self._coded_keys = self._keys if by_us_alone else None
+        self._version = version_of(self._keys)
 
     def _copied(self, copy_of: Any) -> Any:
         step = self.step

@@ -110,14 +110,14 @@ class CodedLayer(CacheLayerMixin):
     def _mark(self, compiling: bool) -> None:
         """From here on, codes are of the keys as they are now."""
         keys = self._coded_keys = self.keys
-        self._version = None if compiling else _version_of(keys)
+        self._version = None if compiling else version_of(keys)
 
     def _untouched(self, compiling: bool) -> bool:
         """Whether the keys are those that were marked."""
         keys = self.keys
         if keys is not self._coded_keys:
             return False
-        return compiling or self._version is None or self._version == _version_of(keys)
+        return compiling or self._version is None or self._version == version_of(keys)
 
     def _keep(self, own: Any, *args: Any, codes: Any = None) -> None:
         """Do with keys what `own` does, and alike with codes, without losing those."""
@@ -165,7 +165,7 @@ class CodedLayer(CacheLayerMixin):
         self._keep(super().prefetch, codes=lambda x: x.to(self.device, non_blocking=True))
 
 
-def _version_of(tensor: Any) -> int | None:
+def version_of(tensor: Any) -> int | None:
     """How often a tensor was written into, where that is counted."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 

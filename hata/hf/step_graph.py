@@ -83,7 +83,8 @@ class _Steps:
         ]
         self._cache, self._layers = Cache(layers=list(made)), [ref(layer) for layer in layers]
         self._buffers = [x for layer in made for x in (layer.keys, layer.values)]
-        self._versions: list[int] = []
+        # How often the keys and values had been written into after the last step.
+        self._versions = self._written()
         self._inputs: dict[str, torch.Tensor] = {}
         self._warm = False
         self._graph: Any = None
@@ -100,7 +101,7 @@ class _Steps:
             self._left > 0
             and all(getattr(layer, "step", None) is self for layer in layers)
             and given == self._given
-            and (not self.captured or self._versions == [x._version for x in self._buffers])
+            and self._versions == self._written()
         )
 
     def run(self, forward: Callable[..., Any], name: str, inputs: dict[str, Any]) -> Any:
@@ -122,18 +123,22 @@ class _Steps:
             if self._graph is None:
                 self._graph = capture(step, self._counts.device)
             output = self._graph.replay()
-            self._versions = [x._version for x in self._buffers]
             self.replayed += 1
+        self._versions = self._written()
         self._left -= 1
         self._ahead += 1
         return output
 
+    def _written(self) -> list[int]:
+        return [x._version for x in self._buffers]
+
     def settle(self) -> None:
         """Let the layers take note of the keys that were written."""
         ahead, self._ahead = self._ahead, 0
+        by_us_alone = self._versions == self._written()
         for layer in (found() for found in self._layers if ahead):
             if layer is not None and layer.step is self:
-                layer.advance(ahead)
+                layer.advance(ahead, by_us_alone)
 
 
 def _signature(inputs: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:

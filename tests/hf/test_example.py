@@ -36,7 +36,7 @@ def example(repo_root, monkeypatch):
     [
         (
             ["--model", "/nowhere"],
-            "--model: /nowhere cannot be loaded: it is no folder with config.json",
+            "--model: got /nowhere, expected a folder with config.json",
         ),
         (["--model", "x", "--device", "bogus"], "--device: got 'bogus', expected cpu"),
         (["--model", "x", "--device", "cuda:99"], "--device: got 'cuda:99', but torch sees"),

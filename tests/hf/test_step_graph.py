@@ -114,17 +114,22 @@ def test_a_cache_is_what_it_is_without_graphs(model, ids):
         assert handle.report().steps.captured >= 4
 
 
-def test_keys_that_somebody_writes_are_seen(model, ids):
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_keys_that_somebody_writes_are_seen(model, ids, by_reference):
     x = ids(1, 60)
     answers = []
     for graphs in (False, True):
         with torch.no_grad(), hata.hf.attach(model, selection=FEW, graphs=graphs):
             got = tokens(model, x, return_dict_in_generate=True)
             cache = next(one for one in got.values() if isinstance(one, step_graph.Cache))
-            for layer in cache.layers:
-                layer.keys[:, :, 10:20] *= -3
             name = hata.hf.models.cache_argument(model)
-            answers.append(tokens(model, got.sequences, **{name: cache}))
+            held = [layer.keys for layer in cache.layers]
+            model(got.sequences[:, -1:], **{name: cache})
+            # By a reference from before the last step, or through the cache.
+            for keys in held if by_reference else [layer.keys for layer in cache.layers]:
+                keys[:, :, 10:20] *= -3
+            more = torch.cat([got.sequences, got.sequences[:, -1:]], 1)
+            answers.append(tokens(model, more, **{name: cache}))
     assert torch.equal(*answers)
 
 
