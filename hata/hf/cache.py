@@ -346,6 +346,12 @@ class HashStaticLayer(CodedLayer, StaticLayer):
         self.pending = False
 
 
+def write(keys: Any, values: Any, slot: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a key and a value into a slot of which the device knows the number."""
+    keys.index_copy_(SLOTS, slot.reshape(1), key)
+    values.index_copy_(SLOTS, slot.reshape(1), value)
+
+
 class StepLayer(HashStaticLayer):
     """The buffers of a `HashDynamicLayer` in a step that a CUDA graph runs.
 
@@ -373,8 +379,7 @@ class StepLayer(HashStaticLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the key and the value of a step."""
-        self.keys.index_copy_(SLOTS, self.before, key_states)
-        self.values.index_copy_(SLOTS, self.before, value_states)
+        write(self.keys, self.values, self.before, key_states, value_states)
         forward_pass.of_thread.layer = self
         return self.keys, self.values
 

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from hata.hf import cache as cache_layers
 from hata.hf import masks, models, reasons
 from hata.hf.cache import CannotCapture, HashDynamicLayer, StepLayer
 from hata.hf.growing import SLOTS, outside_inference_mode
@@ -340,6 +341,7 @@ class _Pieces:
         ]
         self._homes = {type(one).__module__ for one in attention}
         self._compiled: dict[str, Any] = {}
+        self._write: Any = None
         self.work = True
 
     @contextlib.contextmanager
@@ -350,6 +352,9 @@ class _Pieces:
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
             for module in self._modules:
                 stack.enter_context(_in_place(vars(module), "forward", compiled(module.forward)))
+            # Rooms differ in size.
+            self._write = self._write or compiled(cache_layers.write, dynamic=True)
+            stack.enter_context(_in_place(vars(cache_layers), "write", self._write))
             for home in self._homes:
                 names = vars(sys.modules[home])
                 if inspect.isfunction(names.get("apply_rotary_pos_emb")):
@@ -361,7 +366,7 @@ class _Pieces:
 
 
 # Tests put the identity in its place, since to compile for a CPU takes long.
-compiled: Callable[[Any], Any] = torch.compile
+compiled: Callable[..., Any] = torch.compile
 
 
 def _is_piece(module: nn.Module) -> bool:

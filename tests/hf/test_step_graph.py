@@ -25,7 +25,7 @@ def graphs_on_a_cpu(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(step_graph, "capture", Again)
         monkeypatch.setattr(step_graph, "KINDS", ("cpu",))
-        monkeypatch.setattr(step_graph, "compiled", lambda function: function)
+        monkeypatch.setattr(step_graph, "compiled", lambda function, **_: function)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_weights_that_move_are_followed(model, ids):
 
 
 def test_pieces_that_cannot_be_compiled_run_as_they_are(model, ids, monkeypatch):
-    def compiled(function):
+    def compiled(function, **_):
         def fails(*args):
             raise RuntimeError("no compiler")
 
