@@ -45,7 +45,8 @@ BARS: dict[tuple[str, int, int], dict[str, float]] = {
 DENSE_BARS = {("llama-3.1-8b", 8, 32 << 10): 5.0, ("llama-3.1-8b", 1, 128 << 10): 5.0}
 # What one layer is to gain over dense attention, by bits.
 LAYER_BARS = {("llama-2-7b", 8, 32 << 10): {128: 6.5, 64: 7.2}}
-_FEW, _MORE = 1, 5
+# Enough of them that a step waits for the GPU and not for Python.
+_FEW, _MORE = 4, 12
 
 
 def parser() -> argparse.ArgumentParser:

@@ -354,7 +354,7 @@ class _Pieces:
                 stack.enter_context(_in_place(vars(module), "forward", compiled(module.forward)))
             # Rooms differ in size.
             self._write = self._write or compiled(cache_layers.write, dynamic=True)
-            stack.enter_context(_in_place(vars(cache_layers), "write", self._write))
+            stack.enter_context(_in_place(cache_layers.__dict__, "write", self._write))
             for home in self._homes:
                 names = vars(sys.modules[home])
                 if inspect.isfunction(names.get("apply_rotary_pos_emb")):
