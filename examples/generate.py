@@ -142,7 +142,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def attachment(model: Any, args: argparse.Namespace) -> Any:
     """A function that attaches as the command line says; the encoder is made once."""
-    selection = None
+    selection: Any = "auto"
     if args.bits or args.k or args.ratio or not args.profile:
         ratio = args.ratio or (None if args.k else 1 / 16)
         # Where a ratio is given, k is a bound that is not reached.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import hata.hf
 from hata.encoder import Encoder
@@ -23,7 +23,7 @@ def harness_model(
     model: Any,
     encoder: Encoder | str | os.PathLike[str] = "random",
     *,
-    selection: Selection | Sequence[Selection | None] | None = None,
+    selection: Selection | Sequence[Selection | None] | Literal["auto"] | None = "auto",
     **settings: Any,
 ) -> Any:
     """A language model of the harness, attached.

@@ -134,3 +134,8 @@ def test_broken_profile_attaches_nothing(tiny, tmp_path):
     with pytest.raises(hata.ProfileError):
         hata.hf.attach(tiny("llama"), profile=tmp_path / "p.yaml")
     assert tiny("llama").config._attn_implementation == "sdpa"
+
+
+def test_a_word_that_is_no_selection(tiny):
+    with pytest.raises(hata.AttachError, match="selection: got 'dense', expected \"auto\""):
+        hata.hf.attach(tiny("llama"), selection="dense")
