@@ -78,7 +78,7 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
 
     def _leave_graph(self) -> None:
         if self.step is not None:
-            self.step.settle()
+            self.step.close()
             self.step = None
 
     def room(self) -> dict[str, Any] | None:
@@ -90,8 +90,10 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
         keys, values, hasher = self.keys, self.values, self.hasher
         plan: Any = self.plan
         if plan.selection is not None:
+            if self.why is not None:
+                raise CannotCapture(self.why)
             if hasher is None:
-                raise CannotCapture(self.why or reasons.NOT_CACHED)
+                return None
             of_query_heads = hasher.key_heads != plan.kv_heads
             if of_query_heads and plan.dense_below > covered(plan.selection):
                 raise CannotCapture(reasons.MANY_CODES)
@@ -102,9 +104,7 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
             return None
         found = {"keys": wide[0], "values": wide[1], "codes": None, "norms": None}
         if hasher is not None:
-            self._encode_up_to(keys.shape[SLOTS])
-            if self._coded_room < wide[0].shape[SLOTS]:
-                return None
+            self._encode_up_to(keys.shape[SLOTS], wide[0].shape[SLOTS])
             slots = slice(wide[0].shape[SLOTS])
             found["codes"] = self.codes[:, :, slots]
             found["norms"] = None if self.norms is None else self.norms[:, :, slots]
@@ -170,12 +170,15 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
         self.coded = self._coded_room = 0
         self.hasher = self.codes = self.norms = self.why = None
 
-    def _encode_up_to(self, length: int) -> None:
-        """Make room for all codes, and encode the keys before `length` that have none."""
+    def _encode_up_to(self, length: int, slots: int = 0) -> None:
+        """Encode the keys before `length` that have no code.
+
+        There is room for as many codes as there are keys, or `slots`, afterwards.
+        """
         total = self.keys.shape[SLOTS]
-        if self._coded_room < total:
+        if self._coded_room < max(total, slots):
             before = (self.codes, self.norms)
-            self._coded_room = capacity(total)
+            self._coded_room = max(capacity(total), slots)
             self._make_codes(self._coded_room)
             for made, was in zip((self.codes, self.norms), before, strict=True):
                 if self.coded and was is not None:

@@ -77,9 +77,8 @@ class Handle(AbstractContextManager["Handle"]):
             ]
             if hasattr(model, _PREPARE):
                 vars(model)[_PREPARE] = _Prepare(self, model)
-        others = [f"layer {i}: {why}" for i, why in enumerate(layers) if isinstance(why, str)]
         every = [module for _, found in sorted(modules.items()) for module in found]
-        self._graphs = StepGraphs(model, every, next(iter(others), None))
+        self._graphs = StepGraphs(model, every, layers, self.is_in_place)
         if graphs and self._plans and model is not self._decoder:
             vars(model)["forward"] = Forward(self._graphs, model)
 
@@ -101,6 +100,10 @@ class Handle(AbstractContextManager["Handle"]):
                 del vars(self._model)[name]
                 if mine.before is not None:
                     vars(self._model)[name] = mine.before
+
+    def is_in_place(self) -> bool:
+        """Whether its handlers are the ones that answer now."""
+        return self._attached and self._interception.is_in_place()
 
     def report(self) -> Report:
         """What every layer did since it was attached, counted where Python ran it."""

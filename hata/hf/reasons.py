@@ -32,6 +32,11 @@ NO_ROOM = "a cache whose keys were just moved, or have no room behind them"
 HOOKS = "hooks on modules, which a graph would not call"
 CHANGES = "a cache that is changed at every step, as by beam search"
 MORE_OUTPUTS = "hidden states or attention weights are asked for"
+NO_OUTPUT = "a model that returns no ModelOutput, or return_dict=False"
+OTHERS = "somebody else answers the attention of a layer"
+OFFLOADED = "an offloaded cache"
+LENGTHS = "layers that hold different numbers of keys"
+POSITIONS = "a mask that hides keys, and no position_ids"
 MANY_CODES = "min_length above k with an encoder that hashes keys once per query head"
 
 AS_PLANNED = (DENSE, PREFILL, SHORT, TRAINING)

@@ -32,11 +32,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from hata.hf import cache as cache_layers
 from hata.hf import masks, models, reasons
 from hata.hf.cache import CannotCapture, HashDynamicLayer, StepLayer
 from hata.hf.growing import SLOTS, outside_inference_mode
+from hata.hf.layer_plan import DensePlan, LayerPlan
 
 # What a step is given as tensors, one token a row.
 _TENSORS = ("input_ids", "position_ids")
@@ -49,14 +51,15 @@ _capturing = threading.Lock()
 _logger = logging.getLogger("hata.hf")
 
 
-class _NoRoom(Exception):
-    """The next step over the cache has to make some."""
+class _NotNow(Exception):
+    """This very step runs without a graph; the message says why."""
 
 
 class _Steps:
     """The steps of one cache over one room.
 
     Attributes:
+        warm: Whether one of them ran.
         captured: Whether a graph runs them.
         replayed: How many a graph has run.
     """
@@ -69,25 +72,29 @@ class _Steps:
     ) -> None:
         """`given`: what is the same for all steps: sorts of inputs, options, places of weights."""
         self._given = given
+        if len({layer.keys.shape[SLOTS] for layer in layers}) > 1:
+            raise CannotCapture(reasons.LENGTHS)
         rooms = [room for layer in layers if (room := layer.room()) is not None]
         if len(rooms) < len(layers):
-            raise _NoRoom
+            raise _NotNow(reasons.NO_ROOM)
         keys = layers[0].keys
         length, slots = keys.shape[SLOTS], min(room["keys"].shape[SLOTS] for room in rooms)
         self._left, self._ahead, self.replayed = slots - length, 0, 0
         with outside_inference_mode():
             # Keys before the step and after it. The graph counts both up.
             self._counts = torch.tensor([length, length + 1], device=keys.device)
+        self._starts = starts
         made = [
             StepLayer(layer, room, self._counts[0], self._counts[1], starts)
             for layer, room in zip(layers, rooms, strict=True)
         ]
-        self._cache, self._layers = Cache(layers=list(made)), [ref(layer) for layer in layers]
+        self._cache: Any = Cache(layers=list(made))
+        self._layers = [ref(layer) for layer in layers]
         self._buffers = [x for layer in made for x in (layer.keys, layer.values)]
         # How often the keys and values had been written into after the last step.
         self._versions = self._written()
         self._inputs: dict[str, torch.Tensor] = {}
-        self._warm = False
+        self.warm = False
         self._graph: Any = None
         for layer in layers:
             layer.step = self
@@ -105,8 +112,10 @@ class _Steps:
             and self._versions == self._written()
         )
 
-    def run(self, forward: Callable[..., Any], name: str, inputs: dict[str, Any]) -> Any:
-        """The output of the next step."""
+    def run(
+        self, forward: Callable[..., Any], name: str, inputs: dict[str, Any], mask: Any
+    ) -> ModelOutput:
+        """The output of the next step; a graph writes over it with the one after that."""
 
         def step() -> Any:
             cache = {name: self._cache}
@@ -114,10 +123,16 @@ class _Steps:
             self._counts.add_(1)
             return output
 
-        if not self._warm:
+        if self._starts is not None:
+            # Its left edge may move.
+            self._starts.copy_(masks.first_visible(mask))
+        if not self.warm:
             with outside_inference_mode():
                 self._inputs = {name: x.clone() for name, x in inputs.items()}
-            output, self._warm = step(), True
+            output = step()
+            if not isinstance(output, ModelOutput):
+                raise CannotCapture(reasons.NO_OUTPUT)
+            self.warm = True
         else:
             for key, x in inputs.items():
                 self._inputs[key].copy_(x)
@@ -129,6 +144,12 @@ class _Steps:
         self._left -= 1
         self._ahead += 1
         return output
+
+    def close(self) -> None:
+        """No step follows: somebody takes a layer elsewhere. What they ran over is let go."""
+        self.settle()
+        self._left, self._buffers, self._inputs = 0, [], {}
+        self._cache = self._graph = None
 
     def _written(self) -> list[int]:
         return [x._version for x in self._buffers]
@@ -175,11 +196,13 @@ class _Followed:
         steps: Its steps, if there was room for any.
         why: Why no graph is made for it, if so.
         changes: How often in a row it was changed before a step was replayed.
+        failures: How often its first step failed.
     """
 
     steps: _Steps | None = None
     why: str | None = None
     changes: int = 0
+    failures: int = 0
 
 
 class StepGraphs:
@@ -192,49 +215,65 @@ class StepGraphs:
         eager: Why other steps of one token ran without -> how many.
     """
 
-    def __init__(self, model: Any, modules: Sequence[nn.Module], why: str | None) -> None:
-        """`why`: why no step can be captured, as far as the layers of the model tell."""
-        self._why = why
-        self._depth = model.config.get_text_config().num_hidden_layers
+    def __init__(
+        self,
+        model: Any,
+        modules: Sequence[nn.Module],
+        plans: Sequence[LayerPlan | DensePlan | str],
+        is_in_place: Callable[[], bool],
+    ) -> None:
+        """`is_in_place`: whether the handlers of the attachment are those that answer."""
+        self._plans, self._is_in_place = tuple(plans), is_in_place
+        others = (f"layer {i}: {why}" for i, why in enumerate(plans) if isinstance(why, str))
+        self._why = next(others, None)
         self._name = models.cache_argument(model)
         self._pieces = _Pieces(model.get_decoder(), modules)
-        weights = list(model.parameters())
-        self._ends = [weights[0], weights[-1]] if weights else []
+        self._weights = list(model.parameters())
+        # Where somebody most likely waits for a module to run.
+        self._watched = [*modules, *_parents(model, modules)]
         self._caches: WeakKeyDictionary[Any, _Followed] = WeakKeyDictionary()
         # What a graph would not notice: hooks, and weights in other places. Looked at with a pass
         # of several tokens, and where steps begin.
         self._hooked: bool | None = None
+        self._hooks = 0
         self.ran = self.replayed = self.captured = 0
         self.eager: Counter[str] = Counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepGraphs:
         # Of the copy of a model, which has no caches yet.
         twin = memo[id(self)] = copy.copy(self)
-        twin._pieces, twin._ends = copy.deepcopy((self._pieces, self._ends), memo)
+        for name in ("_pieces", "_weights", "_watched", "_is_in_place"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         twin._caches, twin.eager = WeakKeyDictionary(), Counter()
         twin.ran = twin.replayed = twin.captured = 0
         return twin
 
     def answer(self, model: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
         """The output of a forward pass if it is a step that a graph can run, else `None`."""
-        cache, tokens = given.get(self._name), given.get("input_ids")
-        if type(cache) is not DynamicCache or tokens is None or tokens.shape[1] != 1:
-            self._hooked = None
-            return None
-        if tokens.device.type not in KINDS or not cache.layers:
+        cache, tokens = models.cache_among(given), given.get("input_ids")
+        if type(cache) is not DynamicCache or tokens is None or not cache.layers:
             return None
         followed = self._caches.setdefault(cache, _Followed())
+        if tokens.shape[1] != 1 or tokens.device.type not in KINDS:
+            self._hooked, followed.changes = None, 0
+            return None
         why = followed.why or self._why or self._why_not(model, cache, given)
         if why is None:
             try:
-                return self._run(followed, cache, own, given)
-            except _NoRoom:
-                why = reasons.NO_ROOM
+                return self._run(followed, model, cache, own, given)
+            except _NotNow as error:
+                why = str(error)
             except CannotCapture as error:
                 why = followed.why = str(error)
             # If the step itself is at fault, it says so once more.
             except Exception as error:
-                why = followed.why = _told(error)
+                why, steps = _told(error), followed.steps
+                followed.failures += 1
+                if followed.failures > 1 or (steps is not None and steps.warm):
+                    followed.why = why
+            if followed.steps is not None:
+                followed.steps.close()
+                followed.steps = None
         self.eager[why] += 1
         return None
 
@@ -246,63 +285,111 @@ class StepGraphs:
             return reasons.GRADIENTS
         if torch.is_autocast_enabled(given["input_ids"].device.type):
             return reasons.DTYPES
-        if given.get("output_attentions") or given.get("output_hidden_states"):
-            return reasons.MORE_OUTPUTS
-        if self._hooked is None:
-            self._hooked = any(map(_has_hooks, model.modules()))
+        for name in ("output_attentions", "output_hidden_states"):
+            if given.get(name) or getattr(model.config, name, False):
+                return reasons.MORE_OUTPUTS
+        if given.get("return_dict", model.config.return_dict) is False:
+            return reasons.NO_OUTPUT
+        if not self._is_in_place():
+            return reasons.OTHERS
+        if self._hooked is None or self._hooks != self._count_hooks():
+            self._hooked = any(map(_has_hooks, model.modules())) or _has_global_hooks()
+            self._hooks = self._count_hooks()
         if self._hooked:
             return reasons.HOOKS
-        layers = cache.layers
-        if len(layers) != self._depth or any(type(one) is not HashDynamicLayer for one in layers):
+        if getattr(cache, "offloading", False):
+            return reasons.OFFLOADED
+        mine = (
+            type(layer) is HashDynamicLayer and layer.plan is plan
+            for layer, plan in zip(cache.layers, self._plans, strict=False)
+        )
+        if len(cache.layers) != len(self._plans) or not all(mine):
             return reasons.FIRST
         return None
 
+    def _count_hooks(self) -> int:
+        count = len(_GLOBAL_HOOKS[0]) + len(_GLOBAL_HOOKS[1])
+        return count + sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in self._watched)
+
     def _run(
-        self, followed: _Followed, cache: Any, own: Callable[..., Any], kwargs: dict[str, Any]
+        self,
+        followed: _Followed,
+        model: Any,
+        cache: Any,
+        own: Callable[..., Any],
+        kwargs: dict[str, Any],
     ) -> Any:
         mask = kwargs.get("attention_mask")
         inputs = {name: kwargs[name] for name in _TENSORS if kwargs.get(name) is not None}
-        left = {*_TENSORS, "attention_mask", self._name}
+        left = {*_TENSORS, "attention_mask", self._name, "past_key_values"}
         options = {name: x for name, x in kwargs.items() if name not in left and x is not None}
         for name, x in options.items():
             if not isinstance(x, (bool, int, float, str)):
-                raise CannotCapture(f"an argument of a step that is not known: {name}")
+                raise _NotNow(f"an argument of a step that is not known: {name}")
         steps, layers = followed.steps, cache.layers
         # A graph goes on reading weights where they were.
-        given = _signature(inputs), options, [x.data_ptr() for x in self._ends]
+        kind = None if mask is None else (type(mask), mask.shape[:-1], mask.dtype)
+        given = _signature(inputs), options, kind, [x.data_ptr() for x in self._weights]
         if steps is None or not steps.fit(layers, given):
             followed.changes = followed.changes + 1 if steps and not steps.replayed else 0
             if followed.changes >= _CHANGES:
                 raise CannotCapture(reasons.CHANGES)
-            starts = _starts(mask, layers[0].total() + 1)
+            if any(map(_has_hooks, model.modules())):
+                raise _NotNow(reasons.HOOKS)
+            starts = _starts(mask, layers[0].total() + 1, "position_ids" in inputs)
             steps = followed.steps = _Steps(layers, starts, given)
         if steps.captured:
-            output = steps.run(own, self._name, inputs)
+            output = steps.run(own, self._name, inputs, mask)
         else:
-            output = self._first(steps, own, inputs)
+            output = self._first(steps, own, inputs, mask)
             self.captured += steps.captured
         self.ran += 1
         self.replayed += steps.captured
-        kept = {
-            name: cache if isinstance(x, Cache) else x.clone() if isinstance(x, torch.Tensor) else x
-            for name, x in output.items()
-        }
-        return type(output)(**kept)
+        return type(output)(**{name: _kept(x, cache) for name, x in output.items()})
 
-    def _first(self, steps: _Steps, own: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def _first(
+        self, steps: _Steps, own: Callable[..., Any], inputs: dict[str, Any], mask: Any
+    ) -> Any:
         """A step that is not replayed yet, with pieces compiled if that can be."""
+        given = own, self._name, inputs, mask
         with _capturing:
             if self._pieces.work:
                 try:
                     with self._pieces.compiled():
-                        return steps.run(own, self._name, inputs)
+                        return steps.run(*given)
                 except CannotCapture:
                     raise
                 except Exception as error:
-                    # Such as no compiler. Without them a graph gains nearly as much.
+                    # Such as no compiler, if it is not the step that is at fault. A graph gains
+                    # nearly as much without them.
+                    output = steps.run(*given)
                     self._pieces.work = False
                     _logger.info("pieces of the model are not compiled: %s", error)
-            return steps.run(own, self._name, inputs)
+                    return output
+            return steps.run(*given)
+
+
+def _kept(x: Any, cache: Any) -> Any:
+    """What is given out of an output that is written over, with the cache of the caller."""
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    if isinstance(x, (tuple, list)):
+        return type(x)(_kept(one, cache) for one in x)
+    return cache if isinstance(x, Cache) else x
+
+
+def _parents(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [one for one in model.modules() if {*one.children()} & {*modules}]
+
+
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+
+def _has_global_hooks() -> bool:
+    return any(map(len, _GLOBAL_HOOKS))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -317,15 +404,19 @@ def _told(error: Exception) -> str:
     return f"capture fails: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
 
 
-def _starts(mask: Any, total: int) -> torch.Tensor | None:
-    """First visible keys from the mask of a step; reads it, once per room."""
+def _starts(mask: Any, total: int, has_positions: bool) -> torch.Tensor | None:
+    """Where the first visible keys of a step are kept, if it has a mask; reads it."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise CannotCapture(reasons.MASK)
     if not masks.is_left_padding(mask, total):
         raise CannotCapture(reasons.HOLES)
-    return None if bool((mask[:, 0] != 0).all()) else masks.first_visible(mask)
+    if not has_positions and bool((mask[:, 0] == 0).any()):
+        # Some models count positions by their mask, which a graph does not give them.
+        raise CannotCapture(reasons.POSITIONS)
+    with outside_inference_mode():
+        return masks.first_visible(mask).clone()
 
 
 class _Pieces:

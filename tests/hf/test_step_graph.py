@@ -1,9 +1,13 @@
 """Steps from CUDA graphs: on a CPU with a stand-in that runs what would be replayed."""
 
 import copy
+import functools
+import weakref
 
 import pytest
 import torch
+import transformers
+from transformers import DynamicCache
 
 import hata
 import hata.hf
@@ -133,6 +137,208 @@ def test_keys_that_somebody_writes_are_seen(model, ids, by_reference):
     assert torch.equal(*answers)
 
 
+def loop(model, x, steps=12, between=None, given=None, mask=None):
+    """Logits of greedy steps, by calls of the model."""
+    name = hata.hf.models.cache_argument(model)
+    cache, found = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        prefill = {} if mask is None else {"attention_mask": mask}
+        logits = model(input_ids=x, **{name: cache}, **prefill).logits
+        for i in range(steps):
+            if between is not None:
+                between(i, cache)
+            more = given(i) if given else {}
+            output = model(input_ids=logits[:, -1:].argmax(-1), **{name: cache}, **more)
+            logits = output[0] if more.get("return_dict") is False else output.logits
+            found.append(logits.clone())
+    return torch.stack(found)
+
+
+def cut_a_layer(i, cache):
+    if i == 0:
+        layer = cache.layers[1]
+        layer.keys, layer.values = (x[:, :, :-10].contiguous() for x in (layer.keys, layer.values))
+
+
+def write_after_the_first_step(i, cache):
+    if i == 1:
+        for layer in cache.layers:
+            layer.keys[:, :, 10:40].mul_(-3)
+
+
+def reset(i, cache):
+    if i == 6:
+        cache.reset()
+
+
+def window(i):
+    """The oldest keys leave, by the mask."""
+    mask = torch.ones(2, 61 + i, dtype=torch.long)
+    mask[:, : 4 * i] = 0
+    return {"attention_mask": mask, "position_ids": torch.full((2, 1), 60 + i)}
+
+
+def late_mask(i):
+    mask = torch.ones(2, 61 + i, dtype=torch.long)
+    mask[0, :7] = 0
+    more = {"position_ids": torch.full((2, 1), 60 + i)}
+    return {**more, "attention_mask": mask} if i > 3 else more
+
+
+def to(device, given):
+    return lambda i: {
+        n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given(i).items()
+    }
+
+
+@pytest.mark.parametrize("selection", [FEW, None])
+@pytest.mark.parametrize(
+    ("between", "given"),
+    [
+        (None, lambda i: {"return_dict": False}),
+        (None, lambda i: {"labels": torch.zeros(2, 1, dtype=torch.long)} if i == 5 else {}),
+        (None, window),
+        (None, late_mask),
+        (cut_a_layer, None),
+        (write_after_the_first_step, None),
+        (reset, None),
+    ],
+)
+def test_loops_of_ones_own(model, ids, selection, between, given):
+    given = given and to(model.device, given)
+    answers = []
+    for graphs in (False, True):
+        with hata.hf.attach(model, selection=selection, graphs=graphs) as handle:
+            answers.append(loop(model, ids(2, 60), between=between, given=given))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+    if between is reset or given is None:
+        return
+    steps = handle.report().steps
+    assert steps.replayed or steps.eager
+
+
+def test_graphs_go_on_after_a_step_that_none_can_run(model, ids):
+    wrong = torch.full((2, 1), 1000, device=model.device)
+    name = hata.hf.models.cache_argument(model)
+    with torch.no_grad(), hata.hf.attach(model, selection=ALL) as handle:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids(2, 60), **{name: cache})
+        if model.device.type == "cpu":  # a GPU is lost by it
+            with pytest.raises(IndexError):
+                model(input_ids=wrong, **{name: cache})
+        token = ids(2, 1)
+        model(input_ids=token, **{name: cache}, labels=token)
+        for _ in range(6):
+            model(input_ids=token, **{name: cache})
+        assert handle.report().steps.replayed >= 4
+        # Turns that are answered in one word, then one that is not.
+        for _ in range(6):
+            model(input_ids=ids(2, 5), **{name: cache})
+            model(input_ids=token, **{name: cache})
+        before = handle.report().steps.replayed
+        for _ in range(4):
+            model(input_ids=token, **{name: cache})
+        assert handle.report().steps.replayed == before + 4
+
+
+def test_a_used_cache_goes_on_under_another_attachment(model, ids):
+    name = hata.hf.models.cache_argument(model)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        with hata.hf.attach(model, selection=ALL):
+            model(input_ids=ids(2, 60), **{name: cache})
+            for _ in range(4):
+                model(input_ids=ids(2, 1), **{name: cache})
+        with hata.hf.attach(model, selection=FEW) as handle:
+            for _ in range(6):
+                model(input_ids=ids(2, 1), **{name: cache})
+        assert handle.report().steps.replayed == 4
+        assert handle.report().steps.eager == {reasons.FIRST: 1}
+
+
+def test_positions_that_follow_from_a_mask(fresh, prompts):
+    kwargs = {"ffn_dim": 48, "word_embed_proj_dim": 64}
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    config = transformers.OPTConfig(**sizes, **kwargs, init_std=0.3)
+    model = transformers.OPTForCausalLM(config).eval()
+    x = prompts.of(2, 40)
+    x[0, :15] = 0
+    mask = (x != 0).long()
+
+    def given(i):
+        return {"attention_mask": torch.cat([mask, torch.ones(2, i + 1, dtype=torch.long)], 1)}
+
+    expected = loop(model, x, given=given, mask=mask)
+    with hata.hf.attach(model, selection=None, check=False):
+        torch.testing.assert_close(loop(model, x, given=given, mask=mask), expected)
+
+
+def test_what_is_given_out_is_not_written_over(model, ids, monkeypatch):
+    if model.device.type == "cpu":
+        static = {}
+
+        class Static(Again):
+            """One output for all steps, as a graph has."""
+
+            def __init__(self, step, device):
+                def replay():
+                    made = step()
+                    for name, x in made.items():
+                        if isinstance(x, torch.Tensor):
+                            static.setdefault(name, x.clone()).copy_(x)
+                            made[name] = static[name]
+                    return made
+
+                self.replay = replay
+
+        monkeypatch.setattr(step_graph, "capture", Static)
+    name = hata.hf.models.cache_argument(model)
+    with torch.no_grad(), hata.hf.attach(model, selection=ALL):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids(2, 60), **{name: cache})
+        outputs = [model(input_ids=ids(2, 1) + i, **{name: cache}).logits for i in range(5)]
+        kept = [x.clone() for x in outputs]
+        model(input_ids=ids(2, 1), **{name: cache})
+    assert all(map(torch.equal, outputs, kept))
+    assert len({x.sum().item() for x in outputs}) == 5
+
+
+def test_a_detached_model_is_itself_though_its_forward_is_wrapped(model, ids):
+    expected = loop(model, ids(2, 60))
+    handle = hata.hf.attach(model, selection=None)
+    own = model.forward
+    model.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    got = loop(model, ids(2, 60), between=lambda i, cache: i == 5 and handle.detach())
+    del model.forward
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_left_is_let_go(model, ids):
+    class Once:
+        def __init__(self, step, device):
+            self.output = step()
+
+        def replay(self):
+            return self.output
+
+    name = hata.hf.models.cache_argument(model)
+    with (
+        torch.no_grad(),
+        hata.hf.attach(model, selection=FEW),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if model.device.type == "cpu":
+            patch.setattr(step_graph, "capture", Once)
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids(2, 60), **{name: cache})
+        for _ in range(4):
+            model(input_ids=ids(2, 1), **{name: cache})
+        left = [weakref.ref(layer._buffers[0]._buffer) for layer in cache.layers]
+        model(input_ids=ids(2, 300), **{name: cache})
+        assert [one() for one in left] == [None] * 3
+
+
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"output_hidden_states": True}])
 def test_steps_that_no_graph_runs(model, ids, kwargs):
     kwargs = {**kwargs, "return_dict_in_generate": True}
@@ -162,6 +368,18 @@ def test_a_step_that_fails_to_be_captured_runs_without(model, ids, monkeypatch):
         assert torch.equal(tokens(model, ids(1, 40)), expected)
     (why,) = set(handle.report().steps.eager) - {reasons.FIRST}
     assert why == "capture fails: operation not permitted when stream is capturing"
+
+
+def test_hooks_that_come_with_a_step_are_called(model, ids):
+    seen = []
+
+    def between(i, cache):
+        if i == 6:
+            model.get_decoder().layers[1].register_forward_hook(lambda *_: seen.append(1))
+
+    with hata.hf.attach(model, selection=ALL):
+        loop(model, ids(2, 60), between=between)
+    assert len(seen) == 6
 
 
 def test_hooks_are_called(model, ids):
