@@ -43,7 +43,7 @@ class HashDynamicLayer(CodedLayer, DynamicLayer):
     _own = DynamicLayer
     coded = 0
     # The steps of the cache that a CUDA graph runs; None where no graph fits this layer as it is.
-    step: Any = None  # hata.hf.step_graph.CacheSteps
+    step: Any = None  # hata.hf.cache_steps.CacheSteps
     _keys: Any = None
     _values: Any = None
     # Slots that there is room for codes of.

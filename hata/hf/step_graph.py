@@ -3,41 +3,34 @@
 A step of one token launches a thousand kernels of two microseconds each, which Python takes longer
 to launch than the GPU to run. So the step of a cache is captured once, and every later step is one
 launch. That is done for the cache that `generate` makes by itself, which stays what it is to
-everybody else: a graph works on the room behind its keys (`hata.hf.growing`). The first step over a
-room runs as it is, the second is captured, from then on they are replayed; a cache that outgrows
-its room, or that somebody changes, begins anew.
-
-What a step computes besides attention is compiled for the graph, piece by piece: norms, MLPs,
-rotary embeddings. That takes seconds, where to compile a whole model takes minutes.
+everybody else: a graph works on the room behind its keys (`hata.hf.cache_steps`). A cache that
+outgrows its room, or that somebody changes, begins anew.
 
 A step that no graph can run runs as it would without, and `handle.report()` says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import logging
-import sys
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
-from hata.hf import cache as cache_layers
 from hata.hf import masks, models, reasons
-from hata.hf.cache import CannotCapture, HashDynamicLayer, StepLayer
-from hata.hf.growing import SLOTS, outside_inference_mode
+from hata.hf.cache import CannotCapture, HashDynamicLayer
+from hata.hf.cache_steps import CacheSteps, NotNow, signature
+from hata.hf.compiled_pieces import Pieces
+from hata.hf.growing import outside_inference_mode
 from hata.hf.layer_plan import DensePlan, LayerPlan
 
 # What a step is given as tensors, one token a row.
@@ -51,140 +44,7 @@ _capturing = threading.Lock()
 _logger = logging.getLogger("hata.hf")
 
 
-class _NotNow(Exception):
-    """This very step runs without a graph; the message says why."""
-
-
-class _Steps:
-    """The steps of one cache over one room.
-
-    Attributes:
-        warm: Whether one of them ran.
-        captured: Whether a graph runs them.
-        replayed: How many a graph has run.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[HashDynamicLayer],
-        starts: torch.Tensor | None,
-        given: tuple[Any, ...],
-    ) -> None:
-        """`given`: what is the same for all steps: sorts of inputs, options, places of weights."""
-        self._given = given
-        if len({layer.keys.shape[SLOTS] for layer in layers}) > 1:
-            raise CannotCapture(reasons.LENGTHS)
-        rooms = [room for layer in layers if (room := layer.room()) is not None]
-        if len(rooms) < len(layers):
-            raise _NotNow(reasons.NO_ROOM)
-        keys = layers[0].keys
-        length, slots = keys.shape[SLOTS], min(room["keys"].shape[SLOTS] for room in rooms)
-        self._left, self._ahead, self.replayed = slots - length, 0, 0
-        with outside_inference_mode():
-            # Keys before the step and after it. The graph counts both up.
-            self._counts = torch.tensor([length, length + 1], device=keys.device)
-        self._starts = starts
-        made = [
-            StepLayer(layer, room, self._counts[0], self._counts[1], starts)
-            for layer, room in zip(layers, rooms, strict=True)
-        ]
-        self._cache: Any = Cache(layers=list(made))
-        self._layers = [ref(layer) for layer in layers]
-        self._buffers = [x for layer in made for x in (layer.keys, layer.values)]
-        # How often the keys and values had been written into after the last step.
-        self._versions = self._written()
-        self._inputs: dict[str, torch.Tensor] = {}
-        self.warm = False
-        self._graph: Any = None
-        for layer in layers:
-            layer.step = self
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
-
-    def fit(self, layers: Sequence[Any], given: tuple[Any, ...]) -> bool:
-        """Whether the next step of a cache is one of these."""
-        return (
-            self._left > 0
-            and all(getattr(layer, "step", None) is self for layer in layers)
-            and given == self._given
-            and self._versions == self._written()
-        )
-
-    def run(
-        self, forward: Callable[..., Any], name: str, inputs: dict[str, Any], mask: Any
-    ) -> ModelOutput:
-        """The output of the next step; a graph writes over it with the one after that."""
-
-        def step() -> Any:
-            cache = {name: self._cache}
-            output = forward(**self._inputs, **self._given[1], **cache)
-            self._counts.add_(1)
-            return output
-
-        if self._starts is not None:
-            # Its left edge may move.
-            self._starts.copy_(masks.first_visible(mask))
-        if not self.warm:
-            with outside_inference_mode():
-                self._inputs = {name: x.clone() for name, x in inputs.items()}
-            output = step()
-            if not isinstance(output, ModelOutput):
-                raise CannotCapture(reasons.NO_OUTPUT)
-            self.warm = True
-        else:
-            for key, x in inputs.items():
-                self._inputs[key].copy_(x)
-            if self._graph is None:
-                self._graph = capture(step, self._counts.device)
-            output = self._graph.replay()
-            self.replayed += 1
-        self._versions = self._written()
-        self._left -= 1
-        self._ahead += 1
-        return output
-
-    def close(self) -> None:
-        """No step follows: somebody takes a layer elsewhere. What they ran over is let go."""
-        self.settle()
-        self._left, self._buffers, self._inputs = 0, [], {}
-        self._cache = self._graph = None
-
-    def _written(self) -> list[int]:
-        return [x._version for x in self._buffers]
-
-    def settle(self) -> None:
-        """Let the layers take note of the keys that were written."""
-        ahead, self._ahead = self._ahead, 0
-        by_us_alone = self._versions == self._written()
-        for layer in (found() for found in self._layers if ahead):
-            if layer is not None and layer.step is self:
-                layer.advance(ahead, by_us_alone)
-
-
-def _signature(inputs: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]]:
-    return [(name, x.shape, x.dtype, x.device) for name, x in inputs.items()]
-
-
-class _Graph:
-    """A step that was captured in a CUDA graph."""
-
-    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
-        self._graph, self._device = torch.cuda.CUDAGraph(), device
-        graph = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
-        with torch.cuda.device(device), graph:
-            self._output = step()
-
-    def replay(self) -> Any:
-        """Run the step; its output is written over by the next one."""
-        with torch.cuda.device(self._device):
-            self._graph.replay()
-        return self._output
-
-
-# Tests without a GPU put others in their places.
-capture: Callable[[Callable[[], Any], torch.device], Any] = _Graph
+# Tests put a CPU in its place.
 KINDS = ("cuda",)
 
 
@@ -199,7 +59,7 @@ class _Followed:
         failures: How often its first step failed.
     """
 
-    steps: _Steps | None = None
+    steps: CacheSteps | None = None
     why: str | None = None
     changes: int = 0
     failures: int = 0
@@ -227,7 +87,7 @@ class StepGraphs:
         others = (f"layer {i}: {why}" for i, why in enumerate(plans) if isinstance(why, str))
         self._why = next(others, None)
         self._name = models.cache_argument(model)
-        self._pieces = _Pieces(model.get_decoder(), modules)
+        self._pieces = Pieces(model.get_decoder(), modules)
         self._weights = list(model.parameters())
         # Where somebody most likely waits for a module to run.
         self._watched = [*modules, *_parents(model, modules)]
@@ -261,7 +121,7 @@ class StepGraphs:
         if why is None:
             try:
                 return self._run(followed, model, cache, own, given)
-            except _NotNow as error:
+            except NotNow as error:
                 why = str(error)
             except CannotCapture as error:
                 why = followed.why = str(error)
@@ -325,19 +185,19 @@ class StepGraphs:
         options = {name: x for name, x in kwargs.items() if name not in left and x is not None}
         for name, x in options.items():
             if not isinstance(x, (bool, int, float, str)):
-                raise _NotNow(f"an argument of a step that is not known: {name}")
+                raise NotNow(f"an argument of a step that is not known: {name}")
         steps, layers = followed.steps, cache.layers
         # A graph goes on reading weights where they were.
         kind = None if mask is None else (type(mask), mask.shape[:-1], mask.dtype)
-        given = _signature(inputs), options, kind, [x.data_ptr() for x in self._weights]
+        given = signature(inputs), options, kind, [x.data_ptr() for x in self._weights]
         if steps is None or not steps.fit(layers, given):
             followed.changes = followed.changes + 1 if steps and not steps.replayed else 0
             if followed.changes >= _CHANGES:
                 raise CannotCapture(reasons.CHANGES)
             if any(map(_has_hooks, model.modules())):
-                raise _NotNow(reasons.HOOKS)
+                raise NotNow(reasons.HOOKS)
             starts = _starts(mask, layers[0].total() + 1, "position_ids" in inputs)
-            steps = followed.steps = _Steps(layers, starts, given)
+            steps = followed.steps = CacheSteps(layers, starts, given)
         if steps.captured:
             output = steps.run(own, self._name, inputs, mask)
         else:
@@ -348,7 +208,7 @@ class StepGraphs:
         return type(output)(**{name: _kept(x, cache) for name, x in output.items()})
 
     def _first(
-        self, steps: _Steps, own: Callable[..., Any], inputs: dict[str, Any], mask: Any
+        self, steps: CacheSteps, own: Callable[..., Any], inputs: dict[str, Any], mask: Any
     ) -> Any:
         """A step that is not replayed yet, with pieces compiled if that can be."""
         given = own, self._name, inputs, mask
@@ -417,67 +277,6 @@ def _starts(mask: Any, total: int, has_positions: bool) -> torch.Tensor | None:
         raise CannotCapture(reasons.POSITIONS)
     with outside_inference_mode():
         return masks.first_visible(mask).clone()
-
-
-class _Pieces:
-    """What a decoder computes besides attention and linear layers, compiled for a while."""
-
-    def __init__(self, decoder: nn.Module, attention: Sequence[nn.Module]) -> None:
-        above = [one for one in decoder.modules() if {*one.modules()} & {*attention}]
-        self._modules = [
-            child
-            for one in above
-            for child in one.children()
-            if child not in above and _is_piece(child)
-        ]
-        self._homes = {type(one).__module__ for one in attention}
-        self._compiled: dict[str, Any] = {}
-        self._write: Any = None
-        self.work = True
-
-    @contextlib.contextmanager
-    def compiled(self) -> Iterator[None]:
-        """In this context the pieces are compiled ones."""
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            # Whether matrices may be multiplied in TF32 is the user's matter, and none are here.
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-            for module in self._modules:
-                stack.enter_context(_in_place(vars(module), "forward", compiled(module.forward)))
-            # Rooms differ in size.
-            self._write = self._write or compiled(cache_layers.write, dynamic=True)
-            stack.enter_context(_in_place(cache_layers.__dict__, "write", self._write))
-            for home in self._homes:
-                names = vars(sys.modules[home])
-                if inspect.isfunction(names.get("apply_rotary_pos_emb")):
-                    rotate = self._compiled.setdefault(
-                        home, compiled(names["apply_rotary_pos_emb"])
-                    )
-                    stack.enter_context(_in_place(names, "apply_rotary_pos_emb", rotate))
-            yield
-
-
-# Tests put the identity in its place, since to compile for a CPU takes long.
-compiled: Callable[..., Any] = torch.compile
-
-
-def _is_piece(module: nn.Module) -> bool:
-    """Whether a module computes by several kernels, and is not answered by somebody else."""
-    plain = (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict)
-    has_numbers = next(module.parameters(), None) is not None
-    return has_numbers and not isinstance(module, plain) and "forward" not in vars(module)
-
-
-@contextlib.contextmanager
-def _in_place(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    before = names.get(name)
-    names[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            names.pop(name, None)
-        else:
-            names[name] = before
 
 
 class Forward:
