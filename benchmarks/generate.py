@@ -23,6 +23,7 @@ import transformers
 
 import hata
 from benchmarks.bars import Bar, least, most
+from benchmarks.shapes import short
 from hata import device as devices
 from hata.bench import generation
 from hata.bench.generation import DENSE, HASH, OWN, Step
@@ -124,12 +125,12 @@ def bars(options: argparse.Namespace, batch: int, context: int, steps: Sequence[
     found = []
     for what, wanted in BARS.get(place, {}).items():
         if what == "ms":
-            found.append(most(f"{batch}x{context >> 10}K, ms a step", wanted, of[HASH]))
+            found.append(most(f"{batch}x{short(context)}, ms a step", wanted, of[HASH]))
         elif what in of:
-            name = f"{batch}x{context >> 10}K, x {what}"
+            name = f"{batch}x{short(context)}, x {what}"
             found.append(least(name, wanted, of[what] / of[HASH]))
     if place in DENSE_BARS and {OWN, DENSE} <= of.keys():
-        name = f"{batch}x{context >> 10}K, {DENSE} x {OWN}"
+        name = f"{batch}x{short(context)}, {DENSE} x {OWN}"
         found.append(least(name, DENSE_BARS[place], of[OWN] / of[DENSE]))
     return found
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{options.bits} bits, k {options.share} of the keys, 512 at least")
     figures: list[dict[str, Any]] = []
     for batch, context in options.shapes:
-        name = f"{batch} x {context >> 10}K"
+        name = f"{batch} x {short(context)}"
         steps = measured[name] = measure(options, batch, context, progress)
         print(f"\n{name}{', one layer' if options.one_layer else ''}")
         table(generation.rows(steps, batch))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hata.commandline import output, size
+from hata.files import write_whole
 from hata.words import table
 
 
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     table(generation.rows(steps, options.batch))
     print("Keys are random: this is what it takes, not what it keeps; for that: hata eval")
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(step) for step in steps], indent=2) + "\n")
+        write_whole(options.json, json.dumps([asdict(step) for step in steps], indent=2) + "\n")
     if options.plot is not None:
         name = f"{Path(options.model).name}, {options.batch} x {options.context}"
         if not generation.plot(options.plot, {name: steps}):

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import hata.hf
 from hata.calibration.progress import blank_figure
+from hata.encoder import ModelShape
 from hata.hf.models import cache_argument
 from hata.selection import Selection
 
@@ -128,13 +129,12 @@ def _has_codes(layer: Any) -> bool:
 def _filled(model: PreTrainedModel, batch: int, context: int, steps: int, static: bool) -> Any:
     """A cache that holds random keys and values."""
     config = model.config.get_text_config()
-    heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = ModelShape.of(config)
     cache: Any = DynamicCache(config=config)
     if static:
         cache = StaticCache(config=config, max_cache_len=context + steps + 1)
-    shape = batch, heads, context, size
-    for i in range(config.num_hidden_layers):
+    shape = batch, sizes.kv_heads, context, sizes.head_dim
+    for i in range(sizes.num_layers):
         keys = torch.randn(shape, dtype=model.dtype, device=model.device)
         cache.update(keys, keys.roll(1, dims=2), i)
     return cache

@@ -1,7 +1,7 @@
 """`Pieces`: what a step computes besides attention, compiled for a CUDA graph, piece by piece.
 
 Norms, MLPs and rotary embeddings are a few functions, which all layers share: to compile them takes
-seconds, where to compile a whole model takes minutes.
+a second or a few, where to compile a whole model takes half a minute and more.
 """
 
 from __future__ import annotations

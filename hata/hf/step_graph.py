@@ -92,10 +92,6 @@ class StepGraphs:
         # Where somebody most likely waits for a module to run.
         self._watched = [*modules, *_parents(model, modules)]
         self._caches: WeakKeyDictionary[Any, _Followed] = WeakKeyDictionary()
-        # What a graph would not notice: hooks, and weights in other places. Looked at with a pass
-        # of several tokens, and where steps begin.
-        self._hooked: bool | None = None
-        self._hooks = 0
         self.ran = self.replayed = self.captured = 0
         self.eager: Counter[str] = Counter()
 
@@ -115,7 +111,7 @@ class StepGraphs:
             return None
         followed = self._caches.setdefault(cache, _Followed())
         if tokens.shape[1] != 1 or tokens.device.type not in KINDS:
-            self._hooked, followed.changes = None, 0
+            followed.changes = 0
             return None
         why = followed.why or self._why or self._why_not(model, cache, given)
         if why is None:
@@ -148,15 +144,10 @@ class StepGraphs:
         for name in ("output_attentions", "output_hidden_states"):
             if given.get(name) or getattr(model.config, name, False):
                 return reasons.MORE_OUTPUTS
-        if given.get("return_dict", model.config.return_dict) is False:
+        if given.get("return_dict") is False:
             return reasons.NO_OUTPUT
         if not self._is_in_place():
             return reasons.OTHERS
-        if self._hooked is None or self._hooks != self._count_hooks():
-            self._hooked = any(map(_has_hooks, model.modules())) or _has_global_hooks()
-            self._hooks = self._count_hooks()
-        if self._hooked:
-            return reasons.HOOKS
         if getattr(cache, "offloading", False):
             return reasons.OFFLOADED
         mine = (
@@ -168,8 +159,10 @@ class StepGraphs:
         return None
 
     def _count_hooks(self) -> int:
-        count = len(_GLOBAL_HOOKS[0]) + len(_GLOBAL_HOOKS[1])
-        return count + sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in self._watched)
+        """Hooks where most are set: new ones make the steps of a cache begin anew."""
+        return sum(map(len, _GLOBAL_HOOKS)) + sum(
+            len(x._forward_hooks) + len(x._forward_pre_hooks) for x in self._watched
+        )
 
     def _run(
         self,
@@ -187,14 +180,15 @@ class StepGraphs:
             if not isinstance(x, (bool, int, float, str)):
                 raise NotNow(f"an argument of a step that is not known: {name}")
         steps, layers = followed.steps, cache.layers
-        # A graph goes on reading weights where they were.
         kind = None if mask is None else (type(mask), mask.shape[:-1], mask.dtype)
-        given = signature(inputs), options, kind, [x.data_ptr() for x in self._weights]
+        # What a graph would not notice: it calls no hooks, and reads weights where they were.
+        unseen = self._count_hooks(), [x.data_ptr() for x in self._weights]
+        given = signature(inputs), options, kind, unseen
         if steps is None or not steps.fit(layers, given):
             followed.changes = followed.changes + 1 if steps and not steps.replayed else 0
             if followed.changes >= _CHANGES:
                 raise CannotCapture(reasons.CHANGES)
-            if any(map(_has_hooks, model.modules())):
+            if any(map(_has_hooks, model.modules())) or any(map(len, _GLOBAL_HOOKS)):
                 raise NotNow(reasons.HOOKS)
             starts = _starts(mask, layers[0].total() + 1, "position_ids" in inputs)
             steps = followed.steps = CacheSteps(layers, starts, given)
@@ -246,10 +240,6 @@ _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
 )
-
-
-def _has_global_hooks() -> bool:
-    return any(map(len, _GLOBAL_HOOKS))
 
 
 def _has_hooks(module: nn.Module) -> bool:
